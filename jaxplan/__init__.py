@@ -1,0 +1,38 @@
+"""jaxplan: automatic parallelism for JAX. A jitted function in, PartitionSpecs for a device mesh out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxplan.api import Plan as Plan, auto_shard as auto_shard, make_plan as make_plan
+    from jaxplan.hlo import Audit as Audit, audit as audit
+    from jaxplan.machine import Link as Link, Machine as Machine
+    from jaxplan.rules import rule as rule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "auto_shard": "jaxplan.api",
+    "make_plan": "jaxplan.api",
+    "Plan": "jaxplan.api",
+    "audit": "jaxplan.hlo",
+    "Audit": "jaxplan.hlo",
+    "rule": "jaxplan.rules",
+    "Machine": "jaxplan.machine",
+    "Link": "jaxplan.machine",
+}
+
+__all__ = ["Audit", "Link", "Machine", "Plan", "audit", "auto_shard", "make_plan", "rule"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded when first used, so that rooms without JAX can be imported without JAX."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'jaxplan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,116 @@
+"""The one door to anything of JAX that is not public API. Every other file imports private JAX from here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax._src import source_info_util as _source_info
+from jax._src.interpreters import partial_eval as _partial_eval
+from jax.extend import core as _core
+from jax.extend.core import primitives as _primitives
+
+Literal = _core.Literal
+Var = _core.Var
+Jaxpr = _core.Jaxpr
+ClosedJaxpr = _core.ClosedJaxpr
+
+scan_p = _primitives.scan_p
+while_p = _primitives.while_p
+cond_p = _primitives.cond_p
+remat_p = _primitives.remat_p
+jit_p = _primitives.jit_p
+closed_call_p = _primitives.closed_call_p
+custom_jvp_call_p = _primitives.custom_jvp_call_p
+custom_vjp_call_p = _primitives.custom_vjp_call_p
+
+
+def source_line(equation: Any) -> tuple[str, int]:
+    """The user's (file name, line) that wrote an equation; ("", 0) if JAX does not know."""
+    frame = _source_info.user_frame(equation.source_info.traceback)
+    return (frame.file_name, frame.start_line) if frame is not None else ("", 0)
+
+
+def user_context(equation: Any) -> AbstractContextManager[Any]:
+    """Whatever is traced inside keeps the equation's source line and name stack."""
+    stack = _source_info.current_name_stack() + equation.source_info.name_stack
+    return _source_info.user_context(equation.source_info.traceback, name_stack=stack)
+
+
+def sub_jaxprs(equation: Any) -> Iterator[Any]:
+    """Every jaxpr among an equation's parameters."""
+    return _core.jaxprs_in_params(equation.params)
+
+
+# --- primitives, for the rules ---
+
+Primitive = _core.Primitive
+
+_HOMES = (
+    "jax.lax",
+    "jax.extend.core.primitives",
+    "jax._src.lax.lax",
+    "jax._src.lax.linalg",
+    "jax._src.core",
+    "jax._src.ad_util",
+    "jax._src.pjit",
+    "jax._src.debugging",
+    "jax._src.callback",
+    "jax._src.random",
+    "jax._src.random.core",
+    "jax._src.random.prng",
+    "jax._src.prng",
+)
+
+
+def primitives(names: str) -> tuple[Primitive, ...]:
+    """The primitive objects that JAX binds as `<name>_p`: `primitives("add mul log2?")`.
+
+    A name that ends in `?` may be absent (not every JAX has it). AttributeError for any other absent name.
+    """
+    found = []
+    for word in names.split():
+        attribute = word.rstrip("?") + "_p"
+        primitive = next((vars(home)[attribute] for home in _homes() if attribute in vars(home)), None)
+        if primitive is not None:
+            found.append(primitive)
+        elif not word.endswith("?"):
+            raise AttributeError(f"JAX {jax.__version__} has no {attribute!r} where jaxplan looks for it")
+    return tuple(found)
+
+
+@functools.cache
+def _homes() -> tuple[ModuleType, ...]:
+    """The modules, of those this JAX has, in which primitives live."""
+    modules = []
+    for name in _HOMES:
+        try:
+            modules.append(importlib.import_module(name))
+        except ModuleNotFoundError:
+            continue
+    return tuple(modules)
+
+
+def bind(equation: Any, values: list[Any]) -> list[Any]:
+    """The results of one equation on given operands."""
+    primitive = equation.primitive
+    outs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(outs) if primitive.multiple_results else [outs]
+
+
+def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
+    """The same rematerialised call with another body: traced again, then bound with the equation's own policy."""
+    closed = jax.make_jaxpr(body)(*values)
+    jaxpr, consts = closed.jaxpr, list(closed.consts)
+    params = dict(equation.params)
+    if consts:
+        jaxpr = _partial_eval.convert_constvars_jaxpr(jaxpr)
+        if not isinstance(params["prevent_cse"], bool):
+            params["prevent_cse"] = (False,) * len(consts) + tuple(params["prevent_cse"])
+    params["jaxpr"] = jaxpr
+    return list(equation.primitive.bind(*consts, *values, **params))

@@ -1,0 +1,316 @@
+"""The public verbs, in the order data flows: trace, graph, model, search, plan; then apply, audit, report."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxplan import plan as _plan
+from jaxplan.apply import PlannedFunction
+from jaxplan.cost import Numbers, model
+from jaxplan.graph import Graph, build_graph
+from jaxplan.layout import Layout
+from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.problem import Assignment, Problem
+from jaxplan.report import describe
+from jaxplan.search import search as run_search
+from jaxplan.trace import Traced, trace
+
+Search = str | Callable[[Problem], Assignment]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace."""
+
+    mesh: Any
+    machine: str | Machine | None = None
+    search: Search = "hsm2dl"
+    memory_budget: int | float | str | None = None
+    pins: Mapping[str, PartitionSpec] = field(default_factory=dict)
+    static: Mapping[int | str, Any] = field(default_factory=dict)
+
+
+class Plan(_plan.Plan):
+    """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def jit(self, donate_argnums: int | Sequence[int] | None = None) -> PlannedFunction:
+        """The planned function: callable, places its arguments, has `.lower(*args)`.
+
+        `donate_argnums`: positions of arguments whose buffers may be reused, as in `jax.jit`; by default those that the
+        function was traced with.
+        """
+        if donate_argnums is None:
+            donated = [i for i, flag in enumerate(self.traced.donated) if flag]
+        else:
+            wanted = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
+            count = len(self.traced.in_avals)
+            args, _ = self.traced.unflatten_inputs(range(count))
+            donated = [leaf for i, arg in enumerate(args) if i in wanted for leaf in jax.tree.leaves(arg)]
+        return PlannedFunction(self, dict(self.request.static), donated)
+
+    def replan(self, **changes: Any) -> Plan:
+        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins` or `search`; no retrace."""
+        unknown = set(changes) - {"mesh", "machine", "memory_budget", "pins", "search"}
+        if unknown:
+            raise TypeError(f"replan does not take {sorted(unknown)}; it takes mesh, machine, memory_budget, pins, search")
+        return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
+
+
+def make_plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    mesh: Any,
+    machine: str | Machine | None = None,
+    search: Search = "hsm2dl",
+    memory_budget: int | float | str | None = None,
+    pins: Mapping[str, PartitionSpec] | None = None,
+    dims: Mapping[str, str] | Sequence[str | None] | None = None,
+    pipeline: str | None = "auto",
+    microbatches: int | None = None,
+    certify: bool = False,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
+
+    `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
+    of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
+    callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
+    `pins`: {input path or pytree prefix: PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or one string per
+    positional argument. `static_*`, `donate_*`: as in `jax.jit`.
+
+    Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.
+    """
+    if pipeline not in ("auto", None) or microbatches is not None:
+        raise ValueError("pipeline parallelism cannot be asked for in this version: leave pipeline='auto' and microbatches=None")
+    if certify:
+        raise ValueError("certify=True is not available in this version; plan without it")
+    start = time.perf_counter()
+    traced = trace(
+        fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
+        donate_argnums=donate_argnums, donate_argnames=donate_argnames,
+    )  # fmt: skip
+    traced_at = time.perf_counter()
+    graph = build_graph(traced)
+    stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
+    static = _static_values(args, kwargs, static_argnums, static_argnames)
+    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static)
+    return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
+
+
+def _solve(
+    traced: Traced, graph: Graph, request: Request, dims: Mapping[tuple[int, int], str], stages: Mapping[str, float]
+) -> Plan:
+    """Model, search, and fit into memory."""
+    start = time.perf_counter()
+    mesh_shape = dict(request.mesh.shape)
+    numbers = Numbers(graph, mesh_shape, find_machine(request.machine, request.mesh))
+    pins = _pinned_layouts(traced, request.pins, mesh_shape)
+    budget = _budget_bytes(request.memory_budget, numbers.machine)
+
+    def attempt(byte_price: float) -> Plan:
+        modelled = model(graph, numbers, pins, byte_price=byte_price)
+        found = run_search(modelled.problem, request.search)
+        unpriced = modelled if not byte_price else model(graph, numbers, pins)
+        return Plan(traced, unpriced, found.choices, request.mesh, {}, found.bound, dims, request)
+
+    plan = attempt(0.0)
+    if plan.peak_bytes > budget:
+        plan = _fit(attempt, plan, budget)
+    return replace(plan, stages={**stages, "model and search": time.perf_counter() - start})
+
+
+def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:
+    """The cheapest plan found that fits: bytes are priced, and the price is bisected."""
+    machine_price = plan.seconds / max(plan.peak_bytes, 1.0)
+    low, high = machine_price * 1e-4, machine_price * 1e4
+    smallest = attempt(high)
+    if smallest.peak_bytes > budget:
+        graph = smallest.modelled.graph
+        sizes = sorted(((smallest.input_bytes(i), path) for i, path in enumerate(smallest.traced.in_paths)), reverse=True)
+        largest = ", ".join(f"{path} ({size:,.0f})" for size, path in sizes[:5])
+        raise ValueError(
+            f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device, the budget is {budget:,.0f}. "
+            f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help. "
+            f"({len(graph.tensors)} tensors were considered.)"
+        )
+    best = smallest
+    for _ in range(10):
+        price = math.sqrt(low * high)
+        tried = attempt(price)
+        if tried.peak_bytes <= budget:
+            high = price
+            best = tried if tried.seconds < best.seconds else best
+        else:
+            low = price
+    return best
+
+
+def auto_shard(mesh: Any, **options: Any) -> Callable[[Callable[..., Any]], AutoSharded]:
+    """Decorate a function: it is planned on its first call per argument shapes, then runs as a cached jitted call.
+
+    Takes the keywords of `make_plan`. The result exposes `.plan(*args)` and `.lower(*args)`.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> AutoSharded:
+        return AutoSharded(fn, mesh, options)
+
+    return decorate
+
+
+class AutoSharded:
+    """A function that plans itself."""
+
+    def __init__(self, fn: Callable[..., Any], mesh: Any, options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn, self._mesh, self._options = fn, mesh, options
+        self._known: dict[Any, tuple[Plan, PlannedFunction | None]] = {}
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments (arrays or shapes); made once per structure, shapes and static values."""
+        return self._entry(args, kwargs)[1]
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Like `jax.jit(f).lower`."""
+        return self._planned(args, kwargs).lower(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._planned(args, kwargs)(*args, **kwargs)
+
+    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlannedFunction:
+        key, plan, run = (*self._entry(args, kwargs),)
+        if run is None:
+            run = plan.jit()
+            self._known[key] = (plan, run)
+        return run
+
+    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Plan, PlannedFunction | None]:
+        static = _static_values(args, kwargs, self._options.get("static_argnums"), self._options.get("static_argnames"))
+        dynamic = [a for i, a in enumerate(args) if i not in static], {k: v for k, v in kwargs.items() if k not in static}
+        leaves, tree = jax.tree.flatten(dynamic)
+        key = (tree, tuple(map(_signature, leaves)), tuple(static.items()))
+        known = self._known.get(key)
+        if known is None:
+            plan = make_plan(self._fn, *args, mesh=self._mesh, **self._options, **kwargs)
+            known = self._known[key] = (plan, None)
+        return key, *known
+
+
+def _signature(leaf: Any) -> Any:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return (tuple(leaf.shape), str(leaf.dtype), getattr(leaf, "weak_type", False))
+    return type(leaf)
+
+
+def _static_values(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str] | None,
+) -> dict[int | str, Any]:
+    """{position or keyword: value} of the static arguments."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums or ())
+    names = [argnames] if isinstance(argnames, str) else list(argnames or ())
+    values: dict[int | str, Any] = {n % len(args): args[n] for n in numbers if -len(args) <= n < len(args)}
+    values.update({name: kwargs[name] for name in names if name in kwargs})
+    return values
+
+
+def _pinned_layouts(
+    traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int]
+) -> dict[int, Layout]:
+    """{flat input: layout} of what the user insists on; a pytree prefix pins every leaf below it."""
+    layouts: dict[int, Layout] = {}
+    for path, spec in pins.items():
+        hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
+        if not hits:
+            near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
+            raise ValueError(f"pin {path!r}: no input of {traced.name} has that path; the closest are {near}")
+        for position in hits:
+            layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
+    return layouts
+
+
+def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> Layout:
+    axes = list(mesh_shape)
+    layout = [-1] * len(axes)
+    if len(spec) > len(shape):
+        raise ValueError(f"pin {path!r}: {spec} has {len(spec)} entries, but the input has shape {tuple(shape)}")
+    for dim, entry in enumerate(spec):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        parts = 1
+        for name in names:
+            if name not in mesh_shape:
+                raise ValueError(f"pin {path!r}: {spec} names axis {name!r}; the mesh has {axes}")
+            if layout[axes.index(name)] >= 0:
+                raise ValueError(f"pin {path!r}: {spec} uses axis {name!r} twice")
+            layout[axes.index(name)] = dim
+            parts *= mesh_shape[name]
+        if list(names) != sorted(names, key=axes.index):
+            raise ValueError(f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}")
+        if shape[dim] % parts:
+            raise ValueError(f"pin {path!r}: dimension {dim} of {tuple(shape)} is not divisible by {parts} ({spec})")
+    return tuple(layout)
+
+
+def _dimension_names(
+    traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
+) -> dict[tuple[int, int], str]:
+    """{(tensor, dimension): name} from what the user wrote."""
+    if not dims:
+        return {}
+    if not isinstance(dims, Mapping):
+        args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
+        written = {i: text for arg, text in zip(args, dims, strict=False) if text for i in jax.tree.leaves(arg)}
+    else:
+        written = {}
+        for path, text in dims.items():
+            hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
+            if not hits:
+                near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
+                raise ValueError(f"dims {path!r}: no input has that path; the closest are {near}")
+            written.update(dict.fromkeys(hits, text))
+    names = {}
+    for position, text in written.items():
+        words = text.split()
+        if len(words) == len(traced.in_avals[position].shape):
+            names.update({(graph.inputs[position], d): word for d, word in enumerate(words)})
+        elif position in written and len(written) == 1:
+            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {traced.in_avals[position].shape}")
+    return names
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def _budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
+    """Bytes per device: a number, "16GiB", or None for the machine's own memory."""
+    if budget is None:
+        return machine.memory_bytes
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"memory_budget {budget!r} is not a size: write bytes, or a string like '16GiB' or '900 MB'")
+        budget = float(match[1]) * _UNITS[match[2].upper()]
+    if not budget > 0:
+        raise ValueError(f"memory_budget must be positive, got {budget}")
+    return float(budget)
+
+

@@ -1,0 +1,257 @@
+"""From `Graph`, mesh and machine to the `Problem` that the search solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.memory import local_bytes
+from jaxplan.cost.numbers import Numbers
+from jaxplan.cost.price import (
+    AxisOptions,
+    Option,
+    Setting,
+    cluster_terms,
+    sent_seconds,
+    steps_terms,
+    terminal_layout,
+    terms_seconds,
+    write_layout,
+)
+from jaxplan.graph import Cluster, Graph, Terminal
+from jaxplan.layout import Layout
+from jaxplan.problem import Edge, Node, Problem
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem."""
+
+    tensor: int
+    writer: int
+    write: Terminal
+    reader: int
+    read: Terminal
+    times: float
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """A graph on a mesh: the problem, and what its nodes, options and edges stand for.
+
+    `options[cluster][axis]`: the options of each node along each axis. `readings`: one per edge of the problem.
+    """
+
+    graph: Graph
+    numbers: Numbers
+    setting: Setting
+    problem: Problem
+    options: tuple[AxisOptions, ...]
+    readings: tuple[Reading, ...]
+
+    def chosen(self, choices: np.ndarray, cluster: int) -> tuple[Option, ...]:
+        """The options an assignment picks for a cluster, one per axis."""
+        return tuple(options[i] for options, i in zip(self.options[cluster], choices[cluster].tolist(), strict=True))
+
+    def edge_layouts(self, choices: np.ndarray, reading: Reading) -> tuple[Layout, Layout, int]:
+        """(layout written, layout read, number of dimensions) of one reading under an assignment."""
+        written = write_layout(reading.write.leads, self.chosen(choices, reading.writer))
+        wanted = terminal_layout(reading.read.leads, self.chosen(choices, reading.reader))
+        return written, wanted, len(reading.read.leads)
+
+
+def model(
+    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *, byte_price: float = 0.0
+) -> Modelled:
+    """Build the problem. `pins`: the layouts that input positions must have. `byte_price`: seconds charged per byte per
+    device of everything written, the multiplier of a memory constraint."""
+    setting = Setting(len(numbers.sizes), numbers.slow_first)
+    pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
+    prices: dict[Hashable, _ClusterPrice] = {}
+    nodes, options, writers = [], [], {}
+    for index, cluster in enumerate(graph.clusters):
+        for write in cluster.writes:
+            writers[write.tensor] = (index, write)
+        name = graph.operators[cluster.members[-1]].name
+        pin = pinned.get(cluster.writes[0].tensor) if name == "input" and cluster.writes else None
+        kind = _cluster_kind(cluster, graph, name, pin)
+        price = prices.get(kind)
+        if price is None:
+            price = prices[kind] = _ClusterPrice(cluster, axis_options(cluster, numbers, pin), setting, numbers, byte_price)
+        options.append(price.options)
+        counts = tuple(map(len, price.options))
+        nodes.append(Node(name, counts, price, kind if pin is None else None, cluster.times))
+    readings, edges = [], []
+    edge_prices: dict[Hashable, tuple[int, _EdgePrice]] = {}
+    rates = _Rates(setting, numbers)
+    for reading in _readings(graph, writers):
+        writer_options, reader_options = options[reading.writer], options[reading.reader]
+        key = (
+            numbers.nbytes(reading.tensor), reading.write.leads, reading.read.leads, writer_options, reader_options,
+        )  # fmt: skip
+        edge_price = edge_prices.get(key)
+        if edge_price is None:
+            nbytes = numbers.nbytes(reading.tensor)
+            edge_price = (len(edge_prices), _EdgePrice(reading, writer_options, reader_options, nbytes, rates))
+            edge_prices[key] = edge_price
+        readings.append(reading)
+        edges.append(Edge(reading.writer, reading.reader, edge_price[1], edge_price[0], reading.times))
+    axes = numbers.axis_names
+    problem = Problem(axes, tuple(nodes), tuple(edges), numbers.slow_first)
+    return Modelled(graph, numbers, setting, problem, tuple(options), tuple(readings))
+
+
+def axis_options(cluster: Cluster, numbers: Numbers, pin: Layout | None = None) -> AxisOptions:
+    """Per axis, what it may do in a cluster: nothing, split a factor it divides, or split and scatter."""
+    per_axis = []
+    for axis, size in enumerate(numbers.sizes):
+        if pin is not None:
+            leads = cluster.writes[0].leads
+            per_axis.append((Option(leads[pin[axis]]) if pin[axis] >= 0 else Option(),))
+            continue
+        options = [Option()]
+        if size > 1:
+            legal = [f for f, unit in enumerate(cluster.units) if unit and unit % size == 0]
+            options += [Option(f) for f in legal]
+            for combine in cluster.combines:
+                if combine.scatterable:
+                    targets = [m for m in combine.result.leads if m in legal]
+                    options += [Option(k, m) for k in legal if k in combine.over for m in targets]
+        per_axis.append(tuple(options))
+    return tuple(per_axis)
+
+
+def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]]) -> list[Reading]:
+    readings = []
+    for index, cluster in enumerate(graph.clusters):
+        for read in cluster.reads:
+            source = writers.get(read.tensor)
+            if source is None or source[0] == index or not _sized(graph, read.tensor):
+                continue
+            times = max(cluster.times, graph.clusters[source[0]].times) if cluster.times else 0.0
+            readings.append(Reading(read.tensor, source[0], source[1], index, read, times))
+    for output, position in graph.ties:
+        tensor, start = graph.outputs[output], writers.get(graph.inputs[position])
+        source = writers.get(tensor)
+        if source is None or start is None or source[0] == start[0] or not _sized(graph, tensor):
+            continue
+        readings.append(Reading(tensor, source[0], source[1], start[0], Terminal(tensor, start[1].leads), 1.0))
+    return readings
+
+
+def _sized(graph: Graph, tensor: int) -> bool:
+    """Whether a tensor has anything to shard."""
+    return any(extent > 1 for extent in graph.tensors[tensor].shape)
+
+
+def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Layout | None) -> Hashable:
+    """Everything the price of a cluster depends on."""
+    sizes = tuple((graph.tensors[t.tensor].nbytes if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes))
+    combines = tuple(
+        (c.result.leads, graph.tensors[c.result.tensor].nbytes, c.over, c.scatterable) for c in cluster.combines
+    )
+    halos = tuple((h.operand.leads, h.factor, h.width) for h in cluster.halos)
+    work = tuple((w.flops, w.factors, w.dtype) for w in cluster.work)
+    return (name, cluster.units, len(cluster.reads), sizes, work, combines, halos, cluster.moves_bytes, pin)
+
+
+class _ClusterPrice:
+    """Seconds of a cluster for rows of option numbers."""
+
+    def __init__(
+        self, cluster: Cluster, options: AxisOptions, setting: Setting, numbers: Numbers, byte_price: float
+    ) -> None:
+        self.cluster, self.options, self.setting, self.numbers = cluster, options, setting, numbers
+        self._byte_price = byte_price
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, choices: np.ndarray) -> np.ndarray:
+        return np.array([self._seconds(tuple(row)) for row in choices.tolist()])
+
+    def _seconds(self, row: tuple[int, ...]) -> float:
+        value = self._known.get(row)
+        if value is None:
+            options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
+            value = math.inf
+            if legal(self.cluster, options, self.numbers.sizes):
+                value = float(terms_seconds(cluster_terms(self.cluster, options, self.setting, self.numbers), self.numbers))
+                if self._byte_price:
+                    value += self._byte_price * self._written(options)
+            self._known[row] = value
+        return value
+
+    def _written(self, options: Sequence[Option]) -> float:
+        """Bytes per device of what the cluster leaves behind."""
+        return sum(
+            local_bytes(self.numbers.graph, w.tensor, write_layout(w.leads, options), self.numbers.sizes)
+            for w in self.cluster.writes
+        )
+
+
+def legal(cluster: Cluster, options: Sequence[Option], sizes: Sequence[int]) -> bool:
+    """Whether the axes given to each factor divide it together."""
+    given: dict[int, int] = {}
+    for option, size in zip(options, sizes, strict=True):
+        for factor in {option.factor, option.scatter}:
+            if factor >= 0:
+                given[factor] = given.get(factor, 1) * size
+    return all(cluster.units[factor] % total == 0 for factor, total in given.items())
+
+
+class _Rates:
+    """Seconds of reshards as (per byte, fixed), remembered by the layouts; the bytes of a tensor only scale them."""
+
+    def __init__(self, setting: Setting, numbers: Numbers) -> None:
+        self.setting, self.numbers = setting, numbers
+        self._pairs: dict[tuple[Layout, Layout, int], tuple[float, float]] = {}
+        self._matrices: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+
+    def matrix(self, sources: tuple[Layout, ...], targets: tuple[Layout, ...], ndim: int) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds per byte, fixed seconds) from each source to each target."""
+        key = (sources, targets, ndim)
+        known = self._matrices.get(key)
+        if known is None:
+            pairs = [[self._pair(src, dst, ndim) for dst in targets] for src in sources]
+            table = np.array(pairs, dtype=float).reshape(len(sources), len(targets), 2)
+            known = self._matrices[key] = (table[..., 0], table[..., 1])
+        return known
+
+    def _pair(self, src: Layout, dst: Layout, ndim: int) -> tuple[float, float]:
+        key = (src, dst, ndim)
+        value = self._pairs.get(key)
+        if value is None:
+            sent, rounds = steps_terms(reshard_steps(src, dst, ndim, self.setting.slow_first), 1.0, self.numbers.sizes)
+            nothing = dict.fromkeys(sent, 0.0)
+            fixed = sent_seconds(nothing, rounds, self.numbers)
+            value = self._pairs[key] = (sent_seconds(sent, {}, self.numbers), fixed)
+        return value
+
+
+class _EdgePrice:
+    """Seconds of a reshard for rows of the writer's and the reader's option numbers."""
+
+    def __init__(self, reading: Reading, writer: AxisOptions, reader: AxisOptions, nbytes: float, rates: _Rates) -> None:
+        self._write = _layout_table(writer, reading.write.leads, write_layout)
+        self._read = _layout_table(reader, reading.read.leads, terminal_layout)
+        self._nbytes, self._ndim, self._rates = nbytes, len(reading.read.leads), rates
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        sources = tuple(_layouts(self._write, tails))
+        targets = tuple(_layouts(self._read, heads))
+        per_byte, fixed = self._rates.matrix(sources, targets, self._ndim)
+        return self._nbytes * per_byte + fixed
+
+
+def _layout_table(
+    options: AxisOptions, leads: tuple[int, ...], layout: Callable[[tuple[int, ...], Sequence[Option]], Layout]
+) -> list[list[int]]:
+    """Per axis and option, the dimension that the axis shards (a layout is decided axis by axis)."""
+    return [[layout(leads, (option,))[0] for option in axis] for axis in options]
+
+
+def _layouts(table: list[list[int]], choices: np.ndarray) -> list[Layout]:
+    return [tuple([dims[i] for dims, i in zip(table, row, strict=True)]) for row in choices.tolist()]

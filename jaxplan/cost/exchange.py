@@ -1,0 +1,156 @@
+"""Which exchanges lead from one layout to another, step by step, and what each of them sends.
+
+One list of steps serves the price, the constraints that are emitted and the report: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, all_to_all_bytes
+from jaxplan.layout import Layout, Spec, spec_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One exchange over `axes` (slowest first); `before` and `after` are the tensor's specs around it."""
+
+    kind: str
+    axes: tuple[int, ...]
+    before: Spec
+    after: Spec
+
+
+@lru_cache(maxsize=1 << 16)
+def reshard_steps(src: Layout, dst: Layout, ndim: int, slow_first: tuple[int, ...]) -> tuple[Step, ...]:
+    """From one layout to another: slices first (they are free), then all-to-alls, then gathers, slow axes first.
+
+    Axes can only leave or join a dimension at its minor end; where the canonical order asks for more, a permute is due.
+    """
+    if src == dst:
+        return ()
+    walk = _Walk(src, ndim, slow_first)
+    vacated = {d for d, e in zip(src, dst, strict=True) if d >= 0 and d != e}
+    entering = [a for a, (d, e) in enumerate(zip(src, dst, strict=True)) if d < 0 <= e]
+    for axis in entering:
+        if dst[axis] not in vacated:
+            walk.move("slice", (axis,), -1, dst[axis])
+    moves: dict[tuple[int, int], list[int]] = {}
+    for axis, (d, e) in enumerate(zip(src, dst, strict=True)):
+        if d >= 0 and e >= 0 and d != e:
+            moves.setdefault((d, e), []).append(axis)
+    for (d, e), axes in moves.items():
+        walk.move("all_to_all", tuple(axes), d, e)
+    gathers: dict[int, list[int]] = {}
+    for axis, (d, e) in enumerate(zip(src, dst, strict=True)):
+        if d >= 0 > e:
+            gathers.setdefault(d, []).append(axis)
+    late = [axis for axis in entering if dst[axis] in vacated]
+    for axis in late:
+        if dst[axis] not in gathers:
+            walk.move("slice", (axis,), -1, dst[axis])
+    for d in sorted(gathers, key=lambda d: min(slow_first.index(a) for a in gathers[d])):
+        walk.move("all_gather", tuple(gathers[d]), d, -1)
+    for axis in late:
+        if dst[axis] in gathers:
+            walk.move("slice", (axis,), -1, dst[axis])
+    walk.settle(dst)
+    return tuple(walk.steps)
+
+
+@lru_cache(maxsize=1 << 16)
+def combine_steps(
+    layout: Layout, scatter: Layout, reduce_axes: tuple[int, ...], ndim: int, slow_first: tuple[int, ...]
+) -> tuple[Step, ...]:
+    """A partial result of layout `layout` made whole: `scatter[a]` is the dimension that partial axis a is scattered
+    over (-1: not at all), `reduce_axes` are the partial axes that end replicated."""
+    walk = _Walk(layout, ndim, slow_first)
+    groups: dict[int, list[int]] = {}
+    for axis in reversed(slow_first):
+        if scatter[axis] >= 0:
+            groups.setdefault(scatter[axis], []).append(axis)
+    for dim, axes in groups.items():
+        walk.move("reduce_scatter", tuple(axes), -1, dim)
+    if reduce_axes:
+        walk.steps.append(Step("all_reduce", walk.slow(reduce_axes), walk.spec(), walk.spec()))
+    walk.settle(tuple(s if s >= 0 else d for s, d in zip(scatter, layout, strict=True)))
+    return tuple(walk.steps)
+
+
+class _Walk:
+    """A tensor's spec on its way."""
+
+    def __init__(self, layout: Layout, ndim: int, slow_first: tuple[int, ...]) -> None:
+        self.dims = [list(axes) for axes in spec_of(layout, ndim)]
+        self.slow_first = slow_first
+        self.steps: list[Step] = []
+
+    def spec(self) -> Spec:
+        return tuple(map(tuple, self.dims))
+
+    def slow(self, axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted(axes, key=self.slow_first.index))
+
+    def move(self, kind: str, axes: tuple[int, ...], source: int, target: int) -> None:
+        """Axes leave the minor end of dimension `source` (-1: nowhere) and join the minor end of `target`."""
+        if source >= 0:
+            stay = [a for a in self.dims[source] if a not in axes]
+            self.reorder(source, stay + [a for a in self.dims[source] if a in axes])
+        before = self.spec()
+        if source >= 0:
+            self.dims[source] = [a for a in self.dims[source] if a not in axes]
+        if target >= 0:
+            self.dims[target] += sorted(axes)
+        self.steps.append(Step(kind, self.slow(axes), before, self.spec()))
+
+    def reorder(self, dim: int, order: list[int]) -> None:
+        """Blocks change places where the axes of one dimension change order."""
+        if order != self.dims[dim]:
+            before, moved = self.spec(), [a for a, b in zip(self.dims[dim], order, strict=True) if a != b]
+            self.dims[dim] = order
+            self.steps.append(Step("permute", self.slow(moved), before, self.spec()))
+
+    def settle(self, layout: Layout) -> None:
+        """Canonical order at the end."""
+        for dim, axes in enumerate(spec_of(layout, len(self.dims))):
+            self.reorder(dim, list(axes))
+
+
+def step_bytes(step: Step, nbytes: Value, sizes: Sequence[Value]) -> list[tuple[int, Value]]:
+    """(axis, bytes sent per device) of one step for a tensor of `nbytes` in all.
+
+    Where several axes carry one exchange it is taken apart hierarchically, so that the slower axis sees the data
+    already reduced (or not yet gathered); the parts add up to what one exchange over all of them sends.
+    """
+    if step.kind == "slice":
+        return []
+    local = nbytes
+    for axis in (a for axes in step.before for a in axes):
+        local = local / sizes[axis]
+    if step.kind == "permute":
+        return [(step.axes[0], local)]
+    parts = []
+    if step.kind == "all_gather":
+        for axis in step.axes:
+            local = local * sizes[axis]
+            parts.append((axis, all_gather_bytes(sizes[axis], local)))
+    elif step.kind == "all_to_all":
+        for axis in step.axes:
+            parts.append((axis, all_to_all_bytes(sizes[axis], local * sizes[axis])))
+            local = local / sizes[axis]
+    else:
+        formula: Callable[[Any, Any], Any] = all_reduce_bytes if step.kind == "all_reduce" else all_gather_bytes
+        for axis in reversed(step.axes):
+            parts.append((axis, formula(sizes[axis], local)))
+            local = local / sizes[axis]
+    return parts
+
+
+def step_rounds(step: Step) -> list[tuple[int, int]]:
+    """(axis, supersteps) of one step."""
+    rounds = ROUNDS[step.kind]
+    axes = step.axes[:1] if step.kind == "permute" else step.axes
+    return [(axis, rounds) for axis in axes] if rounds else []

@@ -1,0 +1,57 @@
+"""Bytes per device: what lives when, under planned layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxplan.graph import Graph
+from jaxplan.layout import Layout
+
+
+def local_bytes(graph: Graph, tensor: int, layout: Layout, sizes: Sequence[int]) -> float:
+    """Bytes of one tensor on one device."""
+    value = float(graph.tensors[tensor].nbytes)
+    for dim, size in zip(layout, sizes, strict=True):
+        if dim >= 0:
+            value /= size
+    return value
+
+
+def peak_bytes(graph: Graph, layouts: Mapping[int, Layout], sizes: Sequence[int]) -> float:
+    """Largest sum of live bytes per device: every tensor that a cluster writes lives from there to its last reader.
+
+    Inputs live throughout; state that goes round is updated in place; what a loop stacks lives as long as the loop.
+    """
+    count = len(graph.operators)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    scope_start: dict[int, int] = {}
+    for index, operator in enumerate(graph.operators):
+        scope_start.setdefault(operator.scope, index)
+        for tensor in operator.results:
+            first[tensor] = index
+        for tensor in operator.operands:
+            if tensor >= 0:
+                last[tensor] = index
+                if operator.name == "boundary" and tensor in first:
+                    producer = graph.operators[first[tensor]]
+                    if producer.scope != operator.scope:
+                        for result in operator.results:
+                            first[result] = min(first.get(result, index), scope_start[producer.scope])
+    tied = {graph.outputs[output] for output, _ in graph.ties}
+    for tensor in graph.outputs:
+        if tensor >= 0:
+            last[tensor] = count
+    change = np.zeros(count + 2)
+    for tensor, layout in layouts.items():
+        if tensor in tied and tensor not in graph.inputs:
+            continue
+        start, stop = first.get(tensor, 0), last.get(tensor, first.get(tensor, 0))
+        if tensor in graph.inputs:
+            start, stop = 0, count
+        value = local_bytes(graph, tensor, layout, sizes)
+        change[start] += value
+        change[stop + 1] -= value
+    return float(np.cumsum(change).max())

@@ -1,0 +1,236 @@
+"""The algebra of symbols: the same formulas, over dimension names, axis sizes and machine symbols."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.numbers import Numbers
+from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
+from jaxplan.graph import Graph, Work
+
+if TYPE_CHECKING:
+    import sympy
+
+
+class DimensionNames:
+    """One symbol per equivalence class of dimensions: dimensions that some operator walks together are one.
+
+    `given`: names per (tensor, dimension) that the user chose. Names else are letters: B, S, T, ... for dimensions that
+    only data has, D, F, H, ... for those of state.
+    """
+
+    def __init__(self, graph: Graph, given: Mapping[tuple[int, int], str] | None = None) -> None:
+        self._parent: list[int] = []
+        self._size: list[int] = []
+        self._factors: list[list[tuple[int, ...]]] = []
+        self._dims: list[tuple[tuple[int, ...], ...]] = [()] * len(graph.tensors)
+        for operator in graph.operators:
+            self._visit(graph, operator)
+        self._names = self._letters(graph, given or {})
+        self.operator_factors = self._factors
+
+    def _fresh(self, size: int) -> int:
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        return len(self._parent) - 1
+
+    def _find(self, atom: int) -> int:
+        while self._parent[atom] != atom:
+            self._parent[atom] = self._parent[self._parent[atom]]
+            atom = self._parent[atom]
+        return atom
+
+    def _unite(self, left: Sequence[int], right: Sequence[int]) -> None:
+        a = [self._find(x) for x in left if self._size[x] != 1]
+        b = [self._find(x) for x in right if self._size[x] != 1]
+        if [self._size[x] for x in a] == [self._size[x] for x in b]:
+            for x, y in zip(a, b, strict=True):
+                low, high = sorted((self._find(x), self._find(y)))
+                self._parent[high] = low
+
+    def _visit(self, graph: Graph, operator: Any) -> None:
+        factors: list[tuple[int, ...] | None] = [None] * len(operator.rule.factors)
+        for tensor, dims in zip(operator.operands, operator.rule.operands, strict=True):
+            known = self._dims[tensor] if tensor >= 0 else ()
+            for position, dim in enumerate(dims if known else ()):
+                atoms, extent = known[position], graph.tensors[tensor].shape[position]
+                if len(dim) == 1 and operator.rule.factors[dim[0]].size == extent:
+                    if factors[dim[0]] is None:
+                        factors[dim[0]] = atoms
+                    else:
+                        self._unite(factors[dim[0]] or (), atoms)
+                elif len(dim) > 1:
+                    self._split(operator.rule, dim, atoms, factors)
+        filled = [
+            atoms if atoms is not None else (self._fresh(factor.size),)
+            for atoms, factor in zip(factors, operator.rule.factors, strict=True)
+        ]
+        self._factors.append([tuple(atoms) for atoms in filled])
+        for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
+            shape = graph.tensors[tensor].shape
+            self._dims[tensor] = tuple(
+                self._dim_atoms(operator.rule, dim, extent, filled) for dim, extent in zip(dims, shape, strict=True)
+            )
+
+    def _dim_atoms(self, rule: Any, dim: tuple[int, ...], extent: int, filled: list[tuple[int, ...]]) -> tuple[int, ...]:
+        if dim and math.prod(rule.factors[f].size for f in dim) == extent:
+            return tuple(atom for f in dim for atom in filled[f])
+        return (self._fresh(extent),)
+
+    def _split(self, rule: Any, dim: tuple[int, ...], atoms: tuple[int, ...], factors: list[Any]) -> None:
+        """A merged dimension whose parts are known keeps their names."""
+        rest = list(atoms)
+        for f in dim:
+            taken: list[int] = []
+            while rest and math.prod(self._size[a] for a in taken) < rule.factors[f].size:
+                taken.append(rest.pop(0))
+            if math.prod(self._size[a] for a in taken) != rule.factors[f].size:
+                return
+            if factors[f] is None:
+                factors[f] = tuple(taken)
+
+    def _letters(self, graph: Graph, given: Mapping[tuple[int, int], str]) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for (tensor, dim), name in given.items():
+            atoms = self._dims[tensor][dim]
+            if len(atoms) == 1:
+                names[self._find(atoms[0])] = name
+        state = {graph.inputs[position] for _, position in graph.ties}
+        taken = set(names.values())
+        data, width = _stream("BSTUWXYZ", taken), _stream("DFHVKCEGJLMNPQR", taken)
+        for of_state in (True, False):
+            for tensor in graph.inputs:
+                if (tensor in state) == of_state:
+                    self._name_all(self._dims[tensor], names, width if of_state else data)
+        other = _stream("IO", taken)
+        for dims in self._dims:
+            self._name_all(dims, names, other)
+        for atom in range(len(self._parent)):
+            if self._size[atom] != 1 and self._find(atom) not in names:
+                names[self._find(atom)] = next(other)
+        return names
+
+    def _name_all(self, dims: tuple[tuple[int, ...], ...], names: dict[int, str], letters: Any) -> None:
+        for atoms in dims:
+            for atom in atoms:
+                if self._size[atom] != 1 and self._find(atom) not in names:
+                    names[self._find(atom)] = next(letters)
+
+    def product(self, atoms: Sequence[int], symbols: dict[str, sympy.Symbol], sizes: dict[Any, int]) -> Any:
+        """The product of some atoms as symbols; fills `sizes` with their values."""
+        value: Any = 1
+        for atom in atoms:
+            if self._size[atom] != 1:
+                symbol = symbols[self._names[self._find(atom)]]
+                sizes[symbol] = self._size[atom]
+                value = value * symbol
+        return value
+
+    @property
+    def names(self) -> list[str]:
+        """Every name in use."""
+        return sorted(set(self._names.values()))
+
+    def tensor_atoms(self, tensor: int) -> list[int]:
+        """The atoms of a tensor's dimensions."""
+        return [atom for atoms in self._dims[tensor] for atom in atoms]
+
+    def dimension(self, tensor: int) -> list[str]:
+        """A readable name per dimension of a tensor."""
+        return ["*".join(self._names[self._find(a)] for a in atoms if self._size[a] != 1) or "1" for atoms in self._dims[tensor]]
+
+
+def _stream(letters: str, taken: set[str]) -> Any:
+    """Letters, then letters with numbers, skipping names in use."""
+    number = 0
+    while True:
+        for letter in letters:
+            name = f"{letter}{number or ''}"
+            if name not in taken:
+                taken.add(name)
+                yield name
+        number += 1
+
+
+class Symbols:
+    """Evaluates costs as SymPy expressions; `values` maps every symbol used to its number."""
+
+    def __init__(self, graph: Graph, numbers: Numbers, names: DimensionNames) -> None:
+        import sympy
+
+        self.graph, self.numbers, self.names = graph, numbers, names
+        self.values: dict[Any, float] = {}
+        self._dimension = {name: sympy.Symbol(name, positive=True) for name in names.names}
+        self.sizes = [self._symbol(f"n_{axis}", size) for axis, size in zip(numbers.axis_names, numbers.sizes, strict=True)]
+        self.larger = lambda a, b: a if b == 0 else b if a == 0 else sympy.Max(a, b, evaluate=False)
+
+    def _symbol(self, name: str, value: float) -> Any:
+        import sympy
+
+        symbol = sympy.Symbol(name, positive=True)
+        self.values[symbol] = value
+        return symbol
+
+    def nbytes(self, tensor: int) -> Any:
+        sizes: dict[Any, int] = {}
+        value = self.names.product(self.names.tensor_atoms(tensor), self._dimension, sizes)
+        self.values.update(sizes)
+        return self.graph.tensors[tensor].itemsize * value
+
+    def flops(self, work: Work) -> Any:
+        import sympy
+
+        sizes: dict[Any, int] = {}
+        total: Any = 0
+        for member in work.members:
+            rule = self.graph.operators[member].rule
+            value: Any = sympy.nsimplify(rule.flops) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
+            for atoms in self.names.operator_factors[member]:
+                value = value * self.names.product(atoms, self._dimension, sizes)
+            total = total + value
+        self.values.update(sizes)
+        return total
+
+    def seconds_per_flop(self, dtype: str) -> Any:
+        return self._symbol(f"r_{dtype}", self.numbers.seconds_per_flop(dtype))
+
+    @property
+    def seconds_per_byte(self) -> Any:
+        return self._symbol("m", self.numbers.seconds_per_byte)
+
+    def link(self, axis: int) -> tuple[Any, Any]:
+        g, latency = self.numbers.link(axis)
+        name = self.numbers.axis_names[axis]
+        return self._symbol(f"g_{name}", g), self._symbol(f"l_{name}", latency)
+
+
+def symbolic_cost(
+    modelled: Modelled, choices: np.ndarray, names: DimensionNames
+) -> tuple[sympy.Expr, dict[Any, float]]:
+    """The whole program's time as a SymPy expression, and the value of each of its symbols."""
+    import sympy
+
+    symbols = Symbols(modelled.graph, modelled.numbers, names)
+    parts: dict[Any, float] = {}
+
+    def pay(value: Any, times: float) -> None:
+        if value != 0 and times:
+            parts[value] = parts.get(value, 0.0) + times
+
+    for index, cluster in enumerate(modelled.graph.clusters):
+        options: Sequence[Option] = modelled.chosen(choices, index)
+        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times)
+    for reading in modelled.readings:
+        steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+        if steps:
+            nbytes = symbols.nbytes(reading.tensor)
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times)
+    whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
+    return sympy.Add(*whole), symbols.values
+

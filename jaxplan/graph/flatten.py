@@ -1,0 +1,258 @@
+"""A traced program as one flat list of operators: calls seen through, loop bodies once with a trip count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from jaxplan import _jax
+from jaxplan.graph.nouns import Operator, Path, Tensor
+from jaxplan.rules import Factor, Kind, Rule, rule_of
+from jaxplan.trace import Traced
+
+WHILE_TRIPS = 10.0
+"""How often a `while` loop is assumed to run where the jaxpr does not tell."""
+
+INPUT = "input"
+BOUNDARY = "boundary"
+
+
+class Flat:
+    """The operators of a program while they are being collected."""
+
+    def __init__(self, while_trips: float = WHILE_TRIPS) -> None:
+        self.tensors: list[Tensor] = []
+        self.operators: list[Operator] = []
+        self.while_trips = while_trips
+        self._scopes = 0
+
+    def tensor(self, aval: Any) -> int:
+        """A new tensor for an abstract value."""
+        dtype, itemsize = _dtype(getattr(aval, "dtype", None))
+        self.tensors.append(Tensor(tuple(getattr(aval, "shape", ())), dtype, itemsize))
+        return len(self.tensors) - 1
+
+    def like(self, tensor: int) -> int:
+        """A new tensor of the shape and dtype of another."""
+        self.tensors.append(self.tensors[tensor])
+        return len(self.tensors) - 1
+
+    def add(
+        self, name: str, rule: Rule, operands: Sequence[int], results: Sequence[int], place: Place, mark: Path, equation: Any = None
+    ) -> None:
+        """A new operator at `place`."""
+        self.operators.append(
+            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, place.path + mark, equation)
+        )
+
+    def scope(self) -> int:
+        self._scopes += 1
+        return self._scopes
+
+    def walk(self, jaxpr: Any, env: dict[Any, int], place: Place) -> list[int]:
+        """Add a jaxpr's equations; `env` maps its variables to tensors. Returns the tensors of its outputs."""
+        for number, equation in enumerate(jaxpr.eqns):
+            operands = [-1 if isinstance(v, _jax.Literal) else env.get(v, -1) for v in equation.invars]
+            handler = _CONTROL.get(equation.primitive)
+            if handler is not None:
+                outs = handler(self, equation, operands, place.at(number))
+                for var, tensor in zip(equation.outvars, outs, strict=True):
+                    env[var] = tensor
+                continue
+            results = []
+            for var in equation.outvars:
+                tensor = env[var] = self.tensor(var.aval)
+                results.append(tensor)
+            rule = rule_of(equation.primitive, equation.params, [v.aval for v in equation.invars], [v.aval for v in equation.outvars])
+            self.operators.append(
+                Operator(
+                    equation.primitive.name, rule, tuple(operands), tuple(results),
+                    place.times, place.scope, (*place.path, number), equation,
+                )
+            )  # fmt: skip
+        return [-1 if isinstance(v, _jax.Literal) else env.get(v, -1) for v in jaxpr.outvars]
+
+    def call(self, jaxpr: Any, operands: Sequence[int], place: Place) -> list[int]:
+        """See through a call: its variables are the caller's tensors."""
+        return self.walk(jaxpr, dict(zip(jaxpr.invars, operands, strict=True)), place)
+
+
+class Place:
+    """Where the walk is: path, trip count, scope."""
+
+    __slots__ = ("path", "scope", "times")
+
+    def __init__(self, path: Path, times: float, scope: int) -> None:
+        self.path, self.times, self.scope = path, times, scope
+
+    def at(self, *marks: Any) -> Place:
+        return Place((*self.path, *marks), self.times, self.scope)
+
+    def inside(self, scope: int, times: float, *marks: Any) -> Place:
+        return Place((*self.path, *marks), self.times * times, scope)
+
+
+def flatten(traced: Traced, while_trips: float = WHILE_TRIPS) -> tuple[Flat, list[int], list[int]]:
+    """The program's operators, the tensors of its flat inputs and of its flat outputs."""
+    flat = Flat(while_trips)
+    jaxpr = traced.jaxpr.jaxpr
+    place = Place((), 1.0, flat.scope())
+    env = {}
+    for position, var in enumerate(jaxpr.invars):
+        tensor = env[var] = flat.tensor(var.aval)
+        flat.add(INPUT, passing_rule(flat.tensors[tensor].shape, 0, 1), (), (tensor,), place, (INPUT, position))
+    inputs = [env[var] for var in jaxpr.invars]
+    return flat, inputs, flat.walk(jaxpr, env, place)
+
+
+@lru_cache(maxsize=4096)
+def passing_rule(shape: tuple[int, ...], operands: int, results: int) -> Rule:
+    """A value handed on unchanged: every dimension is a factor of its own."""
+    dims = tuple((i,) for i in range(len(shape)))
+    factors = tuple(Factor(f"d{i}", extent) for i, extent in enumerate(shape))
+    return Rule(factors, (dims,) * operands, (dims,) * results, flops=0.0, free=True)
+
+
+@lru_cache(maxsize=4096)
+def stacking_rule(shape: tuple[int, ...], *, unstack: bool) -> Rule:
+    """A stacked loop input sliced along its leading dimension (`unstack`), or a loop output stacked along it."""
+    factors = tuple(Factor(f"d{i}", extent, Kind.WHOLE if i == 0 else Kind.PARALLEL) for i, extent in enumerate(shape))
+    whole = tuple((i,) for i in range(len(shape)))
+    return Rule(factors, (whole if unstack else whole[1:],), (whole[1:] if unstack else whole,), flops=0.0, free=True)
+
+
+def scan_arity(equation: Any) -> tuple[int, int]:
+    """(number of constants, number of carries) of a scan, read off the shapes: only stacked values change rank.
+
+    JAX renamed the parameters that held these counts; the shapes say the same on every version.
+    """
+    body = equation.params["jaxpr"].jaxpr
+    same = [len(v.aval.shape) == len(b.aval.shape) for v, b in zip(equation.invars, body.invars, strict=True)]
+    carries = sum(len(v.aval.shape) == len(b.aval.shape) for v, b in zip(equation.outvars, body.outvars, strict=True))
+    return sum(same) - carries, carries
+
+
+def _carry(flat: Flat, initial: int, aval: Any, place: Place, mark: Path) -> tuple[int, int, Callable[[int], None]]:
+    """A loop carry: one layout for the initial value, the body's input, the body's output and the final value."""
+    inner, final = flat.tensor(aval), flat.tensor(aval)
+    rule = passing_rule(flat.tensors[inner].shape, 2, 2)
+
+    def close(produced: int) -> None:
+        flat.add(BOUNDARY, rule, (initial, produced), (inner, final), place, mark)
+
+    return inner, final, close
+
+
+def _enter(flat: Flat, outer: int, place: Place, mark: Path) -> int:
+    """A loop constant: read inside in a layout of its own."""
+    if outer < 0:
+        return -1
+    inner = flat.like(outer)
+    flat.add(BOUNDARY, passing_rule(flat.tensors[outer].shape, 1, 1), (outer,), (inner,), place, mark)
+    return inner
+
+
+@lru_cache(maxsize=256)
+def _dtype(dtype: Any) -> tuple[str, int]:
+    """(name, bytes per element); tokens and the like count as four bytes."""
+    return str(dtype), int(getattr(dtype, "itemsize", 4))
+
+
+def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    body = equation.params["jaxpr"].jaxpr
+    consts, carries = scan_arity(equation)
+    within = place.inside(flat.scope(), float(equation.params["length"]))
+    arguments = [_enter(flat, operand, place, ("in", k)) for k, operand in enumerate(operands[:consts])]
+    loops = [
+        _carry(flat, operands[consts + k], body.invars[consts + k].aval, place, ("carry", k)) for k in range(carries)
+    ]
+    arguments += [inner for inner, _, _ in loops]
+    for k in range(consts + carries, len(operands)):
+        inner = flat.tensor(body.invars[k].aval)
+        shape = tuple(equation.invars[k].aval.shape)
+        flat.add(BOUNDARY, stacking_rule(shape, unstack=True), (operands[k],), (inner,), place, ("in", k))
+        arguments.append(inner)
+    produced = flat.call(body, arguments, within)
+    for (_, _, close), tensor in zip(loops, produced[:carries], strict=True):
+        close(tensor)
+    outs = [final for _, final, _ in loops]
+    for k in range(carries, len(produced)):
+        stacked = flat.tensor(equation.outvars[k].aval)
+        rule = stacking_rule(flat.tensors[stacked].shape, unstack=False)
+        flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k))
+        outs.append(stacked)
+    return outs
+
+
+def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    params = equation.params
+    cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
+    within = place.inside(flat.scope(), flat.while_trips)
+    constants = [
+        _enter(flat, operand, place, ("in", k)) for k, operand in enumerate(operands[: cond_consts + body_consts])
+    ]
+    initial = operands[cond_consts + body_consts :]
+    body = params["body_jaxpr"].jaxpr
+    loops = [
+        _carry(flat, operand, body.invars[body_consts + k].aval, place, ("carry", k)) for k, operand in enumerate(initial)
+    ]
+    inner = [tensor for tensor, _, _ in loops]
+    flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond"))
+    produced = flat.call(body, constants[cond_consts:] + inner, within.at("body"))
+    for (_, _, close), tensor in zip(loops, produced, strict=True):
+        close(tensor)
+    return [final for _, final, _ in loops]
+
+
+def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    branches = equation.params["branches"]
+    produced, spans = [], []
+    for number, branch in enumerate(branches):
+        start = len(flat.operators)
+        produced.append(flat.call(branch.jaxpr, operands[1:], place.inside(flat.scope(), 1.0, "branch", number)))
+        spans.append(range(start, len(flat.operators)))
+    _charge_worst(flat, spans)
+    outs = []
+    for k, var in enumerate(equation.outvars):
+        joined = flat.tensor(var.aval)
+        rule = passing_rule(flat.tensors[joined].shape, len(branches), 1)
+        flat.add(BOUNDARY, rule, [outputs[k] for outputs in produced], (joined,), place, ("out", k))
+        outs.append(joined)
+    return outs
+
+
+def _charge_worst(flat: Flat, spans: Sequence[range]) -> None:
+    """Only the branch with the most work (unsharded) is paid for; the others still get layouts."""
+
+    def work(span: range) -> float:
+        operators = [flat.operators[i] for i in span]
+        return sum(op.times * (op.rule.points * op.rule.flops + 1.0) for op in operators)
+
+    worst = max(spans, key=work)
+    for span in spans:
+        if span is not worst:
+            for i in span:
+                flat.operators[i] = replace(flat.operators[i], times=0.0)
+
+
+def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:
+    def handler(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+        jaxpr = equation.params[parameter]
+        return flat.call(getattr(jaxpr, "jaxpr", jaxpr), operands, place)
+
+    return handler
+
+
+_CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
+    _jax.scan_p: _scan,
+    _jax.while_p: _while,
+    _jax.cond_p: _cond,
+    _jax.jit_p: _inline("jaxpr"),
+    _jax.remat_p: _inline("jaxpr"),
+    _jax.closed_call_p: _inline("call_jaxpr"),
+    _jax.custom_jvp_call_p: _inline("call_jaxpr"),
+    _jax.custom_vjp_call_p: _inline("call_jaxpr"),
+}
+"""Control flow: the primitives whose rule is to recurse."""

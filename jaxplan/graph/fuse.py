@@ -1,0 +1,171 @@
+"""Operators into clusters: what a compiler computes in one loop is laid out as one.
+
+Walking backwards, a fusible operator joins the cluster of its readers when all of them are in one cluster, in the same
+loop body, and no dimension is asked for two things at once. Every other operator is a cluster of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
+from jaxplan.rules import Kind
+
+Leads = tuple[int, ...]
+
+
+def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -> list[Cluster]:
+    """Clusters in program order of their last member. Tensors in `outputs` leave the program."""
+    readers: list[list[int]] = [[] for _ in tensors]
+    for index, operator in enumerate(operators):
+        for tensor in operator.operands:
+            if tensor >= 0:
+                readers[tensor].append(index)
+    leaves = set(outputs)
+    home: list[_Draft | None] = [None] * len(operators)
+    drafts: list[_Draft] = []
+    for index in range(len(operators) - 1, -1, -1):
+        operator = operators[index]
+        draft = None
+        if operator.rule.fusible and len(operator.results) == 1:
+            tensor = operator.results[0]
+            if tensor not in leaves and readers[tensor]:
+                homes = {id(home[reader]): home[reader] for reader in readers[tensor]}
+                if len(homes) == 1:
+                    (candidate,) = homes.values()
+                    if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
+                        draft = candidate if candidate.join(index, operator, tensors) else None
+        if draft is None:
+            draft = _Draft(index, operator, tensors)
+            drafts.append(draft)
+        home[index] = draft
+    needed = leaves | {t for draft in drafts for t, _ in draft.reads}
+    return [draft.close(needed, tensors) for draft in reversed(drafts)]
+
+
+class _Draft:
+    """A cluster while operators join it."""
+
+    __slots__ = (
+        "combines", "fusible", "halos", "members", "moves", "reads", "scope", "times", "units", "work", "writes",
+    )  # fmt: skip
+
+    def __init__(self, index: int, operator: Operator, tensors: list[Tensor]) -> None:
+        self.fusible = operator.rule.fusible
+        self.scope, self.times = operator.scope, operator.times
+        self.members: list[int] = []
+        self.units: list[int] = []
+        self.reads: dict[tuple[int, Leads], None] = {}
+        self.writes: dict[tuple[int, Leads], None] = {}
+        self.work: list[Work] = []
+        self.combines: list[Combine] = []
+        self.halos: list[Halo] = []
+        self.moves = False
+        self._take(index, operator, {}, tensors)
+
+    def join(self, index: int, operator: Operator, tensors: list[Tensor]) -> bool:
+        """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
+        tensor = operator.results[0]
+        wanted = [leads for read, leads in self.reads if read == tensor]
+        if len(wanted) > 1:
+            return False
+        mapping: dict[int, int] = {}
+        if wanted:  # a scalar is read without leads
+            for own, mine in zip(operator.rule.result_leads[0], wanted[0], strict=True):
+                if (own < 0) != (mine < 0) or (own >= 0 and mapping.setdefault(own, mine) != mine):
+                    return False
+            if len(set(mapping.values())) != len(mapping):
+                return False
+        for slot, operand in enumerate(operator.operands):
+            if operand < 0:
+                continue
+            for read, leads in self.reads:
+                if read == operand:
+                    for own, mine in zip(operator.rule.operand_leads[slot], leads, strict=True):
+                        if own >= 0 and mine >= 0 and own not in mapping and mine not in mapping.values():
+                            mapping[own] = mine
+                    break
+        if wanted:
+            del self.reads[(tensor, wanted[0])]
+        self._take(index, operator, mapping, tensors)
+        return True
+
+    def _take(self, index: int, operator: Operator, mapping: dict[int, int], tensors: list[Tensor]) -> None:
+        rule = operator.rule
+        for factor, legal in enumerate(rule.shardable):
+            if not legal:
+                continue
+            size = rule.factors[factor].size
+            if factor in mapping:
+                self.units[mapping[factor]] = math.gcd(self.units[mapping[factor]], size)
+            else:
+                mapping[factor] = len(self.units)
+                self.units.append(size)
+        self.members.append(index)
+        operands = []
+        for tensor, leads in zip(operator.operands, rule.operand_leads, strict=True):
+            mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
+            operands.append(Terminal(tensor, mapped))
+            if tensor >= 0 and mapped:
+                self.reads[(tensor, mapped)] = None
+            self._fit(tensor, mapped, tensors)
+        results = []
+        for tensor, leads in zip(operator.results, rule.result_leads, strict=True):
+            mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
+            results.append(Terminal(tensor, mapped))
+            self.writes[(tensor, mapped)] = None
+            self._fit(tensor, mapped, tensors)
+        factors = frozenset(mapping[f] for f, legal in enumerate(rule.shardable) if legal)
+        dtypes = [tensors[t].dtype for t in (*operator.operands, *operator.results) if t >= 0]
+        flops = rule.points * rule.flops
+        if flops:
+            self.work.append(Work(flops, factors, dtypes[0] if dtypes else "float32", (index,)))
+        self.moves |= not rule.free
+        over = {mapping[f] for f, factor in enumerate(rule.factors) if rule.shardable[f] and factor.kind in _PARTIAL}
+        if over:
+            sums = all(
+                factor.kind is Kind.SUM for f, factor in enumerate(rule.factors) if f in mapping and factor.kind in _PARTIAL
+            )
+            for result in results:
+                self.combines.append(Combine(index, result, frozenset(over), sums and not rule.fusible))
+        for f, factor in enumerate(rule.factors):
+            if factor.kind is Kind.HALO and f in mapping and operands:
+                self.halos.append(Halo(index, operands[0], mapping[f], factor.halo))
+
+    def _fit(self, tensor: int, leads: Leads, tensors: list[Tensor]) -> None:
+        """A dimension's extent must divide too, where it differs from its factor's size (strided windows)."""
+        if tensor >= 0:
+            for extent, factor in zip(tensors[tensor].shape, leads, strict=True):
+                if factor >= 0 and extent:
+                    self.units[factor] = math.gcd(self.units[factor], extent)
+
+    def close(self, needed: set[int], tensors: list[Tensor]) -> Cluster:
+        """The finished cluster; only values somebody else needs are written."""
+        self.members.reverse()
+        return Cluster(
+            members=tuple(self.members),
+            units=tuple(self.units),
+            reads=tuple(Terminal(t, leads) for t, leads in self.reads),
+            writes=tuple(Terminal(t, leads) for t, leads in self.writes if t in needed),
+            work=_merge_work(self.work),
+            combines=tuple(self.combines),
+            halos=tuple(self.halos),
+            times=self.times,
+            moves_bytes=self.moves,
+        )
+
+
+_PARTIAL = (Kind.SUM, Kind.COMBINE)
+
+
+def _merge_work(items: list[Work]) -> tuple[Work, ...]:
+    """Equal factors and dtype add up."""
+    if len(items) < 2:
+        return tuple(items)
+    alike: dict[tuple[frozenset[int], str], list[Work]] = {}
+    for item in items:
+        alike.setdefault((item.factors, item.dtype), []).append(item)
+    return tuple(
+        Work(sum(w.flops for w in works), factors, dtype, tuple(m for w in works for m in w.members))
+        for (factors, dtype), works in alike.items()
+    )

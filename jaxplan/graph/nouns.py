@@ -1,0 +1,126 @@
+"""The nouns of room `graph`: tensors, operators, and the clusters of operators that are laid out as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxplan.rules import Rule
+
+Path = tuple[Any, ...]
+"""Where an equation stands: equation indices from the outermost jaxpr inwards, and "branch"/"in"/"out" marks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A value. `shape` in elements, `itemsize` in bytes; """
+
+    shape: tuple[int, ...]
+    dtype: str
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        total = self.itemsize
+        for extent in self.shape:
+            total *= extent
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One equation (or loop boundary, or program input) and its rule.
+
+    `operands`: tensor indices, -1 where the operand is a literal. `results`: tensor indices. `times`: how often it
+    runs in one call. `scope`: operators of one loop body (or branch) share a number. `equation`: opaque, for source lines.
+    """
+
+    name: str
+    rule: Rule
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    times: float
+    scope: int
+    path: Path
+    equation: Any = None
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A tensor that a cluster reads or writes, and per dimension the cluster factor that shards it, or -1."""
+
+    tensor: int
+    leads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Local work: `flops` in all, split by the cluster factors in `factors`; `dtype` it computes in; operators doing it."""
+
+    flops: float
+    factors: frozenset[int]
+    dtype: str
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Combine:
+    """A member whose result is partial over the factors in `over` until it is combined.
+
+    `scatterable`: a sum that may also be left scattered over a result dimension (a reduce-scatter).
+    """
+
+    operator: int
+    result: Terminal
+    over: frozenset[int]
+    scatterable: bool
+
+
+@dataclass(frozen=True)
+class Halo:
+    """A member that needs `width` elements of its neighbours along cluster factor `factor` of the operand."""
+
+    operator: int
+    operand: Terminal
+    factor: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Operators that are laid out as one: a mesh axis given to one of its factors splits all of them.
+
+    `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
+    program order; the last one names it. `kind`: equal for clusters that look alike.
+    """
+
+    members: tuple[int, ...]
+    units: tuple[int, ...]
+    reads: tuple[Terminal, ...]
+    writes: tuple[Terminal, ...]
+    work: tuple[Work, ...]
+    combines: tuple[Combine, ...]
+    halos: tuple[Halo, ...]
+    times: float
+    moves_bytes: bool
+
+    @property
+    def scatters(self) -> bool:
+        """Whether a partial sum of this cluster may be scattered instead of reduced."""
+        return any(combine.scatterable for combine in self.combines)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
+
+    `ties`: (output, input) positions of state that goes round. `input_cluster`: per flat input, its cluster.
+    """
+
+    tensors: tuple[Tensor, ...]
+    operators: tuple[Operator, ...]
+    clusters: tuple[Cluster, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ties: tuple[tuple[int, int], ...]

@@ -1,0 +1,580 @@
+"""The audit: what a compiled program really moves, read out of its optimized HLO text.
+
+`audit(jitted, *args)` compiles and reads; `read_hlo(text)` only reads. Neither knows anything of the cost
+model, so the compiler can serve as its oracle. All numbers are per device and per call of the program:
+bytes in bytes, `times` in executions (loop trip counts multiplied out, of a conditional the branch that
+moves most), FLOPs counting a multiply and an add as two.
+
+Two views are kept. `Audit.collectives` is the program as compiled. `Audit.normalised` rewrites the habits
+of one backend (CPU above all) into what the program means, by these rules and no other:
+
+1. A combined collective (several operands) becomes one record per operand. An all-to-all over a tuple is
+   no combination (its elements are the slices for each peer) and stays one.
+2. An all-reduce all of whose uses, through convert, copy, bitcast, reshape, transpose, fusion and tuple
+   plumbing, are one and the same dynamic-slice, whose offsets (evaluated for every partition) hand each
+   member of the group a different n-th of the result, becomes a reduce-scatter.
+   Where the text elides the table of offsets (`constant({...})`, 10 elements and more), only a slice inside
+   a computation that XLA named `all-reduce-scatter` is rewritten. `audit` has the tables printed.
+3. An f32 collective that was widened counts the bytes of the narrow type: a data movement whose operand
+   is a convert from it and whose every use converts back to it; a reduction with both, or with one of the
+   two when its reducer is one XLA marks `_promoted` (which it does for bf16 only).
+
+What cannot be read is listed in `Audit.unread` and left out of the sums, never guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, numbers, type_bytes
+
+__all__ = ["Audit", "Collective", "audit", "read_hlo"]
+
+_REDUCTIONS = ("all-reduce", "reduce-scatter")
+_KINDS = (*_REDUCTIONS, "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
+_NOT_UNDERSTOOD = ("ragged-all-to-all", "send", "recv", "ragged-dot")
+_MOVES = PLUMBING | {"slice", "dynamic-slice", "concatenate"}
+
+
+# --- the nouns --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program. Bytes are per device and execution; multiply by `times` for a call.
+
+    `payload_bytes` is the full tensor: an all-reduce's, reduce-scatter's, all-to-all's or permute's operand,
+    an all-gather's result. `wire_bytes` is what a device sends in a ring over its group of n: all-reduce
+    2(n-1)/n of the payload, a permute the payload, every other kind (n-1)/n of it.
+    """
+
+    kind: str
+    payload_bytes: float
+    wire_bytes: float
+    times: int
+    group_size: int  # of a permute: the devices in its longest chain of source-target pairs
+    axes: tuple[str, ...]  # mesh axes the groups span, in mesh order; () if unknown
+    dtype: str  # element types, comma separated if several
+    shape: str  # the result type as printed, less layouts
+    source: str  # "file.py:123", or ""
+    op_name: str
+    exact: bool  # False: within a loop whose trip count is unknown, counted as 1
+    name: str = ""  # the HLO instruction
+    rewritten: str = ""  # in `Audit.normalised`: the rules applied
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Collectives, FLOPs and memory of one compiled program, per device. Printing it gives a table."""
+
+    collectives: tuple[Collective, ...]  # as compiled
+    normalised: tuple[Collective, ...]  # dialects rewritten: see the module's docstring
+    flops: float  # of dots and convolutions
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    temp_bytes: int = 0
+    alias_bytes: int = 0
+    peak_bytes: int = 0  # arguments + outputs - aliased + temporaries
+    unread: tuple[str, ...] = ()
+
+    def wire_bytes(self, normalised: bool = False) -> dict[str | tuple[str, ...], float]:
+        """Bytes sent per device and call, by mesh axis (by a tuple of axes where groups span several)."""
+        return self._sum(lambda c: c.axes[0] if len(c.axes) == 1 else c.axes, normalised)
+
+    def by_kind(self, normalised: bool = False) -> dict[str, float]:
+        """Bytes sent per device and call, by kind of collective."""
+        return self._sum(lambda c: c.kind, normalised)
+
+    @property
+    def total_wire_bytes(self) -> float:
+        """Bytes sent per device and call, as compiled."""
+        return math.fsum(c.wire_bytes * c.times for c in self.collectives)
+
+    def _sum(self, key: Any, normalised: bool) -> dict[Any, float]:
+        totals: dict[Any, float] = {}
+        for c in self.normalised if normalised else self.collectives:
+            totals[key(c)] = totals.get(key(c), 0.0) + c.wire_bytes * c.times
+        return totals
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, str, str], list[float]] = {}
+        for c in self.normalised:
+            row = rows.setdefault(
+                (c.kind, ",".join(c.axes) or "?", c.source or c.op_name or c.name), [0.0, 0, 1]
+            )
+            row[0] += c.wire_bytes * c.times
+            row[1] += c.times
+            row[2] *= c.exact
+        lines = [f"{'collective':<20} {'axes':<12} {'bytes sent':>12} {'times':>8}  source"]
+        for (kind, axes, source), (total, times, exact) in sorted(
+            rows.items(), key=lambda r: (-r[1][0], r[0])
+        ):
+            lines.append(
+                f"{kind:<20} {axes:<12} {total:>12,.0f} {times:>7,.0f}{' ' if exact else '+'}  {source}"
+            )
+        meant = math.fsum(self.by_kind(normalised=True).values())
+        lines.append(
+            f"sent per device and call: {meant:,.0f} bytes (as compiled {self.total_wire_bytes:,.0f})"
+        )
+        lines.append(f"flops {self.flops:.4g}, peak {self.peak_bytes:,} bytes per device")
+        lines += [f"not read: {note}" for note in self.unread]
+        return "\n".join(lines)
+
+
+# --- mesh axes and wire bytes -----------------------------------------------------------------------------
+
+
+def _mesh_axes(kind: str, groups: Groups, mesh_shape: Mapping[str, int]) -> tuple[str, ...] | None:
+    """The mesh axes along which members of a group (a pair) differ; None if groups are not their cosets."""
+    members = {i for group in groups for i in group}
+    total = math.prod(mesh_shape.values())
+    if not members or max(members) >= total or len({len(group) for group in groups}) != 1:
+        return None
+    array = np.array(groups)
+    places = zip(mesh_shape, np.unravel_index(array, tuple(mesh_shape.values())), strict=True)
+    axes = tuple(axis for axis, place in places if (place != place[:, :1]).any())
+    covers = array.size == total and array.shape[1] == math.prod(mesh_shape[axis] for axis in axes)
+    return axes if kind == "collective-permute" or covers else None
+
+
+def _longest_chain(pairs: Groups) -> int:
+    """Devices in the largest connected component of source-target pairs."""
+    leader = {i: i for pair in pairs for i in pair}
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = i = leader[leader[i]]
+        return i
+
+    for source, target in pairs:
+        leader[find(source)] = find(target)
+    sizes: dict[int, int] = {}
+    for i in leader:
+        sizes[find(i)] = sizes.get(find(i), 0) + 1
+    return max(sizes.values(), default=1)
+
+
+def _wire_bytes(kind: str, payload: float, groups: Groups) -> float:
+    if kind == "collective-permute":
+        return payload if any(source != target for source, target in groups) else 0.0
+    n = max(len(group) for group in groups)
+    return (2 if kind == "all-reduce" else 1) * (n - 1) / n * payload
+
+
+# --- floating point operations ----------------------------------------------------------------------------
+
+
+@functools.cache
+def _window_places(
+    base: int, out: int, size: int, stride: int, low: int, high: int, dilate: int, spread: int
+) -> int:
+    """(output, kernel) pairs along one dimension.
+
+    Places without data in a dilated or fully padded base are free, as the TPU writes batch dots that way;
+    ordinary padding counts, as it does in 2 * outputs * kernel * features.
+    """
+    full = (size - 1) * spread
+    if dilate == 1 and not (size > 1 and low >= full and high >= full):
+        return out * size
+    starts = np.arange(out) * stride - low
+    places = 0
+    for k in range(size):
+        at = starts + k * spread
+        places += int(((at >= 0) & (at <= (base - 1) * dilate) & (at % dilate == 0)).sum())
+    return places
+
+
+def _convolution_flops(
+    lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str
+) -> float | None:
+    labels = re.search(r"dim_labels=(\w+?)_(\w+)->(\w+)", attributes)
+    if not labels or tuple(map(len, labels.groups())) != (len(lhs), len(rhs), len(out)):
+        return None
+    of_lhs, of_rhs, of_out = labels.groups()
+    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", attributes) or [""] * 2)[1]))
+    flops = 2.0 * rhs[of_rhs.index("i")] * out[of_out.index("b")] * out[of_out.index("f")]
+    for d in range(len(lhs) - 2):
+        option = {key: text.split("x")[d] for key, text in window.items()}
+        low, high = map(int, option.get("pad", "0_0").split("_"))
+        flops *= _window_places(
+            lhs[of_lhs.index(str(d))],
+            out[of_out.index(str(d))],
+            int(option.get("size", 1)),
+            int(option.get("stride", 1)),
+            low,
+            high,
+            int(option.get("lhs_dilate", 1)),
+            int(option.get("rhs_dilate", 1)),
+        )
+    return flops
+
+
+def _flops(instruction: Instruction, operands: list[str]) -> float | None:
+    """FLOPs of a dot, a convolution or a library call for one; 0 for all else, None if unreadable."""
+    opcode, attributes = instruction.opcode, instruction.attributes
+    target = (instruction.attribute(r'custom_call_target="([^"]*)"') or "") if opcode == "custom-call" else ""
+    matmul = re.search(r"\$(matmul|gemm)", target)
+    if opcode not in ("dot", "convolution") and not matmul and target != "__cudnn$convForward":
+        return None if re.search(r"gemm|matmul|conv(?!ert)|fmha|attention", target, re.I) else 0.0
+    shapes = [leaves(kind)[0][1] for kind in operands if leaves(kind)]
+    if len(shapes) < 2 or not leaves(instruction.type):
+        return None
+    out = leaves(instruction.type)[0][1]
+    if opcode == "convolution" or target == "__cudnn$convForward":
+        try:
+            return _convolution_flops(shapes[0], shapes[1], out, attributes)
+        except (ValueError, IndexError, ZeroDivisionError):  # damaged labels or window
+            return None
+    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions\\?":\[)([^\]}]*)', attributes)
+    if contracted is None and "$matmul" not in target:
+        return None if matmul else 2.0 * math.prod(out)
+    dims = numbers(contracted.group(1)) if contracted else [len(shapes[0]) - 1]
+    return (
+        2.0 * math.prod(out) * math.prod(shapes[0][d] for d in dims)
+        if max(dims, default=0) < len(shapes[0])
+        else None
+    )
+
+
+# --- reading a module -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one run of a computation does: how often each collective within it runs, and its FLOPs."""
+
+    flops: float = 0.0
+    sites: dict[tuple[str, str], tuple[int, bool]] = field(default_factory=dict)  # (times, exact)
+
+    def include(self, other: _Tally, times: int, exact: bool) -> None:
+        self.flops += other.flops * times
+        for site, (count, known) in other.sites.items():
+            before, sure = self.sites.get(site, (0, True))
+            self.sites[site] = before + count * times, sure and known and exact
+
+
+class _Reader:
+    """Walks a module from its entry and turns the collectives it meets into records."""
+
+    def __init__(self, module: Module, mesh_shape: Mapping[str, int] | None) -> None:
+        self.module = module
+        self.mesh_shape = mesh_shape
+        self.records: dict[tuple[str, str], Collective] = {}
+        self.groups: dict[tuple[str, str], Groups] = {}
+        self.tallies: dict[str, _Tally | None] = {}
+
+    def unread(self, note: str) -> None:
+        self.module.unread[note] = None
+
+    def visit(self, name: str) -> _Tally:
+        if name in self.tallies:
+            return self.tallies[name] or _Tally()  # None: garbage that calls itself
+        tally = _Tally()
+        self.tallies[name] = None
+        computation = self.module.computations.get(name)
+        if computation is None:
+            self.unread(f"computation %{name} is missing")
+        for instruction in computation.instructions.values() if computation else ():
+            self._count(name, instruction, tally)
+        self.tallies[name] = tally
+        return tally
+
+    def _count(self, computation: str, instruction: Instruction, tally: _Tally) -> None:
+        opcode = instruction.opcode
+        if opcode.removesuffix("-start") in _KINDS:
+            self._record(computation, instruction)
+            if (computation, instruction.name) in self.records:
+                tally.sites[computation, instruction.name] = 1, True
+        elif opcode == "while":
+            times = self.module.trip_count(computation, instruction)
+            body = instruction.attribute(r"\bbody=%?([\w.\-]+)") or ""
+            for callee in instruction.callees():
+                runs = 1 if times is None else times + (callee != body)
+                tally.include(self.visit(callee), runs, times is not None)
+            if times is None:
+                self.unread(f"trip count of %{instruction.name}, counted as 1")
+        elif opcode == "conditional":
+            branches = [self.visit(callee) for callee in instruction.callees()]
+            tally.include(max(branches, key=self._weight, default=_Tally()), 1, True)
+        elif opcode in _NOT_UNDERSTOOD:
+            self.unread(f"{opcode} %{instruction.name}")
+        else:
+            operands = [self._type(computation, operand) for operand in instruction.operands]
+            flops = _flops(instruction, operands)
+            tally.flops += flops or 0.0
+            if flops is None:
+                self.unread(f"FLOPs of {opcode} %{instruction.name}")
+            for callee in instruction.callees():
+                tally.include(self.visit(callee), 1, True)
+
+    def _weight(self, tally: _Tally) -> tuple[float, float]:
+        return sum(self.records[s].wire_bytes * times for s, (times, _) in tally.sites.items()), tally.flops
+
+    def _type(self, computation: str, name: str) -> str:
+        instruction = self.module.find(computation, name)
+        return instruction.type if instruction else ""
+
+    def _continues(self, computation: str, instruction: Instruction) -> bool:
+        """The TPU spreads one asynchronous collective over several fusions; only its start counts."""
+        if (
+            "async_collective_fusion_config" not in instruction.attributes
+            or "chain_id" not in instruction.attributes
+        ):
+            return False
+        siblings = self.module.computations[computation].instructions.values()
+        return not any('"AsyncCollectiveStart"' in other.attributes for other in siblings)
+
+    def _record(self, computation: str, instruction: Instruction) -> None:
+        kind, name = instruction.opcode.removesuffix("-start"), instruction.name
+        if (computation, name) in self.records or self._continues(computation, instruction):
+            return
+        types = [self._type(computation, operand) for operand in instruction.operands]
+        module = self.module
+        groups = device_groups(kind, instruction.attributes, module.replicas, module.partitions)
+        if not groups or not types or not all(leaves(kind) for kind in types):
+            self.unread(f"{instruction.opcode} %{name}: its {'operands' if groups else 'device groups'}")
+            return
+        chained = kind == "collective-permute"
+        size = _longest_chain(groups) if chained else max(len(group) for group in groups)
+        payload = sum(map(type_bytes, types)) * (size if kind == "all-gather" else 1)
+        axes = _mesh_axes(kind, groups, self.mesh_shape) if self.mesh_shape else ()
+        if axes is None:
+            self.unread(f"axes of {kind} %{name}: its groups are not spanned by axes of the mesh")
+        callers = module.callers.get(computation, [])
+        told = "metadata=" in instruction.attributes or len(callers) != 1
+        teller = instruction if told else callers[0][1]  # XLA may leave the metadata on the fusion around it
+        self.groups[computation, name] = groups
+        self.records[computation, name] = Collective(
+            kind=kind,
+            payload_bytes=payload,
+            wire_bytes=_wire_bytes(kind, payload, groups),
+            times=1,
+            group_size=size,
+            axes=axes or (),
+            dtype=",".join(dict.fromkeys(leaf[0] for kind in types for leaf in leaves(kind))),
+            shape=_result(instruction),
+            source=module.source(teller),
+            op_name=teller.attribute(r'op_name="([^"]*)"') or "",
+            exact=True,
+            name=name,
+        )
+
+    # --- the three rewritings ---------------------------------------------------------------------------
+
+    def normalise(self, site: tuple[str, str]) -> list[Collective]:
+        """The records that a compiled collective stands for, by the rules in the module's docstring."""
+        record, instruction = self.records[site], self.module.find(*site)
+        assert instruction is not None
+        indices: list[tuple[int, ...]] = [(i,) for i in range(len(instruction.operands))]
+        if len(indices) == 1:
+            return [self._rewrite(site, record, [()])]
+        if record.kind == "all-to-all":
+            return [self._rewrite(site, record, indices)]
+        return [self._rewrite(site, self._element(site, record, instruction, i), [(i,)]) for (i,) in indices]
+
+    def _element(self, site: tuple[str, str], record: Collective, whole: Instruction, i: int) -> Collective:
+        kind = self._type(site[0], whole.operands[i])
+        payload = type_bytes(kind) * (record.group_size if record.kind == "all-gather" else 1)
+        users = self.module.computations[site[0]].users.get(whole.name, [])
+        taken = [user for user in users if user.attribute(r"index=(\d+)") == str(i)]
+        teller = next((t for t in taken if "op_name=" in t.attributes), whole)
+        printed = [f"{dtype}[{','.join(map(str, dims))}]" for dtype, dims in leaves(whole.type)]
+        return replace(
+            record,
+            payload_bytes=payload,
+            wire_bytes=_wire_bytes(record.kind, payload, self.groups[site]),
+            dtype=_array(kind)[0],
+            shape=printed[i] if len(printed) == len(whole.operands) else _bare(kind),
+            source=self.module.source(teller) or record.source,
+            op_name=teller.attribute(r'op_name="([^"]*)"') or record.op_name,
+            rewritten="element of a combined collective",
+        )
+
+    def _rewrite(
+        self, site: tuple[str, str], record: Collective, indices: list[tuple[int, ...]]
+    ) -> Collective:
+        rules = [record.rewritten] if record.rewritten else []
+        if record.kind == "all-reduce" and record.group_size > 1:
+            part = self._scattered((*site, indices[0]), self.groups[site])
+            if part:
+                wire = _wire_bytes("reduce-scatter", record.payload_bytes, self.groups[site])
+                record = replace(record, kind="reduce-scatter", wire_bytes=wire, shape=_bare(part))
+                rules.append("all-reduce then slice")
+        narrow = self._narrow(site, record.kind, indices) if record.dtype == "f32" else ""
+        if narrow:
+            payload, wire = record.payload_bytes / 2, record.wire_bytes / 2
+            shape = record.shape.replace("f32[", f"{narrow}[")
+            record = replace(record, payload_bytes=payload, wire_bytes=wire, dtype=narrow, shape=shape)
+            rules.append(f"widened from {narrow}")
+        return replace(record, rewritten="; ".join(rules))
+
+    def _scattered(self, value: Value, groups: Groups) -> str:
+        """The type of the slice each device keeps of an all-reduce, if that is all that is made of it."""
+        uses = self.module.uses(value, PLUMBING | {"convert"})
+        tilings = set()
+        for computation, use in uses:
+            if use is None or use.opcode != "dynamic-slice":
+                return ""
+            tilings.add(self._tiling(computation, use, groups))
+        return uses[0][1].type if len(tilings) == 1 and None not in tilings and uses[0][1] else ""
+
+    def _tiling(self, computation: str, use: Instruction, groups: Groups) -> tuple[Any, ...] | None:
+        """Which block each partition takes, if the members of every group take all different blocks."""
+        whole = _array(self._type(computation, use.operands[0]))[1]
+        part = _array(use.type)[1]
+        n = len(groups[0])
+        if math.prod(whole) != n * math.prod(part) or len(use.operands) != len(whole) + 1:
+            return None
+        block = np.zeros((self.module.partitions, 1), int)
+        for operand, size, kept in zip(use.operands[1:], whole, part, strict=True):
+            if size == kept:
+                continue
+            offset = self.module.evaluate((computation, operand, ()))
+            if offset is None and computation.startswith("all-reduce-scatter"):
+                return whole, part
+            if offset is None:
+                self.unread(f"offsets of %{use.name}: its all-reduce is not read as a reduce-scatter")
+                return None
+            if not kept or size % kept or offset.shape[1] != 1 or (offset % kept).any():
+                return None
+            block = block * (size // kept) + offset // kept
+        blocks = np.broadcast_to(block, (self.module.partitions, 1))[:, 0].tolist()
+        if max(map(max, groups)) >= len(blocks):
+            return None
+        tiled = all(sorted(blocks[i] for i in group) == list(range(n)) for group in groups)
+        return (whole, part, tuple(blocks)) if tiled else None
+
+    def _narrow(self, site: tuple[str, str], kind: str, indices: list[tuple[int, ...]]) -> str:
+        """The 16-bit float type that an f32 collective was widened from, or ""."""
+        instruction = self.module.find(*site)
+        assert instruction is not None
+        before, after = set(), set()
+        for index in indices:
+            operand = instruction.operands[index[0] if index else 0]
+            before.add(self._converted_from((site[0], operand, ())))
+            for _, use in self.module.uses((*site, index), _MOVES):
+                after.add(_array(use.type)[0] if use is not None and use.opcode == "convert" else "")
+        names = [names.pop() if len(names) == 1 else "" for names in (before, after)]
+        both = [name for name in names if name in ("bf16", "f16")]
+        promoted = kind in _REDUCTIONS and "_promoted" in (instruction.attribute(r"to_apply=(\S+)") or "")
+        enough = len(both) == 2 or (promoted and "bf16" in both)
+        return both[0] if enough and len(set(both)) == 1 else ""
+
+    def _converted_from(self, value: Value) -> str:
+        computation, name, _ = self.module.resolve(value, _MOVES - {"concatenate"})
+        instruction = self.module.find(computation, name)
+        if instruction is None or instruction.opcode != "convert":
+            return ""
+        return _array(self._type(computation, instruction.operands[0]))[0] if instruction.operands else ""
+
+
+def _array(kind: str) -> tuple[str, tuple[int, ...]]:
+    """Element type and dimensions of a printed array type (of a tuple, its first); ("", ()) if it is none."""
+    return next(iter(leaves(kind)), ("", ()))
+
+
+def _result(instruction: Instruction) -> str:
+    """The result's type; of an async start, which returns (operand, result, ...), the result's alone."""
+    printed = _bare(instruction.type)
+    if (
+        instruction.opcode in ("all-gather-start", "collective-permute-start")
+        and len(instruction.operands) == 1
+    ):
+        parts = re.findall(r"\w+\[[^\]]*\]", printed)
+        return parts[1] if len(parts) > 1 else printed
+    return printed
+
+
+def _bare(kind: str) -> str:
+    """A printed type without its layouts."""
+    return re.sub(r"\{[^{}]*\}", "", kind)
+
+
+# --- the public verbs -------------------------------------------------------------------------------------
+
+
+def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None) -> Audit:
+    """Read the collectives and FLOPs out of optimized HLO text. Memory is not in the text and stays 0.
+
+    `mesh_shape` gives the sizes of the mesh axes in order; partition i is taken to be the i-th device of
+    `mesh.devices.flat`. Without it `Collective.axes` is empty. Raises nothing on damaged text: see `unread`.
+    """
+    module = Module(text)
+    reader = _Reader(module, mesh_shape)
+    tally = reader.visit(module.entry) if module.entry else _Tally()
+    compiled: list[Collective] = []
+    meant: list[Collective] = []
+    for site, (times, exact) in tally.sites.items():
+        compiled.append(replace(reader.records[site], times=times, exact=exact))
+        meant += [replace(record, times=times, exact=exact) for record in reader.normalise(site)]
+    return Audit(tuple(compiled), tuple(meant), tally.flops, unread=tuple(module.unread))
+
+
+def audit(fn: Any, *args: Any, mesh: Any = None, **kwargs: Any) -> Audit:
+    """Compile a jitted function for these arguments and read what it moves, computes and stores per device.
+
+    `fn` is a function from `jax.jit` (or anything with its `.lower`), or already a `jax.stages.Lowered` or
+    `Compiled`; arguments may be `jax.ShapeDtypeStruct`s. `mesh` (a Mesh, an AbstractMesh or a mapping from
+    axis to size) names the axes; if None it is taken from the shardings of the arguments, then of the
+    compiled program. Raises TypeError for a function that was never jitted.
+    """
+    if isinstance(fn, jax.stages.Compiled):
+        compiled = fn
+    elif isinstance(fn, jax.stages.Lowered):
+        compiled = fn.compile()
+    elif hasattr(fn, "lower"):
+        compiled = fn.lower(*args, **kwargs).compile()
+    else:
+        raise TypeError(f"audit reads compiled programs, and {fn!r} is not jitted: pass jax.jit(fn) instead")
+    if mesh is None:
+        shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((args, kwargs))]
+        mesh = _mesh_of([*shardings, *jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))])
+    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh))
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return replace(found, unread=(*found.unread, "memory_analysis: this backend has none"))
+    arguments, outputs = int(memory.argument_size_in_bytes), int(memory.output_size_in_bytes)
+    temporaries, aliased = int(memory.temp_size_in_bytes), int(memory.alias_size_in_bytes)
+    peak = arguments + outputs - aliased + temporaries
+    return replace(
+        found,
+        argument_bytes=arguments,
+        output_bytes=outputs,
+        temp_bytes=temporaries,
+        alias_bytes=aliased,
+        peak_bytes=peak,
+    )
+
+
+def _mesh_of(shardings: list[Any]) -> Any:
+    meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+    return max(meshes, key=lambda mesh: mesh.size, default=None)
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The program's text; where possible with the tables of shard offsets that `as_text` elides."""
+    text = compiled.as_text() or ""
+    elided = re.findall(r"= (\S+) constant\(\{\.\.\.\}\)", text)
+    if not elided or sum(map(type_bytes, elided)) > 1 << 22:
+        return text
+    try:
+        (module,) = compiled.runtime_executable().hlo_modules()  # type: ignore[union-attr]
+        options = sys.modules[type(module).__module__].HloPrintOptions()
+        options.print_large_constants = True
+        return str(module.to_string(options))
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):
+        return text

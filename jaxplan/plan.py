@@ -1,0 +1,289 @@
+"""Room `plan`: an assignment becomes a `Plan`: specs, constraints, exchanges and cost. Knows not how it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxplan import _jax
+from jaxplan.cost import Modelled, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost.exchange import step_bytes
+from jaxplan.cost.memory import local_bytes
+from jaxplan.cost.symbols import DimensionNames
+from jaxplan.graph import Cluster
+from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.problem import evaluate
+from jaxplan.trace import Traced
+
+if TYPE_CHECKING:
+    import sympy
+
+
+@dataclass(frozen=True)
+class PlannedExchange:
+    """One collective that the plan expects.
+
+    `kind`: all_reduce, all_gather, reduce_scatter, all_to_all or permute. `wire_bytes`: {axis: bytes sent per device} each
+    time; `times`: how often in one call. `operator`: the primitive it serves; `source`: the user's "file.py:line".
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    wire_bytes: Mapping[str, float]
+    times: float
+    shape: tuple[int, ...]
+    dtype: str
+    operator: str
+    source: str
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes per device and call, over all axes."""
+        return sum(self.wire_bytes.values()) * self.times
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What `apply` emits. `reads[(operator, operand)]` and `writes[(operator, result)]`: specs, to be constrained one
+    after the other; `outputs[position]`: the same for the program's outputs; `at`: operator index by path."""
+
+    reads: Mapping[tuple[int, int], tuple[Spec, ...]]
+    writes: Mapping[tuple[int, int], tuple[Spec, ...]]
+    outputs: Mapping[int, tuple[Spec, ...]]
+    at: Mapping[tuple[Any, ...], int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything lies. `choices`: (clusters, axes) option numbers. `stages`: seconds spent per room while planning.
+
+    `bound`: a proven lower bound on `seconds`, if one was asked for.
+    """
+
+    traced: Traced
+    modelled: Modelled
+    choices: np.ndarray
+    mesh: Any
+    stages: Mapping[str, float] = field(default_factory=dict)
+    bound: float | None = None
+    dims: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    request: Any = None
+
+    # ---- layouts -----------------------------------------------------------------------------------------------
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The mesh axes, in mesh order."""
+        return self.modelled.numbers.axis_names
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Devices along each mesh axis."""
+        return dict(zip(self.axis_names, self.modelled.numbers.sizes, strict=True))
+
+    @cached_property
+    def layouts(self) -> dict[int, Layout]:
+        """The layout in which each tensor that leaves a cluster is left by it."""
+        found = {}
+        for index, cluster in enumerate(self.modelled.graph.clusters):
+            options = self.modelled.chosen(self.choices, index)
+            for write in cluster.writes:
+                found[write.tensor] = write_layout(write.leads, options)
+        return found
+
+    @cached_property
+    def input_layouts(self) -> tuple[Layout, ...]:
+        """Per flat input."""
+        return tuple(self.layouts.get(tensor, self._replicated) for tensor in self.modelled.graph.inputs)
+
+    @cached_property
+    def output_layouts(self) -> tuple[Layout, ...]:
+        """Per flat output; state that goes round leaves as it came."""
+        ties = dict(self.modelled.graph.ties)
+        return tuple(
+            self.input_layouts[ties[position]] if position in ties else self.layouts.get(tensor, self._replicated)
+            for position, tensor in enumerate(self.modelled.graph.outputs)
+        )
+
+    @property
+    def _replicated(self) -> Layout:
+        return (-1,) * len(self.axis_names)
+
+    def partition_spec(self, spec: Spec) -> PartitionSpec:
+        """A spec over axis numbers as a `PartitionSpec` over axis names."""
+        return partition_spec(spec, self.axis_names)
+
+    @cached_property
+    def in_specs(self) -> Any:
+        """PartitionSpecs: a tuple like the positional arguments (a pair with the keyword arguments' dict, if any)."""
+        args, kwargs = self.traced.unflatten_inputs(self._specs(self.input_layouts, self.traced.in_avals))
+        return (args, kwargs) if kwargs else args
+
+    @cached_property
+    def out_specs(self) -> Any:
+        """PartitionSpecs, structured like the result."""
+        return self.traced.unflatten_outputs(self._specs(self.output_layouts, self.traced.out_avals))
+
+    def _specs(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[PartitionSpec]:
+        return [self.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
+
+    @property
+    def in_shardings(self) -> Any:
+        """`in_specs` as `NamedSharding`s on the plan's mesh."""
+        return self._named(self.in_specs)
+
+    @property
+    def out_shardings(self) -> Any:
+        """`out_specs` as `NamedSharding`s on the plan's mesh."""
+        return self._named(self.out_specs)
+
+    def _named(self, specs: Any) -> Any:
+        import jax
+
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+    # ---- exchanges and constraints -----------------------------------------------------------------------------
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """Everything that has to be emitted for the compiler to do what was planned."""
+        graph = self.modelled.graph
+        reads: dict[tuple[int, int], tuple[Spec, ...]] = {}
+        writes: dict[tuple[int, int], tuple[Spec, ...]] = {}
+        for index, cluster in enumerate(graph.clusters):
+            for write in cluster.writes:
+                member = _writer(graph, cluster, write.tensor)
+                slot = graph.operators[member].results.index(write.tensor)
+                layout = self.layouts[write.tensor]
+                writes[(member, slot)] = (spec_of(layout, len(write.leads)),)
+            for exchange in cluster_exchanges(cluster, self.modelled.chosen(self.choices, index), self.modelled.setting):
+                slot = graph.operators[exchange.operator].results.index(exchange.tensor)
+                writes[(exchange.operator, slot)] = _reduced_then_moved(exchange.steps)
+        for reading in self.modelled.readings:
+            src, dst, ndim = self.modelled.edge_layouts(self.choices, reading)
+            specs = tuple(step.after for step in reshard_steps(src, dst, ndim, self.modelled.setting.slow_first))
+            cluster = graph.clusters[reading.reader]
+            for member in cluster.members:
+                operator = graph.operators[member]
+                for slot, tensor in enumerate(operator.operands):
+                    if tensor == reading.tensor and (specs or not operator.rule.fusible):
+                        reads[(member, slot)] = specs or (spec_of(dst, ndim),)
+        outputs = {}
+        for position, tensor in enumerate(graph.outputs):
+            if tensor >= 0:
+                src, dst = self.layouts.get(tensor, self._replicated), self.output_layouts[position]
+                steps = reshard_steps(src, dst, len(graph.tensors[tensor].shape), self.modelled.setting.slow_first)
+                if steps:
+                    outputs[position] = tuple(step.after for step in steps)
+        return Constraints(reads, writes, outputs, {op.path: i for i, op in enumerate(graph.operators)})
+
+    @cached_property
+    def exchanges(self) -> tuple[PlannedExchange, ...]:
+        """Every collective of one call, costliest first."""
+        graph, setting = self.modelled.graph, self.modelled.setting
+        found: list[PlannedExchange] = []
+        for index, cluster in enumerate(graph.clusters):
+            for exchange in cluster_exchanges(cluster, self.modelled.chosen(self.choices, index), setting):
+                found += self._planned(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+        for reading in self.modelled.readings:
+            steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
+            reader = graph.clusters[reading.reader].members[0]
+            if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
+                reader = graph.clusters[reading.writer].members[-1]
+            found += self._planned(steps, reading.tensor, reader, reading.times)
+        return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
+
+    def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
+        about = self.modelled.graph.tensors[tensor]
+        op = self.modelled.graph.operators[operator]
+        source = ""
+        if op.equation is not None and any(step.kind != "slice" for step in steps):
+            file, line = _jax.source_line(op.equation)
+            source = f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
+        return [
+            PlannedExchange(
+                step.kind, tuple(self.axis_names[a] for a in step.axes),
+                {self.axis_names[a]: float(h) for a, h in step_bytes(step, about.nbytes, self.modelled.numbers.sizes)},
+                times, about.shape, about.dtype, op.name, source,
+            )
+            for step in steps if step.kind != "slice"
+        ]  # fmt: skip
+
+    # ---- cost --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def seconds(self) -> float:
+        """Modelled time of one call, in seconds: the number the search compared."""
+        return evaluate(self.modelled.problem, self.choices)
+
+    @cached_property
+    def names(self) -> DimensionNames:
+        """The dimensions' names."""
+        return DimensionNames(self.modelled.graph, self.dims)
+
+    @cached_property
+    def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
+        return symbolic_cost(self.modelled, self.choices, self.names)
+
+    @property
+    def cost(self) -> sympy.Expr:
+        """Time of one call as a SymPy expression in dimensions, axis sizes (n_x) and machine symbols (r, m, g_x, l_x)."""
+        return self._symbolic[0]
+
+    @property
+    def symbol_values(self) -> dict[Any, float]:
+        """The value of each symbol of `cost`; `plan.cost.subs(plan.symbol_values)` is `plan.seconds`."""
+        return dict(self._symbolic[1])
+
+    @cached_property
+    def wire_bytes(self) -> dict[str, float]:
+        """Bytes sent per device and call, per mesh axis."""
+        total = dict.fromkeys(self.axis_names, 0.0)
+        for exchange in self.exchanges:
+            for axis, value in exchange.wire_bytes.items():
+                total[axis] += value * exchange.times
+        return total
+
+    @cached_property
+    def peak_bytes(self) -> float:
+        """Modelled peak of live bytes per device."""
+        return peak_bytes(self.modelled.graph, self.layouts, self.modelled.numbers.sizes)
+
+    @property
+    def gap(self) -> float | None:
+        """How far `seconds` may be above the optimum, as a fraction; None without a bound."""
+        return None if self.bound is None else (self.seconds - self.bound) / self.bound if self.bound else 0.0
+
+    def input_bytes(self, position: int) -> float:
+        """Bytes per device of one flat input."""
+        tensor = self.modelled.graph.inputs[position]
+        return local_bytes(self.modelled.graph, tensor, self.input_layouts[position], self.modelled.numbers.sizes)
+
+    def __str__(self) -> str:
+        return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
+
+
+def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
+    """A spec over axis numbers as a `PartitionSpec`, trailing Nones left out."""
+    entries = [None if not axes else axis_names[axes[0]] if len(axes) == 1 else tuple(axis_names[a] for a in axes) for axes in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:
+    """The member of a cluster that makes a tensor."""
+    return next(m for m in cluster.members if tensor in graph.operators[m].results)
+
+
+def _reduced_then_moved(steps: Sequence[Step]) -> tuple[Spec, ...]:
+    """Specs to emit for a partial result: reduced first, then sliced where it is to be scattered.
+
+    A partial sum constrained straight to a scattered layout can make the compiler compute it again.
+    """
+    return (steps[0].before, *(step.after for step in steps if step.after != step.before)) if steps else ()

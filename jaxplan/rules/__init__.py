@@ -1,0 +1,36 @@
+"""Room `rules`: an equation -> its `Rule`: factors, kinds, which dimension is which. Knows no speeds or meshes.
+
+    nouns.py        the nouns: Rule, Factor, Kind; the written form, einsum_rule
+    table.py        one table keyed by the primitive: register, rule_of, classify
+    build.py        what makers of rules are built with
+    teach.py        the user's decorator, jaxplan.rule
+    elementwise.py  point by point, and operations that pass a tensor through
+    linear.py       dot_general, ragged_dot_general, conv_general_dilated
+    windows.py      halos, reduce_window and its gradient
+    reductions.py   reduce_*, argmax, cumulative, sort, top_k
+    shapes.py       broadcast, reshape, transpose, iota, ...
+    pieces.py       slice, pad, concatenate, split, dynamic_slice, dynamic_update_slice, ...
+    indexing.py     gather, scatter
+    random.py       pseudo-random bits and keys
+    linalg.py       factorizations, solves, fft
+
+Control flow is not here: the graph recurses into it.
+"""
+
+from jaxplan.rules import elementwise as _elementwise
+from jaxplan.rules import indexing as _indexing
+from jaxplan.rules import linalg as _linalg
+from jaxplan.rules import linear as _linear
+from jaxplan.rules import pieces as _pieces
+from jaxplan.rules import random as _random
+from jaxplan.rules import reductions as _reductions
+from jaxplan.rules import shapes as _shapes
+from jaxplan.rules import windows as _windows
+from jaxplan.rules.nouns import Factor, Kind, Rule, einsum_rule
+from jaxplan.rules.table import classify, register, rule_of
+from jaxplan.rules.teach import RuleError, rule
+
+FAMILIES = (_elementwise, _indexing, _linalg, _linear, _pieces, _random, _reductions, _shapes, _windows)
+"""Imported for what they register."""
+
+__all__ = ["Factor", "Kind", "Rule", "RuleError", "classify", "einsum_rule", "register", "rule", "rule_of"]

@@ -1,0 +1,68 @@
+"""Point by point: every result element comes from the operands' elements at the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxplan._jax import Primitive, primitives
+from jaxplan.rules.build import Builder
+from jaxplan.rules.nouns import Dim, Rule
+from jaxplan.rules.table import register, whole_rule
+
+
+def elementwise(*prims: Primitive, flops: float = 1.0) -> None:
+    """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0."""
+
+    @register(*prims, reads=())
+    def pointwise(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+        shape = results[0].shape if results else max((a.shape for a in operands), key=len, default=())
+        build = Builder()
+        dims = build.factors_of(shape)
+
+        def along(a: Any) -> list[Dim]:
+            return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
+
+        return build.rule(map(along, operands), map(along, results), flops=flops, fusible=True)
+
+
+def pass_through(*prims: Primitive) -> None:
+    """Result i is operand i, untouched: each tensor has factors of its own, nothing is computed."""
+
+    @register(*prims, reads=())
+    def identity(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+        build = Builder()
+        dims = [build.factors_of(a.shape) for a in operands]
+        return build.rule(dims, dims[: len(results)], flops=0.0, fusible=True)
+
+
+def gathered(*prims: Primitive) -> None:
+    """Known to need whole operands: the host sees them, or one device does it all."""
+
+    @register(*prims, reads=())
+    def whole(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+        return whole_rule(operands, results)
+
+
+elementwise(
+    *primitives(
+        """
+        abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
+        ceil clamp clz complex conj convert_element_type cos cosh digamma div eq eq_to erf erf_inv
+        erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le
+        le_to lgamma log log1p log2? logistic lt lt_to max min mul mulhi? ne neg nextafter not
+        one_minus_square? or polygamma polynomial? population_count pow random_gamma real
+        reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
+        shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta
+        """
+    )
+)
+pass_through(
+    *primitives(
+        """
+        copy device_put from_edtype? layout_constraint? name optimization_barrier relayout? reshard?
+        sharding_constraint stop_gradient tie? to_edtype?
+        """
+    )
+)
+gathered(*primitives("debug_callback debug_print? io_callback pure_callback"))

@@ -1,0 +1,79 @@
+"""Dense linear algebra and Fourier transforms: batches are parallel, each matrix is done on one device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxplan._jax import Primitive, primitives
+from jaxplan.rules.build import Builder
+from jaxplan.rules.nouns import Kind, Rule
+from jaxplan.rules.table import register
+
+
+def batched(*prims: Primitive, flops: float) -> None:
+    """The first operand's last two dimensions are the matrix, all before are a batch that every tensor leads
+    with.
+
+    `flops`: of one n x n matrix, in units of n cubed (Golub and Van Loan, Matrix Computations).
+    """
+
+    @register(*prims, reads=())
+    def factorization(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+        build = Builder()
+        *batch, rows, columns = operands[0].shape
+        leading = build.factors_of(batch, name="b")
+        matrices = build.points()
+        shapes = [a.shape[len(batch) :] for a in (*operands, *results)]
+        dims = [leading + rest for rest in build.whole(*shapes)]
+        work = flops * matrices * rows * columns * min(rows, columns)
+        return build.rule(dims[: len(operands)], dims[len(operands) :], flops=work / build.points())
+
+
+batched(*primitives("cholesky cholesky_update?"), flops=1 / 3)
+batched(*primitives("lu geqrf? geqp3? householder_product tridiagonal hessenberg"), flops=4 / 3)
+batched(*primitives("qr"), flops=8 / 3)
+batched(*primitives("eigh"), flops=9)
+batched(*primitives("svd"), flops=22)
+batched(*primitives("eig schur"), flops=25)
+
+
+@register(*primitives("triangular_solve"), reads=("left_side",))
+def triangular_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """b m m, b m n -> b m n: right-hand sides are solved one by one, and so in parallel."""
+    build = Builder()
+    *batch, rows, columns = operands[1].shape
+    leading = build.factors_of(batch, name="b")
+    left = params["left_side"]
+    inner = build.factor(rows if left else columns, Kind.WHOLE, name="m")
+    other = build.factor(rows if left else columns, Kind.WHOLE, name="k")
+    sides = build.factor(columns if left else rows, name="n")
+    both = (*leading, inner, sides) if left else (*leading, sides, inner)
+    return build.rule([(*leading, other, inner), both], [both])
+
+
+@register(*primitives("tridiagonal_solve"), reads=())
+def tridiagonal_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Three diagonals b m, and b m n -> b m n. Eight operations an unknown (Thomas's algorithm)."""
+    build = Builder()
+    *batch, unknowns, sides = results[0].shape
+    leading = build.factors_of(batch, name="b")
+    inner = build.factor(unknowns, Kind.WHOLE, name="m")
+    both = (*leading, inner, build.factor(sides, name="n"))
+    return build.rule([(*leading, inner)] * 3 + [both], [both], flops=8.0)
+
+
+@register(*primitives("fft"), reads=("fft_lengths",))
+def fft(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Transformed dimensions whole. 5 n log2 n operations for n complex points (the count of FFTW's
+    benchmarks).
+    """
+    build = Builder()
+    count = len(params["fft_lengths"])
+    shape = max(operands[0].shape, results[0].shape)  # of a real transform, one side is cut to half
+    dims = [
+        build.factor(n, Kind.WHOLE if d >= len(shape) - count else Kind.PARALLEL) for d, n in enumerate(shape)
+    ]
+    length = max(2, math.prod(params["fft_lengths"]))
+    return build.rule([dims], [dims], flops=5 * math.log2(length))

@@ -1,0 +1,180 @@
+"""Room `trace`: a user's function and abstract arguments become a `Traced`. Knows nothing of meshes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
+
+
+class TraceError(ValueError):
+    """The arguments cannot be traced, for a reason jaxplan can name before JAX is asked."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function as JAX sees it.
+
+    `jaxpr`: the closed jaxpr; its flat inputs and outputs are described by the other fields.
+    `in_paths`, `out_paths`: a readable pytree path per flat input ("params/blk/wq") and output.
+    `in_avals`, `out_avals`: objects with `shape` and `dtype`. `in_tree`: structure of `(args, kwargs)` without static
+    arguments; `out_tree`: structure of the result. `donated`: per flat input.
+    """
+
+    jaxpr: Any
+    name: str
+    in_tree: Any
+    out_tree: Any
+    in_paths: tuple[str, ...]
+    out_paths: tuple[str, ...]
+    in_avals: tuple[Any, ...]
+    out_avals: tuple[Any, ...]
+    donated: tuple[bool, ...]
+
+    def unflatten_inputs(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Flat values, one per input -> (args, kwargs)."""
+        return tree_unflatten(self.in_tree, leaves)
+
+    def unflatten_outputs(self, leaves: Sequence[Any]) -> Any:
+        """Flat values, one per output -> the function's result structure."""
+        return tree_unflatten(self.out_tree, leaves)
+
+
+def trace(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+) -> Traced:
+    """Trace `fn(*args, **kwargs)` once. Arrays, `jax.ShapeDtypeStruct`s, scalars and pytrees of them are accepted.
+
+    A function already under `jax.jit` keeps its own static and donated arguments. Errors of the function itself are
+    JAX's own, with one line of context added.
+    """
+    jitted: Any = fn
+    if not hasattr(fn, "trace"):
+        jitted = jax.jit(
+            fn,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+        )
+    name = getattr(fn, "__name__", type(fn).__name__)
+    try:
+        staged = jitted.trace(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"(jaxplan was tracing {name!r} to plan it; the error is the function's own)")
+        raise
+    info = staged.args_info
+    entries, in_tree = tree_flatten_with_path(info, is_leaf=lambda x: hasattr(x, "donated"))
+    names = _argument_names(fn, len(info[0]), args, static_argnums, static_argnames)
+    out_entries, out_tree = tree_flatten_with_path(staged.out_info)
+    return Traced(
+        jaxpr=staged.jaxpr,
+        name=name,
+        in_tree=in_tree,
+        out_tree=out_tree,
+        in_paths=tuple(_input_path(path, names) for path, _ in entries),
+        out_paths=tuple(_show(path) or "result" for path, _ in out_entries),
+        in_avals=tuple(_aval(leaf) for _, leaf in entries),
+        out_avals=tuple(leaf for _, leaf in out_entries),
+        donated=tuple(bool(leaf.donated) for _, leaf in entries),
+    )
+
+
+def _aval(info: Any) -> Any:
+    return jax.ShapeDtypeStruct(info.shape, info.dtype)
+
+
+def _show(path: Sequence[Any]) -> str:
+    return keystr(tuple(path), simple=True, separator="/")
+
+
+def _input_path(path: Sequence[Any], names: Sequence[str]) -> str:
+    """(args or kwargs index, position or name, ...) -> "name/rest"."""
+    which, entry, *rest = path
+    head = names[entry.idx] if which.idx == 0 else str(entry.key)
+    tail = _show(rest)
+    return f"{head}/{tail}" if tail else head
+
+
+def _argument_names(
+    fn: Callable[..., Any],
+    count: int,
+    args: tuple[Any, ...],
+    static_argnums: int | Sequence[int] | None,
+    static_argnames: str | Sequence[str] | None,
+) -> list[str]:
+    """The names of the positional arguments that stay after static ones are taken out."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names: list[str] = []
+    for position in range(len(args)):
+        if position < len(parameters) and parameters[position].kind is not inspect.Parameter.VAR_POSITIONAL:
+            names.append(parameters[position].name)
+        else:
+            stem = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "arg")
+            names.append(f"{stem}[{position}]")
+    numbers = [static_argnums] if isinstance(static_argnums, int) else list(static_argnums or ())
+    static_names = [static_argnames] if isinstance(static_argnames, str) else list(static_argnames or ())
+    static = {n % max(1, len(args)) for n in numbers} | {i for i, n in enumerate(names) if n in static_names}
+    kept = [name for i, name in enumerate(names) if i not in static]
+    return kept if len(kept) == count else [f"arg{i}" for i in range(count)]
+
+
+def state_pairs(traced: Traced) -> list[tuple[int, int]]:
+    """Candidate (output, input) pairs that look like state going round, from structure alone.
+
+    Sub-trees of the result are matched with sub-trees of the arguments of the same structure, shapes and dtypes,
+    largest first and in order; each argument leaf is used once. Whether the output is really an update of the
+    input is for the graph to confirm.
+    """
+    arguments = _subtrees(traced.unflatten_inputs(range(len(traced.in_avals)))[0])
+    results = _subtrees(traced.unflatten_outputs(range(len(traced.out_avals))))
+    by_shape: dict[Any, list[tuple[int, ...]]] = {}
+    for leaves, structure in arguments:
+        key = (structure, tuple(_signature(traced.in_avals[i]) for i in leaves))
+        by_shape.setdefault(key, []).append(leaves)
+    pairs: list[tuple[int, int]] = []
+    used_in: set[int] = set()
+    used_out: set[int] = set()
+    for leaves, structure in sorted(results, key=lambda item: -len(item[0])):
+        if not leaves or used_out.intersection(leaves):
+            continue
+        key = (structure, tuple(_signature(traced.out_avals[i]) for i in leaves))
+        match = next((c for c in by_shape.get(key, ()) if not used_in.intersection(c)), None)
+        if match is not None:
+            pairs.extend(zip(leaves, match, strict=True))
+            used_in.update(match)
+            used_out.update(leaves)
+    return pairs
+
+
+def _signature(aval: Any) -> tuple[Any, ...]:
+    return (tuple(aval.shape), str(aval.dtype))
+
+
+def _subtrees(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """Every sub-tree as (its leaves, its structure), parents before children."""
+    found: list[tuple[tuple[int, ...], Any]] = []
+
+    def visit(node: Any) -> None:
+        structure = tree_structure(node)
+        found.append((tuple(tree_leaves(node)), structure))
+        if not jax.tree_util.treedef_is_leaf(structure):
+            for child in tree_leaves(node, is_leaf=lambda x: x is not node):
+                visit(child)
+
+    visit(tree)
+    return found
