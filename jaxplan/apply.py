@@ -66,7 +66,7 @@ class _Replay:
         """The values of a jaxpr's outputs; `path` is where it stands in the graph."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        moved: dict[tuple[int, tuple[Spec, ...]], Any] = {}
+        moved: dict[tuple[int, Spec], tuple[Any, Any]] = {}
 
         def read(var: Any) -> Any:
             return var.val if isinstance(var, _jax.Literal) else env[var]
@@ -81,12 +81,12 @@ class _Replay:
                 else:
                     operator = self.found.at[here]
                     for slot, value in enumerate(values):
-                        specs = self.found.reads.get((operator, slot))
-                        if specs:  # readers that want the same layout share one exchange
-                            key = (id(value), specs)
+                        for spec in self.found.reads.get((operator, slot), ()):
+                            key = (id(value), spec)  # readers that want the same layout share one exchange
                             if key not in moved:
-                                moved[key] = (value, self.constrain(value, specs))
-                            values[slot] = moved[key][1]
+                                moved[key] = (value, self.constrain(value, (spec,)))
+                            value = moved[key][1]
+                        values[slot] = value
                     outs = _jax.bind(equation, values)
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))

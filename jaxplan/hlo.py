@@ -185,6 +185,8 @@ def _window_places(
     full = (size - 1) * spread
     if dilate == 1 and not (size > 1 and low >= full and high >= full):
         return out * size
+    if out * size > 1 << 28:
+        raise ValueError(f"a window of {size} at {out} places is damage")
     starts = np.arange(out) * stride - low
     places = 0
     for k in range(size):

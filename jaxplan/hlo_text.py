@@ -18,6 +18,7 @@ import numpy as np
 Groups = tuple[tuple[int, ...], ...]
 Value = tuple[str, str, tuple[int, ...]]  # computation, instruction, index into its tuple result
 
+MOST_DEVICES = 1 << 20  # more than any machine has: a number beyond it is damage, and not to be allocated
 PLUMBING = frozenset(("copy", "bitcast", "reshape", "transpose", "copy-start", "copy-done", "opt-barrier"))
 
 
@@ -131,6 +132,9 @@ class Module:
         counts = dict(re.findall(r"\b(replica_count|num_partitions)=(\d+)", header.group() if header else ""))
         self.replicas = int(counts.get("replica_count", 1))
         self.partitions = int(counts.get("num_partitions", 1))
+        if self.replicas * self.partitions > MOST_DEVICES:
+            self.unread[f"the number of devices: {self.replicas * self.partitions}"] = None
+            self.replicas = self.partitions = 1
         if not header:
             self.unread["no HloModule header"] = None
         self._parse(text)
@@ -236,8 +240,8 @@ class Module:
             return (callee.name, callee.root, index) if callee else None
         if opcode == "while" and operands and self._invariant(instruction, index):
             return computation, operands[0], index
-        if opcode == "parameter":
-            return self._argument(computation, int(instruction.literal or 0), index)
+        if opcode == "parameter" and instruction.literal.isdigit():
+            return self._argument(computation, int(instruction.literal), index)
         return None
 
     def _argument(self, computation: str, number: int, index: tuple[int, ...]) -> Value | None:
@@ -292,7 +296,10 @@ class Module:
                     following.append((callers[0][0], callers[0][1].name, index))
                 else:
                     found.append((computation, None))
-            work += [v for v in following if v not in seen]
+            following = [v for v in following if v not in seen]
+            if any(len(index) > 100 for _, _, index in following):  # a tuple within itself: damage
+                return [(computation, None)]
+            work += following
             seen.update(following)
         return found
 
@@ -351,7 +358,8 @@ class Module:
             return np.take_along_axis(rows, np.clip(places, 0, table.shape[1] - 1), axis=1)
         try:
             with np.errstate(all="raise"):
-                return _ARITHMETIC[instruction.opcode](*known)
+                result: np.ndarray = _ARITHMETIC[instruction.opcode](*known)
+                return result
         except (TypeError, ValueError, FloatingPointError):
             return None
 
@@ -433,8 +441,12 @@ def _rows(array: np.ndarray) -> Groups:
 
 
 def _iota(shape: str, transpose: str | None) -> np.ndarray:
-    ids = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
-    return ids.transpose(numbers(transpose)).ravel() if transpose else ids.ravel()
+    """The ids of `[shape]T(transpose)`, flat; none if the two do not fit each other."""
+    sizes, order = numbers(shape), numbers(transpose or "")
+    if math.prod(sizes) > MOST_DEVICES or (order and sorted(order) != list(range(len(sizes)))):
+        return np.arange(0)
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(order).ravel() if order else ids.ravel()
 
 
 def _mesh_groups(text: str) -> Groups | None:
@@ -444,12 +456,14 @@ def _mesh_groups(text: str) -> Groups | None:
         return None
     axes = re.findall(r"['\"]?([\w.\-]+)['\"]?=(\d+)", found.group(1))
     total = math.prod(int(size) for _, size in axes)
+    if not axes or total > MOST_DEVICES:
+        return None
     ids, order = np.arange(total), found.group(2)
     if iota := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order):
         ids = _iota(*iota.groups())
     elif numbers(order):
         ids = np.array(numbers(order))
-    if ids.size != total or not axes:
+    if ids.size != total:
         return None
     wanted = re.findall(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?", found.group(3))
     shape: list[int] = []

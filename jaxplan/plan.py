@@ -16,6 +16,7 @@ from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.memory import local_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster
+from jaxplan.graph.flatten import VIEW
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.problem import evaluate
 from jaxplan.trace import Traced
@@ -155,6 +156,7 @@ class Plan:
         graph = self.modelled.graph
         reads: dict[tuple[int, int], tuple[Spec, ...]] = {}
         writes: dict[tuple[int, int], tuple[Spec, ...]] = {}
+        views: dict[int, tuple[Spec, ...]] = {}
         for index, cluster in enumerate(graph.clusters):
             for write in cluster.writes:
                 member = _writer(graph, cluster, write.tensor)
@@ -168,6 +170,10 @@ class Plan:
             src, dst, ndim = self.modelled.edge_layouts(self.choices, reading)
             specs = tuple(step.after for step in reshard_steps(src, dst, ndim, self.modelled.setting.slow_first))
             cluster = graph.clusters[reading.reader]
+            if graph.operators[cluster.members[-1]].name == VIEW:
+                views[graph.operators[cluster.members[-1]].results[0]] = specs
+                continue
+            specs = views.get(reading.tensor, ()) + specs
             for member in cluster.members:
                 operator = graph.operators[member]
                 for slot, tensor in enumerate(operator.operands):

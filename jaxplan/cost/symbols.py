@@ -13,6 +13,8 @@ from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.graph import Graph, Work
+from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.rules import Kind
 
 if TYPE_CHECKING:
     import sympy
@@ -30,6 +32,7 @@ class DimensionNames:
         self._size: list[int] = []
         self._factors: list[list[tuple[int, ...]]] = []
         self._dims: list[tuple[tuple[int, ...], ...]] = [()] * len(graph.tensors)
+        self._loops: dict[Any, tuple[int, ...]] = {}
         for operator in graph.operators:
             self._visit(graph, operator)
         self._names = self._letters(graph, given or {})
@@ -72,6 +75,8 @@ class DimensionNames:
             for atoms, factor in zip(factors, operator.rule.factors, strict=True)
         ]
         self._factors.append([tuple(atoms) for atoms in filled])
+        if operator.name == BOUNDARY and operator.rule.factors and operator.rule.factors[0].kind is Kind.WHOLE:
+            self._unite(self._loops.setdefault(operator.path[:-2], filled[0]), filled[0])  # one loop, one length
         for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
             shape = graph.tensors[tensor].shape
             self._dims[tensor] = tuple(

@@ -1,7 +1,7 @@
 """An expert's plans for the decoder, written by hand: the baselines a planner has to beat.
 
-Each is the plain model of `decoder.py` with its `constrain` hook filled in. Three ways to lay out the state are
-told apart by where a mesh axis goes; `by_hand` takes the plan's name:
+Each is the plain model of `decoder.py`, rematerialisation included, with its `constrain` hook filled in.
+`by_hand` takes the plan's name:
 
 - `data_parallel`: the batch over every mesh axis that divides it; the state on every device.
 - `zero3`: the batch likewise; every matrix of the state over all axes, gathered a layer at a time for use.
@@ -9,8 +9,9 @@ told apart by where a mesh axis goes; `by_hand` takes the plan's name:
   (Shoeybi et al., 2019).
 - `megatron_sequence`: the same, with the residual stream and the norms over the sequence on that last axis
   (Korthikanti et al., 2022).
-- `data_parallel_mapped`, `zero3_mapped`: the first two with their collectives written out (`by_hand_mapped`),
-  which sums the two gradients of the tied embedding before they travel, not after.
+- `data_parallel_mapped`, `zero3_mapped`: the first two with their collectives written out (`by_hand_mapped`).
+  They are the stronger: the two gradients of the tied embedding are summed before they travel, not after,
+  and gradients are reduce-scattered even where the compiler would merge their sums into one all-reduce.
 """
 
 import math
@@ -144,7 +145,7 @@ PLANS: dict[str, Callable[[DecoderConfig, Mesh], HandPlan]] = {
 
 
 def hand_plan(name: str, config: DecoderConfig, mesh: Mesh) -> HandPlan:
-    """The plan of that name. Raises ValueError for a name that is not in `PLANS`, or sizes that do not divide."""
+    """The plan of that name. Raises ValueError for a name not in `PLANS`, or sizes that do not divide."""
     if name not in PLANS:
         raise ValueError(f"there is no hand plan {name!r}; there are {', '.join(PLANS)}")
     return PLANS[name](config, mesh)

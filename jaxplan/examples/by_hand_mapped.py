@@ -1,7 +1,7 @@
-"""Hand plans whose collectives are written out with `jax.shard_map`, for the plans that split the batch alone.
+"""Hand plans that split the batch alone, with their collectives written out through `jax.shard_map`.
 
-The compiler sums a partial gradient over the devices where it arises; the two gradients of a tied embedding so
-travel twice. Here each device adds up its own gradients first, and every parameter's travels once.
+The compiler sums a partial gradient over the devices where it arises; the two gradients of a tied embedding
+so travel twice. Here each device adds up its own gradients first, and every parameter's travels once.
 """
 
 from collections.abc import Callable, Mapping

@@ -25,9 +25,9 @@ FULL = SolveConfig(unknowns=32768, limit=1000)
 
 
 def conjugate_gradient(config: SolveConfig = SMALL) -> Program:
-    """`solve(A, b, x0) -> x` with A x = b; A is (unknowns, unknowns), the rest (unknowns,)."""
+    """`solve(A, b, x0) -> x` with A x = b; A is (unknowns, unknowns), the others (unknowns,)."""
 
-    def solve(A: jax.Array, b: jax.Array, x0: jax.Array) -> jax.Array:
+    def solve(matrix: jax.Array, b: jax.Array, x0: jax.Array) -> jax.Array:
         enough = config.tolerance**2 * jnp.vdot(b, b)
 
         def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
@@ -36,7 +36,7 @@ def conjugate_gradient(config: SolveConfig = SMALL) -> Program:
 
         def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             x, residual, direction, square, iteration = state
-            image = A @ direction
+            image = matrix @ direction
             step = square / jnp.vdot(direction, image)
             x = x + step * direction
             residual = residual - step * image
@@ -44,7 +44,7 @@ def conjugate_gradient(config: SolveConfig = SMALL) -> Program:
             direction = residual + (next_square / square) * direction
             return x, residual, direction, next_square, iteration + 1
 
-        residual = b - A @ x0
+        residual = b - matrix @ x0
         start = (x0, residual, residual, jnp.vdot(residual, residual), jnp.zeros((), jnp.int32))
         return jax.lax.while_loop(unfinished, iterate, start)[0]
 

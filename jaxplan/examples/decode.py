@@ -51,8 +51,8 @@ def block_step(
 def decode_kv(config: DecoderConfig = SMALL) -> Program:
     """`decode(params, cache, token, position) -> (cache, logits)`.
 
-    `token` is int32 (batch,), `position` an int32 scalar, `logits` float32 (batch, vocabulary); `params` are the
-    scan form's of `decoder.py`.
+    `token` is int32 (batch,), `position` an int32 scalar, `logits` float32 (batch, vocabulary); `params` are
+    the scan form's of `decoder.py`.
     """
 
     def decode(params: Tree, cache: Tree, token: jax.Array, position: jax.Array) -> tuple[Tree, jax.Array]:

@@ -46,8 +46,8 @@ class DecoderConfig:
       dtype: of the parameters, the gradients and the optimizer's moments.
       compute_dtype: of the activations and the matrix multiplications; the loss is float32 regardless.
       remat: recompute each block in the backward pass instead of keeping its intermediates.
-      fuse_projections: multiply the queries', keys' and values' weights as one stacked array. The values are the
-        same; the backward pass has one matrix multiplication for the three, so that tensor parallelism
+      fuse_projections: multiply the queries', keys' and values' weights as one stacked array. The values are
+        the same; the backward pass has one matrix multiplication for the three, so that tensor parallelism
         sums one partial gradient instead of three.
     """
 

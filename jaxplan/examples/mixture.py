@@ -19,8 +19,8 @@ Params = dict[str, jax.Array]
 class MixtureConfig:
     """Sizes of the layer.
 
-    Each token goes to its `chosen` best experts. In each group of tokens (one batch row) an expert has room for
-    `capacity_factor` times its even share of them; a token that finds no room is passed over.
+    Each token goes to its `chosen` best experts. In each group of tokens (one batch row) an expert has room
+    for `capacity_factor` times its even share of them; a token that finds no room is passed over.
     """
 
     experts: int = 8

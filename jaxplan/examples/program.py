@@ -1,4 +1,4 @@
-"""The noun every example is: a step function, the shapes it takes, and a way to make values of those shapes."""
+"""The noun every example is: a step function, the shapes it takes, and a way to make values of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def define(
     """
 
     def from_seed(seed: jax.Array) -> tuple[Any, ...]:
-        # The generator that compiles fastest: a small example's values would otherwise cost more than its step.
+        # The generator that compiles fastest: with another, the values cost more than the step they feed.
         return make(jax.random.key(seed, impl="unsafe_rbg"))
 
     def make_args(seed: int) -> tuple[Any, ...]:

@@ -18,7 +18,8 @@ Tree = dict[str, Any]
 class ResNetConfig:
     """Sizes of the network.
 
-    `widths` has one entry a stage; every stage after the first halves the image. A stage has `blocks` residual blocks.
+    `widths` has one entry a stage, and a stage has `blocks` residual blocks. Every stage after the first
+    halves the image.
     """
 
     widths: tuple[int, ...] = (16, 32)

@@ -17,6 +17,7 @@ WHILE_TRIPS = 10.0
 
 INPUT = "input"
 BOUNDARY = "boundary"
+VIEW = "view"
 
 
 class Flat:
@@ -104,7 +105,38 @@ def flatten(traced: Traced, while_trips: float = WHILE_TRIPS) -> tuple[Flat, lis
         tensor = env[var] = flat.tensor(var.aval)
         flat.add(INPUT, passing_rule(flat.tensors[tensor].shape, 0, 1), (), (tensor,), place, (INPUT, position))
     inputs = [env[var] for var in jaxpr.invars]
-    return flat, inputs, flat.walk(jaxpr, env, place)
+    outputs = flat.walk(jaxpr, env, place)
+    flat.operators = share_views(flat)
+    return flat, inputs, outputs
+
+
+def share_views(flat: Flat) -> list[Operator]:
+    """Where several heavy operators of one loop body read one tensor, they read a *view* of it: a layout of its own,
+    reached once and paid for once."""
+    readers: dict[tuple[int, int], list[int]] = {}
+    for index, operator in enumerate(flat.operators):
+        if not operator.rule.fusible and operator.name != BOUNDARY:
+            for tensor in dict.fromkeys(operator.operands):
+                if tensor >= 0 and flat.tensors[tensor].shape:
+                    readers.setdefault((tensor, operator.scope), []).append(index)
+    views: dict[int, list[tuple[int, Operator]]] = {}
+    operators = list(flat.operators)
+    for (tensor, scope), found in readers.items():
+        if len(found) < 2:
+            continue
+        view = flat.like(tensor)
+        first = operators[found[0]]
+        rule = passing_rule(flat.tensors[tensor].shape, 1, 1)
+        path = (VIEW, tensor, scope)
+        views.setdefault(found[0], []).append((view, Operator(VIEW, rule, (tensor,), (view,), first.times, scope, path)))
+        for index in found:
+            swapped = tuple([view if t == tensor else t for t in operators[index].operands])
+            operators[index] = replace(operators[index], operands=swapped)
+    placed = []
+    for index, operator in enumerate(operators):
+        placed += [view for _, view in views.get(index, ())]
+        placed.append(operator)
+    return placed
 
 
 @lru_cache(maxsize=4096)

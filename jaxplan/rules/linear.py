@@ -147,18 +147,14 @@ def _space(
     added.
     """
     source, taps, target = extents
-    turned = taps > target
-    if turned:
-        halo = halo_of(source, taps, stride=dilation, taps=target, dilation=stride, before=before, base=base)
-    else:
-        halo = halo_of(source, target, stride=stride, taps=taps, dilation=dilation, before=before, base=base)
-    if halo is None:
-        out = build.factor(target, Kind.WHOLE, name=name)
-        kernel = build.factor(taps, Kind.WHOLE, name=f"k{name}")
-    elif turned:
-        out = build.factor(target, Kind.WHOLE, name=name)
-        kernel = build.factor(taps, Kind.SUM, halo=halo, name=f"k{name}")
-    else:
-        out = build.factor(target, Kind.HALO if halo else Kind.PARALLEL, halo=halo, name=name)
-        kernel = build.factor(taps, Kind.WHOLE, name=f"k{name}")
-    return (kernel if turned else out), kernel, out
+    halo = halo_of(source, target, stride=stride, taps=taps, dilation=dilation, before=before, base=base)
+    if halo is None or target == 1:
+        turned = halo_of(source, taps, stride=dilation, taps=target, dilation=stride, before=before, base=base)
+        if turned is not None:
+            out = build.factor(target, Kind.WHOLE, name=name)
+            kernel = build.factor(taps, Kind.SUM, halo=turned, name=f"k{name}")
+            return kernel, kernel, out
+    kind = Kind.WHOLE if halo is None else Kind.HALO if halo else Kind.PARALLEL
+    out = build.factor(target, kind, halo=halo or 0, name=name)
+    kernel = build.factor(taps, Kind.WHOLE, name=f"k{name}")
+    return out, kernel, out

@@ -1,0 +1,102 @@
+"""Room `apply`: planned functions return what unplanned ones return, on every mesh, for every program."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+import jaxplan
+from jaxplan.examples import programs
+
+MESHES = [(8,), (4, 2), (2, 2, 2), (4, 4)]
+
+
+def mesh_of(shape, kind=AxisType.Auto):
+    devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
+    return Mesh(devices, tuple("xyzw"[: len(shape)]), axis_types=(kind,) * len(shape))
+
+
+def assert_close(want, got):
+    """Equal up to re-ordered float32 sums."""
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_same_results_as_the_unplanned_function(name, shape):
+    program = programs()[name]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh_of(shape), machine=BUSY)
+    assert_close(jax.jit(program.fn)(*program.make_args(0)), plan.jit()(*program.make_args(0)))
+
+
+BUSY = "cpu"
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_explicit_and_auto_meshes(kind):
+    program = programs()["mlp_sgd"]
+    mesh = mesh_of((4, 2), kind)
+    pins = {"x": P("x"), "params/0/w": P(None, "y")}
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, pins=pins)
+    run = plan.jit()
+    params, x, y = program.make_args(0)
+    want = jax.jit(program.fn)(params, x, y)
+    got = run(params, x, y)
+    assert_close(want, got)
+    assert got[0][0]["w"].sharding.mesh == mesh
+    again = run(got[0], x, y)  # results go round
+    assert_close(jax.jit(program.fn)(want[0], x, y), again)
+
+
+def test_donation_keeps_working_and_spares_the_callers_buffers():
+    program = programs()["mlp_sgd"]
+    run = jaxplan.make_plan(program.fn, *program.args, mesh=mesh_of((8,))).jit(donate_argnums=0)
+    params, x, y = program.make_args(0)
+    first, _ = run(params, x, y)
+    np.asarray(params[0]["w"])  # the caller's own arrays were copied, not given away
+    second, _ = run(first, x, y)
+    assert first[0]["w"].is_deleted(), "planned state is donated"
+    assert not second[0]["w"].is_deleted()
+
+
+def test_meshes_of_four_axes():
+    program = programs()["mlp_sgd"]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh_of((2, 2, 2, 2)), pins={"x": P(("x", "y", "z", "w"))})
+    assert_close(jax.jit(program.fn)(*program.make_args(0)), plan.jit()(*program.make_args(0)))
+
+
+def test_auto_shard_plans_once_per_shapes_and_keeps_name_and_doc():
+    calls = []
+
+    @jaxplan.auto_shard(mesh_of((4, 2)))
+    def scale(x, *, by):
+        """Scales."""
+        calls.append(1)
+        return x * by
+
+    assert scale.__name__ == "scale" and scale.__doc__ == "Scales."
+    x = jnp.ones((8, 4), jnp.float32)
+    scale(x, by=jnp.float32(2))
+    scale(x + 1, by=jnp.float32(3))
+    assert len(calls) == 1
+    assert scale(jnp.ones((16, 4), jnp.float32), by=jnp.float32(2)).shape == (16, 4)
+    assert len(calls) == 2
+    assert scale.plan(x, by=jnp.float32(2)).axis_sizes == {"x": 4, "y": 2}
+    assert "HloModule" in scale.lower(x, by=jnp.float32(2)).compile().as_text()
+
+
+def test_static_arguments():
+    @jaxplan.auto_shard(mesh_of((4,)), static_argnums=1, static_argnames="mode")
+    def fn(x, power, mode="up"):
+        return x**power if mode == "up" else x
+
+    x = jnp.full((8,), 3.0, jnp.float32)
+    np.testing.assert_allclose(fn(x, 2), 9.0)
+    np.testing.assert_allclose(fn(x, 3), 27.0)
+    np.testing.assert_allclose(fn(x, 3, mode="down"), 3.0)

@@ -1,0 +1,84 @@
+"""Room `cost`: exchanges add up, layouts arrive, and the number the search compares is the symbolic cost."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+import jaxplan
+from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
+from jaxplan.examples import programs
+from jaxplan.layout import layout_of, spec_of
+
+LAYOUTS = list(itertools.product((-1, 0, 1), repeat=2))
+
+
+@pytest.mark.parametrize("src", LAYOUTS)
+@pytest.mark.parametrize("dst", LAYOUTS)
+def test_reshard_arrives_where_it_should(src, dst):
+    steps = reshard_steps(src, dst, 2, (0, 1))
+    if src == dst:
+        assert steps == ()
+    else:
+        assert steps[0].before == spec_of(src, 2)
+        assert layout_of(steps[-1].after, 2) == dst
+        assert steps[-1].after == spec_of(dst, 2), "axes that share a dimension end in mesh order"
+        for one, two in itertools.pairwise(steps):
+            assert one.after == two.before
+
+
+@pytest.mark.parametrize("src", LAYOUTS)
+def test_only_slices_are_free(src):
+    for dst in LAYOUTS:
+        for step in reshard_steps(src, dst, 2, (0, 1)):
+            sent = sum(h for _, h in step_bytes(step, 1024.0, (2, 4)))
+            assert (sent == 0) == (step.kind == "slice")
+
+
+def test_hierarchical_parts_add_up_to_one_exchange_over_all_devices():
+    devices, nbytes = 8, 4096.0
+    gather = reshard_steps((0, 0), (-1, -1), 1, (0, 1))
+    assert sum(h for step in gather for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
+    reduced = combine_steps((-1, -1), (-1, -1), (0, 1), 1, (0, 1))
+    assert sum(h for step in reduced for _, h in step_bytes(step, nbytes, (2, 4))) == 2 * (devices - 1) / devices * nbytes
+    scattered = combine_steps((-1, -1), (0, 0), (), 1, (0, 1))
+    assert sum(h for step in scattered for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
+
+
+def test_slower_axis_sees_reduced_data():
+    (step,) = combine_steps((-1, -1), (-1, -1), (0, 1), 1, (1, 0))
+    sent = dict(step_bytes(step, 1000.0, (2, 4)))
+    assert sent[1] == pytest.approx(2 * 3 / 4 * 1000 / 2), "axis 1 is the slow one: it sees half the bytes"
+    assert sent[0] == pytest.approx(2 * 1 / 2 * 1000)
+
+
+def test_a_major_axis_that_leaves_a_shared_dimension_costs_a_permute():
+    kinds = [step.kind for step in reshard_steps((0, 0), (-1, 0), 1, (0, 1))]
+    assert kinds == ["permute", "all_gather"]
+    kinds = [step.kind for step in reshard_steps((0, 0), (0, -1), 1, (0, 1))]
+    assert kinds == ["all_gather"]
+
+
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_symbolic_cost_is_the_number_the_search_compared(name):
+    program = programs()[name]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((2, 2), ("x", "y")), machine="v5e")
+    assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
+
+
+def test_the_cost_of_a_matmul_reads_like_a_textbook():
+    shapes = jax.ShapeDtypeStruct((64, 128), jnp.float32), jax.ShapeDtypeStruct((128, 256), jnp.float32)
+    plan = jaxplan.make_plan(jnp.matmul, *shapes, mesh=AbstractMesh((1,), ("x",)), dims=["M K", "K N"], machine="v5e")
+    text = str(plan.cost)
+    assert {"M", "K", "N", "m", "r_float32"} == {str(symbol) for symbol in plan.cost.free_symbols}, text
+    assert "2*K*M*N*r_float32" in text
+
+
+def test_halving_a_link_leaves_every_byte_where_it_was():
+    program = programs()["mlp_sgd"]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((4,), ("x",)), machine="v5e")
+    again = plan.replan(machine="v5p")
+    assert set(plan.wire_bytes) == set(again.wire_bytes)
+    assert again.traced is plan.traced

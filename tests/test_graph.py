@@ -1,0 +1,92 @@
+"""Room `graph`: what is fused, what is tied, how loops and branches are counted."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxplan.examples import programs
+from jaxplan.graph import build_graph
+from jaxplan.trace import trace
+
+F32 = jnp.float32
+
+
+def shape(*extents, dtype=F32):
+    return jax.ShapeDtypeStruct(extents, dtype)
+
+
+def graph_of(fn, *args):
+    return build_graph(trace(fn, args, {}))
+
+
+def heavy(graph):
+    """Clusters that do work of their own, as the names of their members."""
+    return [[graph.operators[m].name for m in c.members] for c in graph.clusters if c.work]
+
+
+def test_a_layer_norm_is_one_cluster():
+    def norm(x, scale):
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * scale[None, None, :]
+
+    graph = graph_of(norm, shape(4, 8, 16), shape(16))
+    (members,) = heavy(graph)
+    assert members.count("reduce_sum") == 2
+    (cluster,) = [c for c in graph.clusters if c.work]
+    assert sorted(cluster.units) == [4, 8, 16], "the reduced dimension is the one that comes back by broadcast"
+    assert len(cluster.combines) == 2
+
+
+def test_a_dimension_asked_for_two_things_at_once_is_not_fused():
+    graph = graph_of(lambda x: jnp.exp(x) + jnp.exp(x).T, shape(8, 8))
+    for cluster in graph.clusters:
+        for terminal in (*cluster.reads, *cluster.writes):
+            leads = [f for f in terminal.leads if f >= 0]
+            assert len(set(leads)) == len(leads)
+
+
+def test_a_scan_multiplies_by_its_length_and_nests():
+    def inner(x):
+        return jax.lax.scan(lambda c, _: (jnp.dot(c, c), None), x, None, length=3)[0]
+
+    graph = graph_of(lambda x: jax.lax.scan(lambda c, _: (inner(c), None), x, None, length=5)[0], shape(8, 8))
+    assert [op.times for op in graph.operators if op.name == "dot_general"] == [15.0]
+
+
+def test_a_cond_is_charged_for_its_worst_branch_only():
+    def fn(p, x):
+        return jax.lax.cond(p, lambda a: a @ a, lambda a: a + 1.0, x)
+
+    graph = graph_of(fn, shape(dtype=jnp.bool_), shape(8, 8))
+    assert [op.times for op in graph.operators if op.name == "dot_general"] == [1.0]
+    assert [op.times for op in graph.operators if op.name == "add"] == [0.0]
+
+
+def test_calls_are_seen_through():
+    @jax.jit
+    def inner(x):
+        return jax.checkpoint(jnp.tanh)(x) + jax.nn.relu(x)
+
+    names = {op.name for op in graph_of(inner, shape(8)).operators}
+    assert {"tanh", "max", "add"} <= names
+
+
+@pytest.mark.parametrize("name", ["mlp_sgd", "decoder_scan", "decoder_unrolled", "resnet_momentum", "moe"])
+def test_state_that_goes_round_is_found_without_being_told(name):
+    program = programs()[name]
+    traced = trace(program.fn, program.args, {})
+    graph = build_graph(traced)
+    state = {p for p, path in enumerate(traced.in_paths) if path.split("/")[0] not in ("x", "y", "batch", "images", "labels")}
+    assert {position for _, position in graph.ties} == state
+
+
+def test_the_cache_of_a_decoder_goes_round():
+    program = programs()["decode_kv"]
+    traced = trace(program.fn, program.args, {})
+    tied = {traced.in_paths[position] for _, position in build_graph(traced).ties}
+    assert tied == {"cache/k", "cache/v"}
+
+
+def test_a_transpose_of_a_square_is_no_state():
+    assert graph_of(lambda x: x.T, shape(8, 8)).ties == ()
+    assert graph_of(lambda x: x * 2.0, shape(8, 8)).ties == ((0, 0),)
