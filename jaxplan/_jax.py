@@ -56,6 +56,7 @@ _HOMES = (
     "jax.extend.core.primitives",
     "jax._src.lax.lax",
     "jax._src.lax.linalg",
+    "jax._src.lax.control_flow.conditionals",
     "jax._src.core",
     "jax._src.ad_util",
     "jax._src.pjit",

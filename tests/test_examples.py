@@ -1,4 +1,4 @@
-"""The examples run, learn and agree with one another; the hand plans compute the same, moving what they say."""
+"""The examples run, learn and agree; the hand plans compute the same and move what they say."""
 
 import inspect
 import math

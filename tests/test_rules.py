@@ -1,4 +1,6 @@
-"""Goldens: one line a rule, as printed. Then the look-up, its classes, and what it does with the odd cases."""
+"""Goldens: one line a rule, as printed. Then the look-up, its classes, and the odd cases."""
+
+# ruff: noqa: E501  (one line a rule)
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+
 from jaxplan import _jax
 from jaxplan.rules import Kind, Rule, classify, einsum_rule, rule_of
 from jaxplan.rules.table import whole_rule

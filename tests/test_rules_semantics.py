@@ -1,9 +1,12 @@
-"""What a rule says is true: cut every operand in two along a factor, do each half alone, and put the halves together.
+"""What a rule says is true: cut the operands in two along a factor, do each half alone, put the halves
+together.
 
-`halves_agree` knows nothing of families: it reads the factor's place off the rule. Only what an equation was traced
-with (its parameters that spell out shapes) must be written anew for half the extent, and where an operation is told
-places by data (gather, scatter), those count from the start of the half.
+`halves_agree` knows nothing of families: it reads the factor's place off the rule. Only what an equation was
+traced with (its parameters that spell out shapes) must be written anew for half the extent, and where an
+operation is told places by data (gather, scatter), those count from the start of the half.
 """
+
+# ruff: noqa: E501  (one line a sample)
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+
 from jaxplan import _jax
 from jaxplan.rules import Kind, Rule, classify, rule_of
 
@@ -283,7 +287,9 @@ def test_halves_make_the_whole(name: str) -> None:
 def reached(
     block: range, other: range, stride: int, dilation: int, before: int, base: int, source: int
 ) -> list[int]:
-    """Source elements that meet target elements `block` through kernel elements `other`, or the other way round."""
+    """Source elements that meet target elements `block` through kernel elements `other`, or the other way
+    round.
+    """
     places = {t * stride + k * dilation - before for t in block for k in other}
     return sorted(p // base for p in places if p % base == 0 and 0 <= p // base < source)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+
 from jaxplan import _jax
 from jaxplan.rules import Kind, Rule, RuleError, classify, einsum_rule, rule, rule_of
 
@@ -68,14 +69,14 @@ def test_teaching_again_replaces(mine: Any) -> None:
 
 
 def test_not_a_primitive() -> None:
-    with pytest.raises(RuleError, match="no JAX primitive. Give it the object made with"):
+    with pytest.raises(RuleError, match=r"no JAX primitive. Give it the object made with"):
         rule(jnp.add)("i -> i")  # type: ignore[arg-type]
 
 
 def test_notation_that_does_not_fit(mine: Any) -> None:
     rule(mine)("b s d -> b s")
     with pytest.raises(
-        RuleError, match="does not fit an equation with operands of shapes .*writes 2 operands"
+        RuleError, match=r"does not fit an equation with operands of shapes .*writes 2 operands"
     ):
         rule_of(mine, {}, OPERANDS, RESULTS)
 
@@ -90,13 +91,13 @@ def test_notation_of_the_wrong_rank(mine: Any) -> None:
 
 def test_kind_of_a_stranger(mine: Any) -> None:
     rule(mine, kinds={"z": Kind.WHOLE})("b s d, d e -> b s e")
-    with pytest.raises(RuleError, match="gives kinds to .'z'., which"):
+    with pytest.raises(RuleError, match=r"gives kinds to .'z'., which"):
         rule_of(mine, {}, OPERANDS, RESULTS)
 
 
 def test_maker_returns_something_else(mine: Any) -> None:
     rule(mine)(lambda params, operands, results: 42)
-    with pytest.raises(RuleError, match="must be notation or a jaxplan Rule, but its maker returned 42"):
+    with pytest.raises(RuleError, match=r"must be notation or a jaxplan Rule, but its maker returned 42"):
         rule_of(mine, {}, OPERANDS, RESULTS)
 
 

@@ -1,4 +1,4 @@
-"""Room `rules`: an equation -> its `Rule`: factors, kinds, which dimension is which. Knows no speeds or meshes.
+"""Room `rules`: an equation -> its `Rule` (factors, kinds, which dimension is which). Knows no meshes.
 
     nouns.py        the nouns: Rule, Factor, Kind; the written form, einsum_rule
     table.py        one table keyed by the primitive: register, rule_of, classify

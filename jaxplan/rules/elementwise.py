@@ -60,7 +60,7 @@ elementwise(
 pass_through(
     *primitives(
         """
-        copy device_put from_edtype? layout_constraint? name optimization_barrier relayout? reshard?
+        copy dce_sink? device_put from_edtype? layout_constraint? name optimization_barrier relayout? reshard?
         sharding_constraint stop_gradient tie? to_edtype?
         """
     )

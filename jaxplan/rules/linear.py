@@ -149,7 +149,8 @@ def _space(
     source, taps, target = extents
     halo = halo_of(source, target, stride=stride, taps=taps, dilation=dilation, before=before, base=base)
     if halo is None or target == 1:
-        turned = halo_of(source, taps, stride=dilation, taps=target, dilation=stride, before=before, base=base)
+        swapped = {"stride": dilation, "dilation": stride, "taps": target}
+        turned = halo_of(source, taps, before=before, base=base, **swapped)
         if turned is not None:
             out = build.factor(target, Kind.WHOLE, name=name)
             kernel = build.factor(taps, Kind.SUM, halo=turned, name=f"k{name}")

@@ -129,7 +129,11 @@ def bitcast_convert_type(params: Mapping[str, Any], operands: Sequence[Any], res
     return build.rule([source], [target], flops=0.0, fusible=True)
 
 
-@register(*primitives("iota iota_2x32_shape empty? empty2? create_token after_all"), reads=(), free=True)
+@register(
+    *primitives("iota iota_2x32_shape empty? empty2? platform_index? create_token after_all"),
+    reads=(),
+    free=True,
+)
 def made_anywhere(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     """Every device can make its own part, from nothing."""
     build = Builder()

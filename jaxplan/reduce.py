@@ -1,0 +1,251 @@
+"""Room `reduce`: a problem becomes smaller, and each step says how to undo itself. Knows nothing of JAX.
+
+`fold` merges look-alikes. The other steps work on `Tables`, the prices of one axis written out while the other axes stay
+fixed: `dominance` strikes out options that are never better and `eliminate` removes leaves and chains; both are exact.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxplan.problem import Edge, Node, Problem, all_choices
+
+Undo = Callable[[np.ndarray], np.ndarray]
+"""Choices of the smaller problem -> choices of the larger."""
+
+
+def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
+    """Look-alikes share one variable whose prices are paid as often as there are members.
+
+    Two nodes look alike if their kinds and trip counts agree and, `rounds` steps deep, so do their neighbourhoods (colour
+    refinement, after Weisfeiler and Leman 1968). Bounded rounds keep the inner layers of a deep model one class whatever
+    the depth. Nodes of kind None stay alone.
+    """
+    colours = _colours(problem, rounds)
+    first: dict[int, int] = {}
+    for index, colour in enumerate(colours):
+        first.setdefault(colour, index)
+    times = [0.0] * len(first)
+    for node, colour in zip(problem.nodes, colours, strict=True):
+        times[colour] += node.times
+    nodes = tuple(replace(problem.nodes[first[c]], times=times[c]) for c in range(len(first)))
+    merged: dict[Hashable, list[float | Edge]] = {}
+    for number, edge in enumerate(problem.edges):
+        tail, head = colours[edge.tail], colours[edge.head]
+        key = (tail, head, edge.kind if edge.kind is not None else ("edge", number))
+        if key in merged:
+            merged[key][1] += edge.times  # type: ignore[operator]
+        else:
+            merged[key] = [replace(edge, tail=tail, head=head), edge.times]
+    edges = tuple(replace(edge, times=total) for edge, total in merged.values())  # type: ignore[type-var, arg-type]
+    index = np.array(colours, dtype=np.int64)
+    return Problem(problem.axes, nodes, edges, problem.axis_order), lambda choices: choices[index]
+
+
+def _colours(problem: Problem, rounds: int) -> list[int]:
+    """A class number per node, numbered by first appearance."""
+    table: dict[Hashable, int] = {}
+    colours = [
+        table.setdefault((node.kind if node.kind is not None else ("node", i), node.times, node.options), len(table))
+        for i, node in enumerate(problem.nodes)
+    ]
+    if rounds:
+        around: list[list[tuple[int, Hashable, int]]] = [[] for _ in problem.nodes]
+        kinds: dict[Hashable, int] = {}
+        for number, edge in enumerate(problem.edges):
+            kind = kinds.setdefault(edge.kind if edge.kind is not None else ("edge", number), len(kinds))
+            around[edge.tail].append((0, kind, edge.head))
+            around[edge.head].append((1, kind, edge.tail))
+        for _ in range(rounds):
+            fresh: dict[Hashable, int] = {}
+            colours = [
+                fresh.setdefault((colours[i], tuple(sorted([(s, k, colours[j]) for s, k, j in near]))), len(fresh))
+                for i, near in enumerate(around)
+            ]
+            if len(fresh) == len(table):
+                break
+            table = fresh
+    return colours
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Prices written out: `costs[i]` is a vector per variable, `pairs[(i, j)]`, i < j, a matrix. Infinity is illegal."""
+
+    costs: tuple[np.ndarray, ...]
+    pairs: dict[tuple[int, int], np.ndarray]
+
+    def price(self, options: np.ndarray) -> float:
+        """The price of one option number per variable."""
+        total = sum(float(cost[option]) for cost, option in zip(self.costs, options, strict=True))
+        return total + sum(float(matrix[options[i], options[j]]) for (i, j), matrix in self.pairs.items())
+
+    def neighbours(self) -> list[list[tuple[int, np.ndarray]]]:
+        """Per variable, its neighbours with the pair's matrix, own option first."""
+        near: list[list[tuple[int, np.ndarray]]] = [[] for _ in self.costs]
+        for (i, j), matrix in self.pairs.items():
+            near[i].append((j, matrix))
+            near[j].append((i, matrix.T))
+        return near
+
+
+class Pricer:
+    """Writes out tables of a problem, remembering prices by kind and by the fixed part of the choice."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._vectors: dict[Hashable, np.ndarray] = {}
+        self._matrices: dict[Hashable, np.ndarray] = {}
+
+    def along(self, axis: int, choices: np.ndarray) -> Tables:
+        """One axis free in every node, the other axes fixed as in `choices` (nodes, axes)."""
+        rows, fixed = [], []
+        for node, row in zip(self.problem.nodes, choices, strict=True):
+            options = np.repeat(row[None], node.options[axis], axis=0)
+            options[:, axis] = np.arange(node.options[axis])
+            rows.append(options)
+            row = row.copy()
+            row[axis] = -1
+            fixed.append(row.tobytes())
+        return self._written(rows, fixed)
+
+    def whole(self, limit: int = 10**7) -> tuple[Tables, list[np.ndarray]]:
+        """Every joint choice of every node, and the choices themselves; refuses above `limit` table entries."""
+        counts = [int(np.prod(node.options)) for node in self.problem.nodes]
+        size = sum(counts) + sum(counts[e.tail] * counts[e.head] for e in self.problem.edges)
+        if size > limit:
+            raise ValueError(f"writing out all joint choices takes {size:,} entries; the limit is {limit:,}")
+        rows = [all_choices(node) for node in self.problem.nodes]
+        return self._written(rows, [b""] * len(rows)), rows
+
+    def _written(self, rows: list[np.ndarray], fixed: list[bytes]) -> Tables:
+        costs = [node.times * self._vector(i, node, rows[i], fixed[i]) for i, node in enumerate(self.problem.nodes)]
+        pairs: dict[tuple[int, int], np.ndarray] = {}
+        for number, edge in enumerate(self.problem.edges):
+            if not edge.times:
+                continue
+            i, j = edge.tail, edge.head
+            key = (edge.kind if edge.kind is not None else ("edge", number), fixed[i], fixed[j], len(rows[i]), len(rows[j]))
+            matrix = self._matrices.get(key)
+            if matrix is None:
+                matrix = self._matrices[key] = edge.price(rows[i], rows[j])
+            matrix = edge.times * matrix
+            if i == j:
+                costs[i] = costs[i] + matrix.diagonal()
+            else:
+                where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
+                pairs[where] = pairs[where] + matrix if where in pairs else matrix
+        return Tables(tuple(costs), pairs)
+
+    def _vector(self, index: int, node: Node, rows: np.ndarray, fixed: bytes) -> np.ndarray:
+        key = (node.kind if node.kind is not None else ("node", index), fixed, len(rows))
+        vector = self._vectors.get(key)
+        if vector is None:
+            vector = self._vectors[key] = node.price(rows)
+        return vector
+
+
+def dominance(tables: Tables) -> tuple[Tables, Undo]:
+    """Strike out illegal options and those that another option of the same variable beats whatever the others do.
+
+    Goldstein's criterion (1994): i goes if some j has c_i - c_j + sum over neighbours of min over k (m_ik - m_jk) >= 0.
+    Exact: at least one optimum survives.
+    """
+    near = tables.neighbours()
+    kept = [np.flatnonzero(np.isfinite(cost)) for cost in tables.costs]
+    queue, waiting = deque(range(len(kept))), [True] * len(kept)
+    while queue:
+        i = queue.popleft()
+        waiting[i] = False
+        mine = kept[i]
+        if len(mine) < 2:
+            continue
+        cost = tables.costs[i][mine]
+        ahead = cost[:, None] - cost[None, :]
+        for j, matrix in near[i]:
+            part = _finite(matrix[np.ix_(mine, kept[j])])
+            ahead += (part[:, None, :] - part[None, :, :]).min(-1)
+        stay = _undominated(ahead)
+        if len(stay) < len(mine):
+            kept[i] = mine[stay]
+            for j, _ in near[i]:
+                if not waiting[j]:
+                    waiting[j] = True
+                    queue.append(j)
+    smaller = Tables(
+        tuple(cost[k] for cost, k in zip(tables.costs, kept, strict=True)),
+        {(i, j): matrix[np.ix_(kept[i], kept[j])] for (i, j), matrix in tables.pairs.items()},
+    )
+    return smaller, lambda options: np.array([k[o] for k, o in zip(kept, options, strict=True)], dtype=np.int64)
+
+
+ILLEGAL = 1e30
+"""Stands for infinity where differences are taken (seconds; no real price comes near)."""
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.minimum(values, ILLEGAL)
+
+
+def _undominated(ahead: np.ndarray) -> np.ndarray:
+    """Indices that stay; of two that dominate each other the first does."""
+    count = len(ahead)
+    alive = np.ones(count, dtype=bool)
+    beaten = ahead >= 0
+    np.fill_diagonal(beaten, False)
+    for i in range(count - 1, -1, -1):
+        if (beaten[i] & alive).any():
+            alive[i] = False
+    return np.flatnonzero(alive)
+
+
+def eliminate(tables: Tables) -> tuple[Tables, list[int], Undo]:
+    """Remove variables with at most two neighbours, as OptCNN does (Jia et al., ICML 2018); exact.
+
+    Returns what is left, the variables it is left of, and an undo for options of those.
+    """
+    costs = [_finite(cost) for cost in tables.costs]
+    near: list[dict[int, np.ndarray]] = [{} for _ in costs]
+    for (i, j), matrix in tables.pairs.items():
+        near[i][j], near[j][i] = _finite(matrix), _finite(matrix).T
+    gone: list[tuple[int, tuple[int, ...], np.ndarray]] = []
+    alive = [True] * len(costs)
+    queue = deque(i for i in range(len(costs)) if len(near[i]) <= 2)
+    while queue:
+        v = queue.popleft()
+        if not alive[v] or len(near[v]) > 2:
+            continue
+        alive[v] = False
+        around = tuple(near[v])
+        if not around:
+            gone.append((v, (), costs[v].argmin(keepdims=True)))
+            continue
+        if len(around) == 1:
+            total = near[v][around[0]].T + costs[v]  # (neighbour, own)
+            costs[around[0]] = costs[around[0]] + total.min(-1)
+        else:
+            a, b = around
+            total = near[v][a].T[:, None, :] + near[v][b].T[None, :, :] + costs[v]
+            joint = total.min(-1)
+            near[a][b] = near[a][b] + joint if b in near[a] else joint
+            near[b][a] = near[a][b].T
+        gone.append((v, around, total.argmin(-1)))
+        for w in around:
+            del near[w][v]
+            queue.append(w)
+    left = [i for i, still in enumerate(alive) if still]
+    place = {v: n for n, v in enumerate(left)}
+    pairs = {(place[i], place[j]): m for i in left for j, m in near[i].items() if i < j}
+
+    def undo(options: np.ndarray) -> np.ndarray:
+        full = np.zeros(len(costs), dtype=np.int64)
+        full[left] = options
+        for v, around, best in reversed(gone):
+            full[v] = best[tuple(full[w] for w in around)] if around else best[0]
+        return full
+
+    return Tables(tuple(costs[i] for i in left), pairs), left, undo

@@ -1,0 +1,48 @@
+"""Room `search`: a `Problem` becomes an `Assignment`. Plain callables of one signature in a small dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.search.brute import brute
+from jaxplan.search.hsm2dl import hsm2dl
+
+SEARCHES: dict[str, Callable[[Problem], Assignment]] = {"hsm2dl": hsm2dl, "brute": brute}
+
+
+def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
+    """Solve a problem by a search's name or by the user's own callable, whose answer is checked.
+
+    Raises ValueError for an unknown name, and for an answer that is no legal assignment.
+    """
+    if isinstance(method, str):
+        if method not in SEARCHES:
+            raise ValueError(f"no search is called {method!r}; there are {sorted(SEARCHES)}, or pass a callable")
+        found = SEARCHES[method](problem)
+    else:
+        found = method(problem)
+    name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    choices = np.asarray(found.choices)
+    if choices.shape != (len(problem.nodes), len(problem.axes)) or choices.dtype.kind not in "iu":
+        raise ValueError(
+            f"search {name!r} returned choices of shape {choices.shape} and dtype {choices.dtype}; "
+            f"wanted integers of shape {(len(problem.nodes), len(problem.axes))}"
+        )
+    counts = np.array([node.options for node in problem.nodes]).reshape(choices.shape)
+    wrong = np.argwhere((choices < 0) | (choices >= counts))
+    if len(wrong):
+        node, axis = wrong[0]
+        raise ValueError(
+            f"search {name!r} chose option {choices[node, axis]} of node {node} ({problem.nodes[node].name}) along axis "
+            f"{problem.axes[axis]!r}, which has {counts[node, axis]}"
+        )
+    seconds = evaluate(problem, choices)
+    if not np.isfinite(seconds):
+        raise ValueError(f"search {name!r} returned an assignment that is not legal: its price is {seconds}")
+    return Assignment(choices, seconds, found.bound, found.notes)
+
+
+__all__ = ["SEARCHES", "Assignment", "brute", "hsm2dl", "search"]
