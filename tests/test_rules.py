@@ -169,9 +169,15 @@ GOLDEN: list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]] = [
     ),
     (
         "conv, groups",
-        "n (g c) h w, (g o) c kh kw -> n (g o) h w    c: sum; h: halo(2); kh: whole; w: halo(2); kw: whole",
+        "n (g c) h 1, (g o) c kh 1 -> n (g o) h 1    g: whole; n: whole; c: whole; o: whole; h: whole; kh: whole",
         conv((1, 1), feature_group_count=2),
-        (f32(2, 4, 8, 8), f32(6, 2, 3, 3)),
+        (f32(2, 4, 8, 1), f32(6, 2, 3, 1)),
+    ),
+    (
+        "conv, depthwise",
+        "n g h w, (g o) 1 kh kw -> n (g o) h w    h: halo(2); kh: whole; w: halo(2); kw: whole",
+        conv((1, 1), feature_group_count=4),
+        (f32(2, 4, 8, 8), f32(8, 1, 3, 3)),
     ),
     (
         "conv, batch groups",
@@ -207,11 +213,11 @@ GOLDEN: list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]] = [
     ("cholesky", "b i j -> b i j    i: whole; j: whole", lambda x: _jax.primitives("cholesky")[0].bind(x), (f32(2, 4, 4),)),
     (
         "triangular_solve",
-        "b k m, b m n -> b m n    m: whole; k: whole",
+        "b m k, b m n -> b m n    m: whole; k: whole; n: whole",
         lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True),
         (f32(2, 4, 4), f32(2, 4, 6)),
     ),
-    ("fft", "i j -> i j    j: whole", lambda x: lax.fft(x, "RFFT", (6,)), (f32(4, 6),)),
+    ("fft", "i j -> i j    i: whole; j: whole", lambda x: lax.fft(x, "RFFT", (6,)), (f32(4, 6),)),
 ]  # fmt: skip
 
 

@@ -69,9 +69,8 @@ def batch_places(batch: Any) -> dict[str, tuple[P, ...]]:
     """Every activation over its batch dimension alone."""
     wide = ("embedded", "residual", "norm", "projected", "final_norm", "mlp_hidden", "logits")
     heads = ("q", "k", "v", "scores", "attended")
-    return {place: (P(batch, None, None),) for place in wide} | {
-        place: (P(batch, None, None, None),) for place in heads
-    }
+    places: dict[str, tuple[P, ...]] = dict.fromkeys(wide, (P(batch, None, None),))
+    return places | dict.fromkeys(heads, (P(batch, None, None, None),))
 
 
 def data_parallel(config: DecoderConfig, mesh: Mesh) -> HandPlan:

@@ -10,6 +10,9 @@ from .program import Program, define
 
 __all__ = ["FULL", "SMALL", "SolveConfig", "conjugate_gradient"]
 
+# x, the residual, the search direction, the residual's square, the iteration
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 @dataclass(frozen=True)
 class SolveConfig:
@@ -30,11 +33,11 @@ def conjugate_gradient(config: SolveConfig = SMALL) -> Program:
     def solve(matrix: jax.Array, b: jax.Array, x0: jax.Array) -> jax.Array:
         enough = config.tolerance**2 * jnp.vdot(b, b)
 
-        def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        def unfinished(state: State) -> jax.Array:
             _, _, _, square, iteration = state
             return (square > enough) & (iteration < config.limit)
 
-        def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def iterate(state: State) -> State:
             x, residual, direction, square, iteration = state
             image = matrix @ direction
             step = square / jnp.vdot(direction, image)

@@ -140,7 +140,7 @@ def initial_state(key: jax.Array, config: ResNetConfig) -> tuple[Tree, Tree]:
     statistics: Tree = {"stem_norm": averages(inputs), "blocks": []}
     for width in config.widths:
         for _ in range(config.blocks):
-            block = {"conv1": kernel(3, inputs, width), "conv2": kernel(3, width, width)}
+            block: Tree = {"conv1": kernel(3, inputs, width), "conv2": kernel(3, width, width)}
             block |= {"norm1": norm(width), "norm2": norm(width)}
             if inputs != width:
                 block["shortcut"] = kernel(1, inputs, width)

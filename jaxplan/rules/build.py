@@ -48,6 +48,10 @@ class Builder:
             terminals.append(tuple(dims))
         return tuple(terminals)
 
+    def give_up(self) -> None:
+        """Every factor added so far becomes whole; the work stays what it is."""
+        self.factors = [Factor(f.name, f.size, Kind.WHOLE) for f in self.factors]
+
     def rule(
         self,
         operands: Iterable[Sequence[Dim]],

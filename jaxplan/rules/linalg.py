@@ -1,4 +1,4 @@
-"""Dense linear algebra and Fourier transforms: batches are parallel, each matrix is done on one device."""
+"""Dense linear algebra and Fourier transforms: a matrix is done on one device; batches of them are parallel."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ batched(*primitives("eig schur"), flops=25)
 
 @register(*primitives("triangular_solve"), reads=("left_side",))
 def triangular_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """b m m, b m n -> b m n: right-hand sides are solved one by one, and so in parallel."""
+    """b m k, b m n -> b m n. Right-hand sides n could be split; XLA splits the batch only, and gathers these."""
     build = Builder()
     *batch, rows, columns = operands[1].shape
     leading = build.factors_of(batch, name="b")
     left = params["left_side"]
     inner = build.factor(rows if left else columns, Kind.WHOLE, name="m")
     other = build.factor(rows if left else columns, Kind.WHOLE, name="k")
-    sides = build.factor(columns if left else rows, name="n")
+    sides = build.factor(columns if left else rows, Kind.WHOLE, name="n")
     both = (*leading, inner, sides) if left else (*leading, sides, inner)
-    return build.rule([(*leading, other, inner), both], [both])
+    return build.rule([(*leading, inner, other), both], [both])
 
 
 @register(*primitives("tridiagonal_solve"), reads=())
@@ -60,20 +60,19 @@ def tridiagonal_solve(params: Mapping[str, Any], operands: Sequence[Any], result
     *batch, unknowns, sides = results[0].shape
     leading = build.factors_of(batch, name="b")
     inner = build.factor(unknowns, Kind.WHOLE, name="m")
-    both = (*leading, inner, build.factor(sides, name="n"))
+    both = (*leading, inner, build.factor(sides, Kind.WHOLE, name="n"))
     return build.rule([(*leading, inner)] * 3 + [both], [both], flops=8.0)
 
 
 @register(*primitives("fft"), reads=("fft_lengths",))
 def fft(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Transformed dimensions whole. 5 n log2 n operations for n complex points (the count of FFTW's
-    benchmarks).
+    """Whole throughout: XLA gathers a Fourier transform even along its batch
+    (github.com/openxla/xla/issues/24).
+
+    5 n log2 n operations for n complex points (the count of FFTW's benchmarks).
     """
     build = Builder()
-    count = len(params["fft_lengths"])
     shape = max(operands[0].shape, results[0].shape)  # of a real transform, one side is cut to half
-    dims = [
-        build.factor(n, Kind.WHOLE if d >= len(shape) - count else Kind.PARALLEL) for d, n in enumerate(shape)
-    ]
+    dims = build.factors_of(shape, Kind.WHOLE)
     length = max(2, math.prod(params["fft_lengths"]))
     return build.rule([dims], [dims], flops=5 * math.log2(length))

@@ -94,6 +94,10 @@ def _product(
 def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     """n c h w, o c kh kw -> n o h w. Groups g lead the features (or the batch) of whoever has them.
 
+    Groups of more than one input feature are whole in every factor: XLA gathers such a convolution however it
+    is sharded (github.com/openxla/xla/issues/47945; seen with jaxlib 0.10 and 0.12). Depthwise ones it
+    splits.
+
     flops: two per multiply-add with a source element; the zeros a dilated source is filled with cost nothing.
     """
     numbers = params["dimension_numbers"]
@@ -127,6 +131,8 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
             base=params["lhs_dilation"][axis],
             dilation=params["rhs_dilation"][axis],
         )
+    if params["feature_group_count"] > 1 and kernel[features_in] > 1:
+        build.give_up()
     return build.rule((left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])))
 
 

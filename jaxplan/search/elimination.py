@@ -6,39 +6,76 @@ Dechter and Rish (2003).
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from jaxplan.reduce import ILLEGAL, Tables, dominance, eliminate
+from jaxplan.reduce import ILLEGAL, Tables
 
-CAP = 1 << 16
+CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
 
+Factor = tuple[tuple[int, ...], np.ndarray]
+"""A table over the variables of an ascending scope."""
 
-def solve(tables: Tables, incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP) -> np.ndarray:
-    """An option per variable; optimal where no table grows beyond `cap` entries.
 
-    Beyond, without an incumbent: mini-buckets, then two rounds that start from what they found. With an `incumbent` (an
-    option per variable): variables that would grow a table too far keep the incumbent's option this time, so the result is
-    never worse. `tally` counts how often each was kept, so that the next call keeps others.
+def min_fill_order(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """An order of elimination that greedily adds the fewest edges; ties by number."""
+    near: list[set[int]] = [set() for _ in range(count)]
+    for i, j in pairs:
+        near[i].add(j)
+        near[j].add(i)
+
+    def fill(v: int) -> int:
+        around = near[v]
+        missing = sum(len(around) - 1 - len(around & near[w]) for w in around)
+        return missing // 2
+
+    score = [fill(v) for v in range(count)]
+    heap = [(s, v) for v, s in enumerate(score)]
+    heapq.heapify(heap)
+    order: list[int] = []
+    gone = [False] * count
+    while heap:
+        s, v = heapq.heappop(heap)
+        if gone[v] or s != score[v]:
+            continue
+        gone[v] = True
+        order.append(v)
+        around = near[v]
+        for w in around:
+            near[w].discard(v)
+            if s:
+                near[w] |= around
+                near[w].discard(w)
+        for w in around if not s else around.union(*(near[w] for w in around)):
+            if not gone[w]:
+                now = fill(w)
+                if now != score[w]:
+                    score[w] = now
+                    heapq.heappush(heap, (now, w))
+    return order
+
+
+def solve(
+    tables: Tables, order: list[int], incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP
+) -> tuple[np.ndarray, bool]:
+    """(an option per variable, whether it is proven optimal). `order`: the variables as they are to be eliminated.
+
+    Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets, then two rounds that start from what
+    they found. With an `incumbent` (an option per variable): variables that would grow a table too far keep the incumbent's
+    option this time, so the result is never worse. `tally` counts how often each was kept, so that the next call keeps others.
     """
     tally = tally if tally is not None else [0] * len(tables.costs)
     if incumbent is None:
-        smaller, undo_dominance = dominance(tables)
-        core, left, undo = eliminate(smaller)
-        inner = [0] * len(left)
-        options, exact = _Buckets(core, cap).run(None, inner)
-        found = undo_dominance(undo(options))
+        found, exact = _Buckets(tables, cap).run(order, None, tally)
         for _ in range(0 if exact else 2):
-            found = _better(tables, found, solve(tables, found, tally, cap))
-        return found
-    options, _ = _Buckets(tables, cap).run(incumbent, tally)
-    return _better(tables, incumbent, options)
-
-
-def _better(tables: Tables, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    return new if tables.price(new) < tables.price(old) else old
+            found, _ = solve(tables, order, found, tally, cap)
+        return found, exact
+    found, exact = _Buckets(tables, cap).run(order, incumbent, tally)
+    return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
 
 
 class _Buckets:
@@ -47,115 +84,92 @@ class _Buckets:
     def __init__(self, tables: Tables, cap: int) -> None:
         self.cap = cap
         self.sizes = [len(cost) for cost in tables.costs]
-        self.near: list[set[int]] = [set() for _ in self.sizes]
-        self.factors: list[list[tuple[tuple[int, ...], np.ndarray]]] = [
-            [((i,), np.minimum(cost, ILLEGAL))] for i, cost in enumerate(tables.costs)
-        ]
-        for (i, j), matrix in tables.pairs.items():
-            self.near[i].add(j)
-            self.near[j].add(i)
-            self._add((i, j), np.minimum(matrix, ILLEGAL))
+        self.costs = [np.minimum(cost, ILLEGAL) for cost in tables.costs]
+        self.factors: list[dict[int, Factor]] = [{} for _ in self.sizes]
+        self._made = 0
+        for scope, matrix in tables.pairs.items():
+            self._add(scope, np.minimum(matrix, ILLEGAL))
 
     def _add(self, scope: tuple[int, ...], array: np.ndarray) -> None:
-        factor = (scope, array)
+        if len(scope) == 1:
+            self.costs[scope[0]] = self.costs[scope[0]] + array
+            return
+        self._made += 1
         for v in scope:
-            self.factors[v].append(factor)
+            self.factors[v][self._made] = (scope, array)
 
-    def _remove(self, factor: tuple[tuple[int, ...], np.ndarray]) -> None:
-        for v in factor[0]:
-            self.factors[v] = [f for f in self.factors[v] if f is not factor]
+    def _take(self, numbers: Iterable[int], v: int) -> list[Factor]:
+        """Take factors of a variable out."""
+        taken = []
+        for number in list(numbers):
+            factor = self.factors[v][number]
+            for w in factor[0]:
+                del self.factors[w][number]
+            taken.append(factor)
+        return taken
 
-    def run(self, incumbent: np.ndarray | None, tally: list[int]) -> tuple[np.ndarray, bool]:
+    def _scope(self, v: int) -> set[int]:
+        return {v}.union(*(scope for scope, _ in self.factors[v].values()))
+
+    def run(self, order: list[int], incumbent: np.ndarray | None, tally: list[int]) -> tuple[np.ndarray, bool]:
         """(options, whether they are optimal)."""
         exact = True
-        alive = set(range(len(self.sizes)))
-        fill = {v: self._fill(v) for v in alive}
-        trail: list[tuple[int, list[tuple[tuple[int, ...], np.ndarray]]]] = []
-        fixed: dict[int, int] = {}
-        while alive:
-            v = min(alive, key=lambda x: (fill[x], x))
-            near = self.near[v]
-            if self.sizes[v] * math.prod(self.sizes[w] for w in near) > self.cap:
-                exact = False
-                if incumbent is not None:
-                    v = max(near | {v}, key=lambda x: (len(self.near[x]) - 3 * tally[x], -x))
-                    tally[v] += 1
-                    fixed[v] = int(incumbent[v])
-                    self._condition(v, fixed[v])
-                    touched = self.near[v]
-                else:
-                    touched = set(near)
-                    trail.append((v, self._split(v)))
-            else:
-                touched = set(near)
-                trail.append((v, [self._join(v, self.factors[v])]))
-                self._connect(near)
-            alive.discard(v)
-            for w in touched:
-                self.near[w].discard(v)
-            for w in touched:
-                fill[w] = self._fill(w)
+        trail: list[tuple[int, list[Factor]]] = []
         options = np.zeros(len(self.sizes), dtype=np.int64)
-        for v, option in fixed.items():
-            options[v] = option
+        fixed: set[int] = set()
+        for v in order:
+            if v in fixed:
+                continue
+            scope = self._scope(v)
+            while math.prod([self.sizes[w] for w in scope]) > self.cap and incumbent is not None:
+                hub = max(scope, key=lambda x: (len(self.factors[x]) - 3 * tally[x], -x))
+                tally[hub] += 1
+                exact = False
+                options[hub] = incumbent[hub]
+                fixed.add(hub)
+                self._condition(hub, int(incumbent[hub]))
+                scope.discard(hub)
+            if v in fixed:
+                continue
+            if math.prod([self.sizes[w] for w in scope]) > self.cap:
+                exact = False
+                trail.append((v, self._split(v)))
+            else:
+                trail.append((v, [self._join(v, sorted(scope), self._take(self.factors[v], v))]))
         for v, groups in reversed(trail):
-            total = 0.0
-            for scope, array in groups:
-                index = tuple(slice(None) if w == v else int(options[w]) for w in scope)
-                total = total + array[index]
+            total: np.ndarray | float = 0.0
+            for scope_, array in groups:
+                total = total + array[tuple([slice(None) if w == v else options[w] for w in scope_])]
             options[v] = int(np.argmin(total))
         return options, exact
 
-    def _fill(self, v: int) -> int:
-        """Edges that eliminating a variable would add."""
-        near = sorted(self.near[v])
-        return sum(len(near) - 1 - n - len(self.near[w].intersection(near[n + 1 :])) for n, w in enumerate(near))
+    def _join(self, v: int, scope: list[int], factors: list[Factor]) -> Factor:
+        """Sum tables that mention a variable, take the minimum over it, and put the result back."""
+        sizes, where = self.sizes, scope.index(v)
+        shape = [1] * len(scope)
+        shape[where] = sizes[v]
+        total = self.costs[v].reshape(shape)
+        self.costs[v] = np.zeros(sizes[v])
+        for f, array in sorted(factors, key=lambda item: item[1].size):
+            total = total + array.reshape([sizes[w] if w in f else 1 for w in scope])
+        if len(scope) > 1:
+            self._add(tuple([w for w in scope if w != v]), total.min(where))
+        return tuple(scope), total
 
-    def _connect(self, near: set[int]) -> None:
-        for w in near:
-            self.near[w].update(near)
-            self.near[w].discard(w)
-
-    def _join(self, v: int, factors: list[tuple[tuple[int, ...], np.ndarray]]) -> tuple[tuple[int, ...], np.ndarray]:
-        """Sum factors that mention a variable, take the minimum over it, and put the result back."""
-        scope = tuple(sorted({w for f, _ in factors for w in f}))
-        total: np.ndarray | float = 0.0
-        for f, array in sorted(factors, key=lambda item: len(item[0])):
-            total = total + array.reshape([self.sizes[w] if w in f else 1 for w in scope])
-        total = np.broadcast_to(total, [self.sizes[w] for w in scope])
-        for factor in list(factors):
-            self._remove(factor)
-        rest = tuple(w for w in scope if w != v)
-        if rest:
-            self._add(rest, total.min(scope.index(v)))
-        return scope, total
-
-    def _split(self, v: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    def _split(self, v: int) -> list[Factor]:
         """Mini-buckets: groups of factors whose tables fit, each minimised by itself (a lower bound)."""
-        groups: list[tuple[set[int], list[tuple[tuple[int, ...], np.ndarray]]]] = []
-        for factor in sorted(self.factors[v], key=lambda f: -f[1].size):
-            for scope, members in groups:
-                if math.prod(self.sizes[w] for w in scope.union(factor[0])) <= self.cap:
-                    scope.update(factor[0])
-                    members.append(factor)
+        groups: list[tuple[set[int], list[int]]] = []
+        for number, (scope, _) in sorted(self.factors[v].items(), key=lambda item: (-item[1][1].size, item[0])):
+            for union, members in groups:
+                if math.prod(self.sizes[w] for w in union.union(scope)) <= self.cap:
+                    union.update(scope)
+                    members.append(number)
                     break
             else:
-                groups.append((set(factor[0]), [factor]))
-        made = []
-        for scope, members in groups:
-            made.append(self._join(v, members))
-            self._connect(scope - {v})
-        return made
+                groups.append((set(scope), [number]))
+        return [self._join(v, sorted(union), self._take(members, v)) for union, members in groups]
 
     def _condition(self, v: int, option: int) -> None:
         """Fix a variable: its factors lose a dimension."""
-        for scope, array in list(self.factors[v]):
-            self._remove_one(v, scope, array, option)
-        self.factors[v] = []
-
-    def _remove_one(self, v: int, scope: tuple[int, ...], array: np.ndarray, option: int) -> None:
-        for w in scope:
-            self.factors[w] = [f for f in self.factors[w] if f[1] is not array]
-        rest = tuple(w for w in scope if w != v)
-        if rest:
-            self._add(rest, np.take(array, option, axis=scope.index(v)))
+        for scope, array in self._take(self.factors[v], v):
+            self._add(tuple([w for w in scope if w != v]), np.take(array, option, axis=scope.index(v)))

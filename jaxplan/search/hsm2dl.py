@@ -8,9 +8,11 @@ import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, fold
-from jaxplan.search.elimination import solve
+from jaxplan.search.elimination import min_fill_order, solve
 
-SWEEPS = 4
+SWEEPS = 6
+PATIENCE = 2
+"""Rounds without improvement before a bounded (inexact) elimination gives up: each round keeps other variables fixed."""
 FINE_ROUNDS = 2
 
 
@@ -21,6 +23,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
     at a time until nothing improves. Deterministic.
     """
+    if not problem.nodes:
+        return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
     axes = [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
     coarse, expand = fold(problem, 0)
     pricer = Pricer(coarse)
@@ -47,19 +51,25 @@ def _orders(axes: list[int]) -> list[tuple[int, ...]]:
     return [tuple(axes[i:] + axes[:i]) for i in range(len(axes))]
 
 
-def _sweep(pricer: Pricer, choices: np.ndarray, order: tuple[int, ...], *, fresh: bool) -> tuple[np.ndarray, float]:
+def _sweep(pricer: Pricer, choices: np.ndarray, axes: tuple[int, ...], *, fresh: bool) -> tuple[np.ndarray, float]:
     """Re-open each axis given the others until nothing improves. `fresh`: nothing is decided yet in the first round."""
-    seconds = np.inf if fresh else evaluate(pricer.problem, choices)
-    tally = [0] * len(choices)
-    for sweep in range(SWEEPS):
-        tried = choices.copy()
-        for axis in order:
-            start = None if fresh and sweep == 0 else tried[:, axis].copy()
-            tried[:, axis] = solve(pricer.along(axis, tried), start, tally)
-        now = evaluate(pricer.problem, tried)
-        if not now < seconds * (1 - 1e-9):
+    problem = pricer.problem
+    order = min_fill_order(len(problem.nodes), [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
+    choices, tally = choices.copy(), [0] * len(choices)
+    seconds, settled = np.inf, 0
+    for turn in range(SWEEPS * len(axes)):
+        axis = axes[turn % len(axes)]
+        tables = pricer.along(axis, choices)
+        start = None if fresh and turn < len(axes) else choices[:, axis]
+        options, exact = solve(tables, order, start, tally)
+        now = tables.price(options)
+        if fresh and turn < len(axes) or now < seconds * (1 - 1e-9) and (options != choices[:, axis]).any():
+            settled = 0 if not exact else 1
+            choices[:, axis], seconds = options, now
+        else:
+            settled += 1
+        if settled >= len(axes) * (1 if exact else PATIENCE) and turn >= len(axes) - 1:
             break
-        choices, seconds = tried, now
     return choices, seconds
 
 
