@@ -13,7 +13,7 @@ import jax
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
-from jax.extend.core import primitives as _primitives
+from jax.extend.core import Primitive as Primitive, primitives as _primitives
 
 Literal = _core.Literal
 Var = _core.Var
@@ -48,8 +48,6 @@ def sub_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 # --- primitives, for the rules ---
-
-Primitive = _core.Primitive
 
 _HOMES = (
     "jax.lax",

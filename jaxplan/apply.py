@@ -247,10 +247,12 @@ class PlannedFunction:
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
         if isinstance(leaf, jax.core.Tracer):
             return leaf
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-            return leaf
-        # a donated buffer must be ours: device_put may otherwise alias the caller's
-        return jax.device_put(leaf, sharding, may_alias=False if donated else None)
+        if isinstance(leaf, jax.Array):
+            if leaf.sharding == sharding:
+                return leaf
+            if donated and not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                leaf = leaf.copy()  # device_put may reuse the caller's buffer, and a donated one must be ours
+        return jax.device_put(leaf, sharding)
 
     def _home(self, values: Sequence[Any]) -> list[Any]:
         """Results on the user's own mesh (its axes may be Explicit)."""

@@ -5,7 +5,7 @@ traced with (its parameters that spell out shapes) must be written anew for half
 operation is told places by data (gather, scatter), those count from the start of the half.
 """
 
-# ruff: noqa: E501  (one line a sample)
+
 
 from __future__ import annotations
 
@@ -38,14 +38,12 @@ SHAPE_PARAMS: dict[Any, Callable[[Any, list[Array], list[Array], tuple[int, ...]
     named("dynamic_slice"): lambda p, whole, half, shape: {"slice_sizes": shape},
     named("slice"): lambda p, whole, half, shape: {
         "limit_indices": tuple(
-            n if n != m else limit
-            for n, m, limit in zip(half[0].shape, whole[0].shape, p["limit_indices"], strict=True)
+            n if n != m else limit for n, m, limit in zip(half[0].shape, whole[0].shape, p["limit_indices"], strict=True)
         )
     },
     named("gather"): lambda p, whole, half, shape: {
         "slice_sizes": tuple(
-            n if size == m else size
-            for n, m, size in zip(half[0].shape, whole[0].shape, p["slice_sizes"], strict=True)
+            n if size == m else size for n, m, size in zip(half[0].shape, whole[0].shape, p["slice_sizes"], strict=True)
         )
     },
     named("conv_general_dilated"): lambda p, whole, half, shape: _group_counts(p, whole, half),
@@ -90,9 +88,7 @@ def do_half(equation: Any, rule: Rule, values: list[Array], factor: int, part: i
     at = rule.operand_leads[0].index(factor) if rule.operands and factor in rule.operand_leads[0] else -1
     if primitive in map(named, PLACED):
         numbers = params["dimension_numbers"]
-        columns = getattr(numbers, "start_index_map", None) or getattr(
-            numbers, "scatter_dims_to_operand_dims", ()
-        )
+        columns = getattr(numbers, "start_index_map", None) or getattr(numbers, "scatter_dims_to_operand_dims", ())
         if at in columns:
             half[1] = np.array(half[1])
             half[1][..., columns.index(at)] -= part * half[0].shape[at]
@@ -139,10 +135,7 @@ def run(jaxpr: Any, consts: list[Array], args: list[Array]) -> Iterator[tuple[An
     """Evaluate a jaxpr; every equation that is no call, with the values it took and gave."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for equation in jaxpr.eqns:
-        values = [
-            np.asarray(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else env[v]
-            for v in equation.invars
-        ]
+        values = [np.asarray(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else env[v] for v in equation.invars]
         out = equation.primitive.bind(*values, **equation.params)
         outs = list(out) if equation.primitive.multiple_results else [out]
         env.update(zip(equation.outvars, outs, strict=True))
@@ -246,13 +239,13 @@ SAMPLES: dict[str, tuple[Callable[..., Any], tuple[Array, ...]]] = {
         jax.grad(lambda x, i: (jnp.take_along_axis(x, i, 2) ** 2).sum()),
         (cube, data((2, 8, 4), np.int32)),
     ),
-    "cholesky": (lambda x: named("cholesky").bind(x @ x.swapaxes(1, 2) + jnp.eye(4)), (data((2, 4, 4)),)),
+    "cholesky": (lambda x: named("cholesky").bind(x @ x.swapaxes(1, 2) + np.eye(4, dtype=np.float32)[None]), (data((2, 4, 4)),)),
     "triangular": (
-        lambda a, b: lax.linalg.triangular_solve(a + 3 * jnp.eye(4), b, left_side=True, lower=True),
+        lambda a, b: lax.linalg.triangular_solve(a + 3 * np.eye(4, dtype=np.float32)[None], b, left_side=True, lower=True),
         (data((2, 4, 4)), batch),
     ),
     "triangular, right": (
-        lambda a, b: lax.linalg.triangular_solve(a + 3 * jnp.eye(6), b, lower=True),
+        lambda a, b: lax.linalg.triangular_solve(a + 3 * np.eye(6, dtype=np.float32)[None], b, lower=True),
         (data((2, 6, 6)), batch),
     ),
     "qr": (lambda x: named("qr").bind(x, pivoting=False, full_matrices=False, use_magma=None), (batch,)),
@@ -282,9 +275,7 @@ def test_halves_make_the_whole(name: str) -> None:
 # --- halos: against the definition, tap by tap -----------------------------------------------------------------------
 
 
-def reached(
-    block: range, other: range, stride: int, dilation: int, before: int, base: int, source: int
-) -> list[int]:
+def reached(block: range, other: range, stride: int, dilation: int, before: int, base: int, source: int) -> list[int]:
     """Source elements that meet target elements `block` through kernel elements `other`, or the other way
     round.
     """
@@ -299,9 +290,7 @@ def beyond(mine: range, elements: list[int]) -> int:
 
 WINDOWS = [
     (taps, stride, dilation, base, shift)
-    for taps, stride, dilation, base, shift in itertools.product(
-        (1, 2, 3, 5), (1, 2, 3), (1, 2), (1, 2), (-1, 0, 1)
-    )
+    for taps, stride, dilation, base, shift in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2), (1, 2), (-1, 0, 1))
     if 1 in (stride, base)
 ]
 

@@ -75,17 +75,13 @@ def test_not_a_primitive() -> None:
 
 def test_notation_that_does_not_fit(mine: Any) -> None:
     rule(mine)("b s d -> b s")
-    with pytest.raises(
-        RuleError, match=r"does not fit an equation with operands of shapes .*writes 2 operands"
-    ):
+    with pytest.raises(RuleError, match=r"does not fit an equation with operands of shapes .*writes 2 operands"):
         rule_of(mine, {}, OPERANDS, RESULTS)
 
 
 def test_notation_of_the_wrong_rank(mine: Any) -> None:
     rule(mine)("b d, d e -> b e")
-    with pytest.raises(
-        RuleError, match=r"'b d, d e -> b e', does not fit .* has 2 dimensions, the tensor has"
-    ):
+    with pytest.raises(RuleError, match=r"'b d, d e -> b e', does not fit .* has 2 dimensions, the tensor has"):
         rule_of(mine, {}, OPERANDS, RESULTS)
 
 

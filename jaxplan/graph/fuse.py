@@ -7,6 +7,7 @@ loop body, and no dimension is asked for two things at once. Every other operato
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
 from jaxplan.rules import Kind
@@ -40,7 +41,7 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
             drafts.append(draft)
         home[index] = draft
     needed = leaves | {t for draft in drafts for t, _ in draft.reads}
-    return [draft.close(needed, tensors) for draft in reversed(drafts)]
+    return [draft.close(needed) for draft in reversed(drafts)]
 
 
 class _Draft:
@@ -76,19 +77,48 @@ class _Draft:
                     return False
             if len(set(mapping.values())) != len(mapping):
                 return False
+        same: list[tuple[int, int]] = []
         for slot, operand in enumerate(operator.operands):
             if operand < 0:
                 continue
             for read, leads in self.reads:
                 if read == operand:
                     for own, mine in zip(operator.rule.operand_leads[slot], leads, strict=True):
-                        if own >= 0 and mine >= 0 and own not in mapping and mine not in mapping.values():
+                        if own < 0 or mine < 0:
+                            continue
+                        if own not in mapping and mine not in mapping.values():
                             mapping[own] = mine
+                        elif own in mapping and mapping[own] != mine:
+                            same.append((mine, mapping[own]))
                     break
         if wanted:
             del self.reads[(tensor, wanted[0])]
         self._take(index, operator, mapping, tensors)
+        for keep, drop in same:
+            self._unite(keep, drop)
         return True
+
+    def _unite(self, keep: int, drop: int) -> None:
+        """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does)."""
+        seen = [leads for _, leads in (*self.reads, *self.writes)]
+        if keep == drop or any(keep in leads and drop in leads for leads in seen):
+            return
+
+        def new(leads: Leads) -> Leads:
+            return tuple([keep if f == drop else f for f in leads])
+
+        self.units[keep] = math.gcd(self.units[keep], self.units[drop])
+        self.units[drop] = 0
+        self.reads = {(tensor, new(leads)): None for tensor, leads in self.reads}
+        self.writes = {(tensor, new(leads)): None for tensor, leads in self.writes}
+        self.work = [replace(w, factors=frozenset(new(tuple(w.factors)))) for w in self.work]
+        self.combines = [
+            replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
+            for c in self.combines
+        ]
+        self.halos = [
+            replace(h, operand=Terminal(h.operand.tensor, new(h.operand.leads)), factor=new((h.factor,))[0]) for h in self.halos
+        ]
 
     def _take(self, index: int, operator: Operator, mapping: dict[int, int], tensors: list[Tensor]) -> None:
         rule = operator.rule
@@ -139,7 +169,7 @@ class _Draft:
                 if factor >= 0 and extent:
                     self.units[factor] = math.gcd(self.units[factor], extent)
 
-    def close(self, needed: set[int], tensors: list[Tensor]) -> Cluster:
+    def close(self, needed: set[int]) -> Cluster:
         """The finished cluster; only values somebody else needs are written."""
         self.members.reverse()
         return Cluster(

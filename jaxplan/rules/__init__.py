@@ -17,15 +17,17 @@
 Control flow is not here: the graph recurses into it.
 """
 
-from jaxplan.rules import elementwise as _elementwise
-from jaxplan.rules import indexing as _indexing
-from jaxplan.rules import linalg as _linalg
-from jaxplan.rules import linear as _linear
-from jaxplan.rules import pieces as _pieces
-from jaxplan.rules import random as _random
-from jaxplan.rules import reductions as _reductions
-from jaxplan.rules import shapes as _shapes
-from jaxplan.rules import windows as _windows
+from jaxplan.rules import (
+    elementwise as _elementwise,
+    indexing as _indexing,
+    linalg as _linalg,
+    linear as _linear,
+    pieces as _pieces,
+    random as _random,
+    reductions as _reductions,
+    shapes as _shapes,
+    windows as _windows,
+)
 from jaxplan.rules.nouns import Factor, Kind, Rule, einsum_rule
 from jaxplan.rules.table import classify, register, rule_of
 from jaxplan.rules.teach import RuleError, rule

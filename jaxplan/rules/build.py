@@ -24,9 +24,7 @@ class Builder:
         self.factors.append(Factor(self._unused(name), int(size), kind, halo))
         return (len(self.factors) - 1,)
 
-    def factors_of(
-        self, shape: Iterable[int], kind: Kind = Kind.PARALLEL, *, name: str = ""
-    ) -> tuple[Dim, ...]:
+    def factors_of(self, shape: Iterable[int], kind: Kind = Kind.PARALLEL, *, name: str = "") -> tuple[Dim, ...]:
         """One new factor per dimension of `shape`."""
         return tuple(self.factor(size, kind, name=name) for size in shape)
 

@@ -59,8 +59,7 @@ def scatterer(kind: Kind, *prims: Primitive) -> None:
         batching, at = numbers.operand_batching_dims, numbers.scatter_indices_batching_dims
         build = Builder()
         index_dims = tuple(
-            build.factor(extent, Kind.PARALLEL if d in at else kind, name="i")
-            for d, extent in enumerate(indices[:-1])
+            build.factor(extent, Kind.PARALLEL if d in at else kind, name="i") for d, extent in enumerate(indices[:-1])
         )
         window_extents = iter([updates[d] for d in numbers.update_window_dims])
         table_dims: list[Dim] = [()] * len(table)

@@ -1,4 +1,4 @@
-"""Dense linear algebra and Fourier transforms: a matrix is done on one device; batches of them are parallel."""
+"""Dense linear algebra, Fourier transforms: one matrix is done on one device, a batch of them in parallel."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ batched(*primitives("eig schur"), flops=25)
 
 @register(*primitives("triangular_solve"), reads=("left_side",))
 def triangular_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """b m k, b m n -> b m n. Right-hand sides n could be split; XLA splits the batch only, and gathers these."""
+    """b m k, b m n -> b m n. The right-hand sides n could be split too, but XLA splits the batch only."""
     build = Builder()
     *batch, rows, columns = operands[1].shape
     leading = build.factors_of(batch, name="b")

@@ -37,9 +37,7 @@ def ragged_dot_general(params: Mapping[str, Any], operands: Sequence[Any], resul
     build = Builder()
     left, right, result = _product(build, operands, contract, batch, whole=ragged, groups=groups)
     count = math.prod(operands[1].shape[d] for d in groups)
-    if not groups and results[0].ndim > len(
-        result
-    ):  # ragged along a contracted (or batch) dimension: the result has the groups
+    if not groups and len(results[0].shape) > len(result):  # ragged along a contracted dimension: the result has the groups
         result.insert(0, build.factor(results[0].shape[0], Kind.WHOLE, name="g"))
         count = results[0].shape[0]
     lengths = ((),) * len(operands[2].shape)

@@ -20,9 +20,7 @@ class Kind(enum.Enum):
 
     PARALLEL = "parallel"  # in operands and results: the work splits, nothing is exchanged
     SUM = "sum"  # contracted: results are partial sums until combined (all-reduce or reduce-scatter)
-    COMBINE = (
-        "combine"  # contracted by another associative operation (max, min, product, and, or): all-reduce
-    )
+    COMBINE = "combine"  # contracted by another associative operation (max, min, product, and, or): all-reduce
     HALO = "halo"  # parallel, but neighbours exchange a slab of `halo` elements of the operand
     WHOLE = "whole"  # needs its full extent on every device: never given an axis
 
@@ -131,9 +129,7 @@ class Rule:
             return " ".join(words)
 
         kinds = "; ".join(
-            f"{f.name}: {f.kind.value}" + (f"({f.halo})" if f.halo else "")
-            for f in self.factors
-            if f.kind is not Kind.PARALLEL
+            f"{f.name}: {f.kind.value}" + (f"({f.halo})" if f.halo else "") for f in self.factors if f.kind is not Kind.PARALLEL
         )
         line = ", ".join(map(show, self.operands)) + " -> " + ", ".join(map(show, self.results))
         return f"{line}    {kinds}" if kinds else line
@@ -160,20 +156,14 @@ def einsum_rule(
     left, arrow, right = notation.partition("->")
     if not arrow:
         raise ValueError(f"rule notation lacks '->': {notation!r}")
-    terminals = [
-        _tokens(text) for side in (left, right) if side.strip() or side is right for text in side.split(",")
-    ]
+    terminals = [_tokens(text) for side in (left, right) if side.strip() or side is right for text in side.split(",")]
     if len(terminals) != len(shapes):
-        raise ValueError(
-            f"{notation!r} writes {len(terminals)} operands and results, but got {len(shapes)} shapes"
-        )
+        raise ValueError(f"{notation!r} writes {len(terminals)} operands and results, but got {len(shapes)} shapes")
     sizes: dict[str, int] = {}
     groups: list[tuple[tuple[str, ...], int]] = []
     for words, shape in zip(terminals, shapes, strict=True):
         if len(words) != len(shape):
-            raise ValueError(
-                f"{notation!r}: {words} has {len(words)} dimensions, the tensor has shape {tuple(shape)}"
-            )
+            raise ValueError(f"{notation!r}: {words} has {len(words)} dimensions, the tensor has shape {tuple(shape)}")
         for word, extent in zip(words, shape, strict=True):
             if len(word) == 1:
                 sizes[word[0]] = int(extent)

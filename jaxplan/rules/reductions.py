@@ -40,9 +40,7 @@ def along(axis: str, *prims: Primitive, depth: bool = False) -> None:
         shape = operands[0].shape
         axis_index = params[axis] % len(shape) if shape else 0
         build = Builder()
-        dims = [
-            build.factor(n, Kind.WHOLE if d == axis_index else Kind.PARALLEL) for d, n in enumerate(shape)
-        ]
+        dims = [build.factor(n, Kind.WHOLE if d == axis_index else Kind.PARALLEL) for d, n in enumerate(shape)]
         flops = math.log2(max(2, shape[axis_index])) if depth and shape else 1.0
         return build.rule([dims] * len(operands), [dims] * len(results), flops=flops)
 

@@ -37,9 +37,7 @@ def reshape(params: Mapping[str, Any], operands: Sequence[Any], results: Sequenc
     return build.rule([source, *sizes], [target], flops=0.0, fusible=True)
 
 
-def common_factors(
-    build: Builder, before: Sequence[int], after: Sequence[int]
-) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
+def common_factors(build: Builder, before: Sequence[int], after: Sequence[int]) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
     """Dimensions of two shapes of one number of elements (not 0), in factors common to both, major to minor.
 
     Where two extents share only part of their factors (4 6 -> 6 4), what they do share and comes first is

@@ -38,9 +38,7 @@ _TABLE: dict[Primitive, Entry] = {}
 _MADE: dict[Any, Rule] = {}
 
 
-def register(
-    *primitives: Primitive, reads: Sequence[str] | None = None, free: bool = False
-) -> Callable[[Maker], Maker]:
+def register(*primitives: Primitive, reads: Sequence[str] | None = None, free: bool = False) -> Callable[[Maker], Maker]:
     """Decorator: the function under it makes the rules of `primitives`, in place of any maker they had.
 
     `reads`: the parameters the maker looks at; it is given these only, and then its answer may depend on
@@ -56,9 +54,7 @@ def register(
     return keep
 
 
-def rule_of(
-    primitive: Primitive, params: Mapping[str, Any], operands: Sequence[Shaped], results: Sequence[Shaped]
-) -> Rule:
+def rule_of(primitive: Primitive, params: Mapping[str, Any], operands: Sequence[Shaped], results: Sequence[Shaped]) -> Rule:
     """The rule of one equation. Nothing known about the primitive: every dimension whole, and `known` False.
 
     Equal equations get the very same `Rule` object.
@@ -89,9 +85,7 @@ def classify(primitive: Primitive) -> Literal["known", "free", "unknown"]:
     return "unknown" if entry is None else "free" if entry.free else "known"
 
 
-def _make(
-    entry: Entry | None, params: Mapping[str, Any], operands: Sequence[Shaped], results: Sequence[Shaped]
-) -> Rule:
+def _make(entry: Entry | None, params: Mapping[str, Any], operands: Sequence[Shaped], results: Sequence[Shaped]) -> Rule:
     operands = [_shaped(a) for a in operands]
     results = [_shaped(a) for a in results]
     if entry is None:

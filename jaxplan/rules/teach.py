@@ -69,9 +69,7 @@ def _from_notation(
     every = {**dict.fromkeys(summed, Kind.SUM), **(kinds or {})}
     strangers = every.keys() - _letters(notation.replace("->", " "))
     if strangers:
-        raise RuleError(
-            f"The rule of {primitive} gives kinds to {sorted(strangers)}, which {notation!r} does not name."
-        )
+        raise RuleError(f"The rule of {primitive} gives kinds to {sorted(strangers)}, which {notation!r} does not name.")
     shapes = [a.shape for a in (*operands, *results)]
     try:
         return einsum_rule(notation, shapes, every, flops=flops, fusible=fusible)
@@ -90,14 +88,9 @@ def _letters(text: str) -> set[str]:
 
 def _checked(primitive: Primitive, made: Any, operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     if not isinstance(made, Rule):
-        raise RuleError(
-            f"The rule of {primitive} must be notation or a jaxplan Rule, but its maker returned {made!r}."
-        )
+        raise RuleError(f"The rule of {primitive} must be notation or a jaxplan Rule, but its maker returned {made!r}.")
     for what, terminals, avals in (("operands", made.operands, operands), ("results", made.results, results)):
         ranks, wanted = [len(dims) for dims in terminals], [len(a.shape) for a in avals]
         if ranks != wanted:
-            raise RuleError(
-                f"The rule of {primitive}, '{made}', has {what} of ranks {ranks}; "
-                f"the equation's have {wanted}."
-            )
+            raise RuleError(f"The rule of {primitive}, '{made}', has {what} of ranks {ranks}; the equation's have {wanted}.")
     return made

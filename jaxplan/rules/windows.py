@@ -12,9 +12,7 @@ from jaxplan.rules.nouns import Dim, Kind, Rule
 from jaxplan.rules.table import register
 
 
-def halo_of(
-    source: int, target: int, *, stride: int, taps: int, dilation: int = 1, before: int = 0, base: int = 1
-) -> int | None:
+def halo_of(source: int, target: int, *, stride: int, taps: int, dilation: int = 1, before: int = 0, base: int = 1) -> int | None:
     """Source elements a device needs of its two neighbours together, source and target being cut alike.
 
     The target's element t reads the source at (t * stride + k * dilation - before) / base, for k < taps,
