@@ -173,7 +173,9 @@ def _call(parameter: str) -> Callable[[_Replay, Any, list[Any], Path], list[Any]
 
 def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
-        return replay.evaluate(equation.params["jaxpr"], (), inputs, path)
+        entries = replay.found.entries.get(path, ((),) * len(inputs))
+        held = [replay.constrain(v, (spec,)) for v, spec in zip(inputs, entries, strict=True)]
+        return replay.evaluate(equation.params["jaxpr"], (), held, path)
 
     return _jax.rebind_remat(equation, body, values)
 

@@ -51,11 +51,13 @@ class PlannedExchange:
 @dataclass(frozen=True)
 class Constraints:
     """What `apply` emits. `reads[(operator, operand)]` and `writes[(operator, result)]`: specs, to be constrained one
-    after the other; `outputs[position]`: the same for the program's outputs; `at`: operator index by path."""
+    after the other; `outputs[position]`: the same for the program's outputs; `entries[path]`: per operand of a
+    rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path."""
 
     reads: Mapping[tuple[int, int], tuple[Spec, ...]]
     writes: Mapping[tuple[int, int], tuple[Spec, ...]]
     outputs: Mapping[int, tuple[Spec, ...]]
+    entries: Mapping[tuple[Any, ...], tuple[Spec, ...]]
     at: Mapping[tuple[Any, ...], int]
 
 
@@ -186,7 +188,13 @@ class Plan:
                 steps = reshard_steps(src, dst, len(graph.tensors[tensor].shape), self.modelled.setting.slow_first)
                 if steps:
                     outputs[position] = tuple(step.after for step in steps)
-        return Constraints(reads, writes, outputs, {op.path: i for i, op in enumerate(graph.operators)})
+        entries = {
+            path: tuple(
+                spec_of(self.layouts[t], len(graph.tensors[t].shape)) if t in self.layouts else () for t in operands
+            )
+            for path, operands in graph.calls.items()
+        }
+        return Constraints(reads, writes, outputs, entries, {op.path: i for i, op in enumerate(graph.operators)})
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:

@@ -41,14 +41,14 @@ def test_hierarchical_parts_add_up_to_one_exchange_over_all_devices():
     devices, nbytes = 8, 4096.0
     gather = reshard_steps((0, 0), (-1, -1), 1, (0, 1))
     assert sum(h for step in gather for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
-    reduced = combine_steps((-1, -1), (-1, -1), (0, 1), 1, (0, 1))
+    reduced = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, (0, 1))
     assert sum(h for step in reduced for _, h in step_bytes(step, nbytes, (2, 4))) == 2 * (devices - 1) / devices * nbytes
-    scattered = combine_steps((-1, -1), (0, 0), (), 1, (0, 1))
+    scattered = combine_steps((-1, -1), (0, 0), ((0, 1),), 1, (0, 1))
     assert sum(h for step in scattered for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
 
 
 def test_slower_axis_sees_reduced_data():
-    (step,) = combine_steps((-1, -1), (-1, -1), (0, 1), 1, (1, 0))
+    (step,) = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, (1, 0))
     sent = dict(step_bytes(step, 1000.0, (2, 4)))
     assert sent[1] == pytest.approx(2 * 3 / 4 * 1000 / 2), "axis 1 is the slow one: it sees half the bytes"
     assert sent[0] == pytest.approx(2 * 1 / 2 * 1000)

@@ -128,11 +128,10 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Layout | None = None) 
 def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]]) -> list[Reading]:
     readings = []
     for index, cluster in enumerate(graph.clusters):
-        for read in cluster.reads:
+        for read, times in zip(cluster.reads, cluster.read_times, strict=True):
             source = writers.get(read.tensor)
             if source is None or source[0] == index or not _sized(graph, read.tensor):
                 continue
-            times = max(cluster.times, graph.clusters[source[0]].times) if cluster.times else 0.0
             readings.append(Reading(read.tensor, source[0], source[1], index, read, times))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])

@@ -63,11 +63,24 @@ def reshard_steps(src: Layout, dst: Layout, ndim: int, slow_first: tuple[int, ..
 
 @lru_cache(maxsize=1 << 16)
 def combine_steps(
-    layout: Layout, scatter: Layout, reduce_axes: tuple[int, ...], ndim: int, slow_first: tuple[int, ...]
+    layout: Layout, scatter: Layout, partial: tuple[tuple[int, ...], ...], ndim: int, slow_first: tuple[int, ...]
 ) -> tuple[Step, ...]:
-    """A partial result of layout `layout` made whole: `scatter[a]` is the dimension that partial axis a is scattered
-    over (-1: not at all), `reduce_axes` are the partial axes that end replicated."""
+    """A partial result of layout `layout` made whole. `partial`: the axes along which it is partial, grouped by the factor
+    that they split; `scatter[a]`: the dimension that partial axis a is scattered over (-1: not at all).
+
+    The compiler combines one contracted dimension after the other, each in full; only where there is a single one does the
+    result scatter directly and the slower axis see reduced data.
+    """
     walk = _Walk(layout, ndim, slow_first)
+    if len(partial) > 1:
+        for axes in partial:
+            walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
+        for axis, dim in enumerate(scatter):
+            if dim >= 0:
+                walk.move("slice", (axis,), -1, dim)
+        walk.settle(tuple(s if s >= 0 else d for s, d in zip(scatter, layout, strict=True)))
+        return tuple(walk.steps)
+    reduce_axes = tuple(axis for axes in partial for axis in axes if scatter[axis] < 0)
     groups: dict[int, list[int]] = {}
     for axis in reversed(slow_first):
         if scatter[axis] >= 0:

@@ -92,8 +92,10 @@ def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Sett
         scatter = tuple(
             leads.index(o.scatter) if axis in partial and o.scatter in leads else -1 for axis, o in enumerate(options)
         )
-        reduce_axes = tuple(axis for axis in partial if scatter[axis] < 0)
-        steps = combine_steps(layout, scatter, reduce_axes, len(leads), setting.slow_first)
+        groups: dict[int, tuple[int, ...]] = {}
+        for axis in partial:
+            groups[options[axis].factor] = (*groups.get(options[axis].factor, ()), axis)
+        steps = combine_steps(layout, scatter, tuple(groups.values()), len(leads), setting.slow_first)
         found.append(Exchange(combine.result.tensor, combine.operator, steps))
     return found
 

@@ -13,7 +13,9 @@ def build_graph(traced: Traced, while_trips: float = WHILE_TRIPS) -> Graph:
     flat, inputs, outputs = flatten(traced, while_trips)
     ties = _confirmed_ties(state_pairs(traced), flat.operators, inputs, outputs)
     clusters = fuse(flat.tensors, flat.operators, outputs)
-    return Graph(tuple(flat.tensors), tuple(flat.operators), tuple(clusters), tuple(inputs), tuple(outputs), tuple(ties))
+    return Graph(
+        tuple(flat.tensors), tuple(flat.operators), tuple(clusters), tuple(inputs), tuple(outputs), tuple(ties), flat.calls,
+    )  # fmt: skip
 
 
 def _confirmed_ties(

@@ -26,6 +26,7 @@ class Flat:
     def __init__(self, while_trips: float = WHILE_TRIPS) -> None:
         self.tensors: list[Tensor] = []
         self.operators: list[Operator] = []
+        self.calls: dict[Path, tuple[int, ...]] = {}
         self.while_trips = while_trips
         self._scopes = 0
 
@@ -41,11 +42,19 @@ class Flat:
         return len(self.tensors) - 1
 
     def add(
-        self, name: str, rule: Rule, operands: Sequence[int], results: Sequence[int], place: Place, mark: Path, equation: Any = None
+        self,
+        name: str,
+        rule: Rule,
+        operands: Sequence[int],
+        results: Sequence[int],
+        place: Place,
+        mark: Path,
+        read_times: tuple[float, ...] | None = None,
     ) -> None:
-        """A new operator at `place`."""
+        """A new operator at `place` that stands for no equation."""
+        path = place.path + mark
         self.operators.append(
-            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, place.path + mark, equation)
+            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, path, None, read_times)
         )
 
     def scope(self) -> int:
@@ -166,13 +175,16 @@ def scan_arity(equation: Any) -> tuple[int, int]:
     return sum(same) - carries, carries
 
 
-def _carry(flat: Flat, initial: int, aval: Any, place: Place, mark: Path) -> tuple[int, int, Callable[[int], None]]:
+def _carry(
+    flat: Flat, initial: int, aval: Any, place: Place, within: Place, mark: Path
+) -> tuple[int, int, Callable[[int], None]]:
     """A loop carry: one layout for the initial value, the body's input, the body's output and the final value."""
     inner, final = flat.tensor(aval), flat.tensor(aval)
     rule = passing_rule(flat.tensors[inner].shape, 2, 2)
 
     def close(produced: int) -> None:
-        flat.add(BOUNDARY, rule, (initial, produced), (inner, final), place, mark)
+        times = (place.times, within.times)
+        flat.add(BOUNDARY, rule, (initial, produced), (inner, final), place, mark, times)
 
     return inner, final, close
 
@@ -198,7 +210,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
     within = place.inside(flat.scope(), float(equation.params["length"]))
     arguments = [_enter(flat, operand, place, ("in", k)) for k, operand in enumerate(operands[:consts])]
     loops = [
-        _carry(flat, operands[consts + k], body.invars[consts + k].aval, place, ("carry", k)) for k in range(carries)
+        _carry(flat, operands[consts + k], body.invars[consts + k].aval, place, within, ("carry", k)) for k in range(carries)
     ]
     arguments += [inner for inner, _, _ in loops]
     for k in range(consts + carries, len(operands)):
@@ -213,7 +225,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
     for k in range(carries, len(produced)):
         stacked = flat.tensor(equation.outvars[k].aval)
         rule = stacking_rule(flat.tensors[stacked].shape, unstack=False)
-        flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k))
+        flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k), (within.times,))
         outs.append(stacked)
     return outs
 
@@ -228,7 +240,8 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
     initial = operands[cond_consts + body_consts :]
     body = params["body_jaxpr"].jaxpr
     loops = [
-        _carry(flat, operand, body.invars[body_consts + k].aval, place, ("carry", k)) for k, operand in enumerate(initial)
+        _carry(flat, operand, body.invars[body_consts + k].aval, place, within, ("carry", k))
+        for k, operand in enumerate(initial)
     ]
     inner = [tensor for tensor, _, _ in loops]
     flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond"))
@@ -269,6 +282,12 @@ def _charge_worst(flat: Flat, spans: Sequence[range]) -> None:
                 flat.operators[i] = replace(flat.operators[i], times=0.0)
 
 
+def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    """Seen through; but the compiler puts a barrier around what a rematerialised body reads, which hides layouts."""
+    flat.calls[place.path] = tuple(operands)
+    return flat.call(equation.params["jaxpr"], operands, place)
+
+
 def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:
     def handler(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
         jaxpr = equation.params[parameter]
@@ -282,7 +301,7 @@ _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
     _jax.while_p: _while,
     _jax.cond_p: _cond,
     _jax.jit_p: _inline("jaxpr"),
-    _jax.remat_p: _inline("jaxpr"),
+    _jax.remat_p: _remat,
     _jax.closed_call_p: _inline("call_jaxpr"),
     _jax.custom_jvp_call_p: _inline("call_jaxpr"),
     _jax.custom_vjp_call_p: _inline("call_jaxpr"),

@@ -56,7 +56,7 @@ class _Draft:
         self.scope, self.times = operator.scope, operator.times
         self.members: list[int] = []
         self.units: list[int] = []
-        self.reads: dict[tuple[int, Leads], None] = {}
+        self.reads: dict[tuple[int, Leads], float] = {}
         self.writes: dict[tuple[int, Leads], None] = {}
         self.work: list[Work] = []
         self.combines: list[Combine] = []
@@ -109,7 +109,7 @@ class _Draft:
 
         self.units[keep] = math.gcd(self.units[keep], self.units[drop])
         self.units[drop] = 0
-        self.reads = {(tensor, new(leads)): None for tensor, leads in self.reads}
+        self.reads = {(tensor, new(leads)): often for (tensor, leads), often in self.reads.items()}
         self.writes = {(tensor, new(leads)): None for tensor, leads in self.writes}
         self.work = [replace(w, factors=frozenset(new(tuple(w.factors)))) for w in self.work]
         self.combines = [
@@ -133,11 +133,12 @@ class _Draft:
                 self.units.append(size)
         self.members.append(index)
         operands = []
-        for tensor, leads in zip(operator.operands, rule.operand_leads, strict=True):
+        times = operator.read_times or (operator.times,) * len(operator.operands)
+        for tensor, leads, often in zip(operator.operands, rule.operand_leads, times, strict=True):
             mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
             operands.append(Terminal(tensor, mapped))
             if tensor >= 0 and mapped:
-                self.reads[(tensor, mapped)] = None
+                self.reads[(tensor, mapped)] = max(often, self.reads.get((tensor, mapped), 0.0))
             self._fit(tensor, mapped, tensors)
         results = []
         for tensor, leads in zip(operator.results, rule.result_leads, strict=True):
@@ -181,6 +182,7 @@ class _Draft:
             combines=tuple(self.combines),
             halos=tuple(self.halos),
             times=self.times,
+            read_times=tuple(self.reads.values()),
             moves_bytes=self.moves,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Operator:
 
     `operands`: tensor indices, -1 where the operand is a literal. `results`: tensor indices. `times`: how often it
     runs in one call. `scope`: operators of one loop body (or branch) share a number. `equation`: opaque, for source lines.
+    `read_times`: how often each operand is read, where that is not `times` (the far side of a loop's boundary).
     """
 
     name: str
@@ -44,6 +46,7 @@ class Operator:
     scope: int
     path: Path
     equation: Any = None
+    read_times: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Cluster:
     """Operators that are laid out as one: a mesh axis given to one of its factors splits all of them.
 
     `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
-    program order; the last one names it. `kind`: equal for clusters that look alike.
+    program order; the last one names it. `read_times`: how often each of `reads` is read.
     """
 
     members: tuple[int, ...]
@@ -103,6 +106,7 @@ class Cluster:
     combines: tuple[Combine, ...]
     halos: tuple[Halo, ...]
     times: float
+    read_times: tuple[float, ...]
     moves_bytes: bool
 
     @property
@@ -115,7 +119,7 @@ class Cluster:
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
-    `ties`: (output, input) positions of state that goes round. `input_cluster`: per flat input, its cluster.
+    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
     """
 
     tensors: tuple[Tensor, ...]
@@ -124,3 +128,4 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     ties: tuple[tuple[int, int], ...]
+    calls: Mapping[Path, tuple[int, ...]]
