@@ -5,8 +5,6 @@ traced with (its parameters that spell out shapes) must be written anew for half
 operation is told places by data (gather, scatter), those count from the start of the half.
 """
 
-
-
 from __future__ import annotations
 
 import itertools
