@@ -153,9 +153,10 @@ def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Layout | None)
     combines = tuple(
         (c.result.leads, graph.tensors[c.result.tensor].nbytes, c.over, c.scatterable) for c in cluster.combines
     )
-    halos = tuple((h.operand.leads, h.factor, h.width) for h in cluster.halos)
+    halos = tuple((h.operand.leads, h.factor, h.width, h.extent, graph.tensors[h.operand.tensor].nbytes) for h in cluster.halos)
+    shares = (cluster.read_shares, cluster.write_shares)
     work = tuple((w.flops, w.factors, w.dtype) for w in cluster.work)
-    return (name, cluster.units, len(cluster.reads), sizes, work, combines, halos, cluster.moves_bytes, pin)
+    return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, cluster.moves_bytes, pin)
 
 
 class _ClusterPrice:

@@ -148,14 +148,15 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
         work.append((flops, piece.dtype))
     local: Value = 0
     if cluster.moves_bytes:
-        for terminal in (*cluster.reads, *cluster.writes):
-            if terminal.tensor >= 0:
-                local = local + _local_bytes(terminal, used, algebra)
+        shares = (*cluster.read_shares, *cluster.write_shares)
+        for terminal, share in zip((*cluster.reads, *cluster.writes), shares, strict=True):
+            value = _local_bytes(terminal, used, algebra)
+            local = local + (value if share == 1.0 else share * value)
     sent, rounds = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
     for halo in cluster.halos:
         for axis, factor in used:
-            if factor == halo.factor and halo.operand.tensor >= 0:
-                slab = _local_bytes(halo.operand, used, algebra) * algebra.sizes[axis] / cluster.units[factor] * halo.width
+            if factor == halo.factor:
+                slab = _local_bytes(halo.operand, used, algebra) * algebra.sizes[axis] / halo.extent * halo.width
                 sent[axis] = sent[axis] + slab if axis in sent else slab
                 rounds[axis] = rounds.get(axis, 0) + 1
     return Terms(tuple(work), local, sent, rounds)

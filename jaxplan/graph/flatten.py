@@ -283,9 +283,10 @@ def _charge_worst(flat: Flat, spans: Sequence[range]) -> None:
 
 
 def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
-    """Seen through; but the compiler puts a barrier around what a rematerialised body reads, which hides layouts."""
+    """Seen through; but the compiler puts a barrier around what a rematerialised body reads: layouts have to be said again
+    behind it, and what was gathered before it is gathered again."""
     flat.calls[place.path] = tuple(operands)
-    return flat.call(equation.params["jaxpr"], operands, place)
+    return flat.call(equation.params["jaxpr"], operands, place.inside(flat.scope(), 1.0))
 
 
 def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:

@@ -56,8 +56,8 @@ class _Draft:
         self.scope, self.times = operator.scope, operator.times
         self.members: list[int] = []
         self.units: list[int] = []
-        self.reads: dict[tuple[int, Leads], float] = {}
-        self.writes: dict[tuple[int, Leads], None] = {}
+        self.reads: dict[tuple[int, Leads], tuple[float, float]] = {}  # how often, which share of the bytes
+        self.writes: dict[tuple[int, Leads], float] = {}  # which share of the bytes
         self.work: list[Work] = []
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
@@ -109,8 +109,8 @@ class _Draft:
 
         self.units[keep] = math.gcd(self.units[keep], self.units[drop])
         self.units[drop] = 0
-        self.reads = {(tensor, new(leads)): often for (tensor, leads), often in self.reads.items()}
-        self.writes = {(tensor, new(leads)): None for tensor, leads in self.writes}
+        self.reads = {(tensor, new(leads)): seen for (tensor, leads), seen in self.reads.items()}
+        self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
         self.work = [replace(w, factors=frozenset(new(tuple(w.factors)))) for w in self.work]
         self.combines = [
             replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
@@ -134,17 +134,20 @@ class _Draft:
         self.members.append(index)
         operands = []
         times = operator.read_times or (operator.times,) * len(operator.operands)
-        for tensor, leads, often in zip(operator.operands, rule.operand_leads, times, strict=True):
+        shares = rule.touched or (1.0,) * (len(operator.operands) + len(operator.results))
+        for tensor, leads, often, share in zip(operator.operands, rule.operand_leads, times, shares, strict=False):
             mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
             operands.append(Terminal(tensor, mapped))
             if tensor >= 0 and mapped:
-                self.reads[(tensor, mapped)] = max(often, self.reads.get((tensor, mapped), 0.0))
+                before = self.reads.get((tensor, mapped), (0.0, 0.0))
+                self.reads[(tensor, mapped)] = (max(often, before[0]), max(share, before[1]))
             self._fit(tensor, mapped, tensors)
         results = []
-        for tensor, leads in zip(operator.results, rule.result_leads, strict=True):
+        written = shares[len(operator.operands) :]
+        for tensor, leads, share in zip(operator.results, rule.result_leads, written, strict=True):
             mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
             results.append(Terminal(tensor, mapped))
-            self.writes[(tensor, mapped)] = None
+            self.writes[(tensor, mapped)] = share
             self._fit(tensor, mapped, tensors)
         factors = frozenset(mapping[f] for f, legal in enumerate(rule.shardable) if legal)
         dtypes = [tensors[t].dtype for t in (*operator.operands, *operator.results) if t >= 0]
@@ -160,8 +163,9 @@ class _Draft:
             for result in results:
                 self.combines.append(Combine(index, result, frozenset(over), sums and not rule.fusible))
         for f, factor in enumerate(rule.factors):
-            if factor.kind is Kind.HALO and f in mapping and operands:
-                self.halos.append(Halo(index, operands[0], mapping[f], factor.halo))
+            if factor.halo and f in mapping and operands[0].tensor >= 0 and mapping[f] in operands[0].leads:
+                extent = tensors[operands[0].tensor].shape[operands[0].leads.index(mapping[f])]
+                self.halos.append(Halo(index, operands[0], mapping[f], factor.halo, extent))
 
     def _fit(self, tensor: int, leads: Leads, tensors: list[Tensor]) -> None:
         """A dimension's extent must divide too, where it differs from its factor's size (strided windows)."""
@@ -182,7 +186,9 @@ class _Draft:
             combines=tuple(self.combines),
             halos=tuple(self.halos),
             times=self.times,
-            read_times=tuple(self.reads.values()),
+            read_times=tuple(often for often, _ in self.reads.values()),
+            read_shares=tuple(share for _, share in self.reads.values()),
+            write_shares=tuple(share for (t, _), share in self.writes.items() if t in needed),
             moves_bytes=self.moves,
         )
 

@@ -82,12 +82,13 @@ class Combine:
 
 @dataclass(frozen=True)
 class Halo:
-    """A member that needs `width` elements of its neighbours along cluster factor `factor` of the operand."""
+    """A member that needs `width` of the operand's `extent` elements from its neighbours along cluster factor `factor`."""
 
     operator: int
     operand: Terminal
     factor: int
     width: int
+    extent: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Cluster:
 
     `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
     program order; the last one names it. `read_times`: how often each of `reads` is read.
+    `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees.
     """
 
     members: tuple[int, ...]
@@ -107,6 +109,8 @@ class Cluster:
     halos: tuple[Halo, ...]
     times: float
     read_times: tuple[float, ...]
+    read_shares: tuple[float, ...]
+    write_shares: tuple[float, ...]
     moves_bytes: bool
 
     @property
