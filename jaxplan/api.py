@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import gc
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +68,8 @@ class Plan(_plan.Plan):
         unknown = set(changes) - {"mesh", "machine", "memory_budget", "pins", "search"}
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes mesh, machine, memory_budget, pins, search")
-        return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
+        with _collector_paused():
+            return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
 
 
 def make_plan(
@@ -107,11 +110,24 @@ def make_plan(
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    graph = build_graph(traced)
-    stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
     static = _static_values(args, kwargs, static_argnums, static_argnames)
     request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static)
-    return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
+    with _collector_paused():
+        graph = build_graph(traced)
+        stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
+        return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _solve(

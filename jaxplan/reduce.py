@@ -14,6 +14,9 @@ import numpy as np
 
 from jaxplan.problem import Edge, Node, Problem, all_choices
 
+ILLEGAL = 1e30
+"""Stands for infinity where differences are taken (seconds; no real price comes near)."""
+
 Undo = Callable[[np.ndarray], np.ndarray]
 """Choices of the smaller problem -> choices of the larger."""
 
@@ -74,7 +77,7 @@ def _colours(problem: Problem, rounds: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tables:
-    """Prices written out: `costs[i]` is a vector per variable, `pairs[(i, j)]`, i < j, a matrix. Infinity is illegal."""
+    """Prices written out: `costs[i]` is a vector per variable, `pairs[(i, j)]`, i < j, a matrix. `ILLEGAL` and above is illegal."""
 
     costs: tuple[np.ndarray, ...]
     pairs: dict[tuple[int, int], np.ndarray]
@@ -123,7 +126,7 @@ class Pricer:
         return self._written(rows, [b""] * len(rows)), rows
 
     def _written(self, rows: list[np.ndarray], fixed: list[bytes]) -> Tables:
-        costs = [node.times * self._vector(i, node, rows[i], fixed[i]) for i, node in enumerate(self.problem.nodes)]
+        costs = [self._vector(i, node, rows[i], fixed[i]) for i, node in enumerate(self.problem.nodes)]
         pairs: dict[tuple[int, int], np.ndarray] = {}
         for number, edge in enumerate(self.problem.edges):
             if not edge.times:
@@ -132,8 +135,9 @@ class Pricer:
             key = (edge.kind if edge.kind is not None else ("edge", number), fixed[i], fixed[j], len(rows[i]), len(rows[j]))
             matrix = self._matrices.get(key)
             if matrix is None:
-                matrix = self._matrices[key] = edge.price(rows[i], rows[j])
-            matrix = edge.times * matrix
+                matrix = self._matrices[key] = _finite(edge.price(rows[i], rows[j]))
+            if edge.times != 1.0:
+                matrix = edge.times * matrix
             if i == j:
                 costs[i] = costs[i] + matrix.diagonal()
             else:
@@ -146,7 +150,11 @@ class Pricer:
         vector = self._vectors.get(key)
         if vector is None:
             vector = self._vectors[key] = node.price(rows)
-        return vector
+        return np.where(np.isfinite(vector), node.times * _finite(vector), ILLEGAL)  # illegal even where it costs nothing
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.minimum(values, ILLEGAL)
 
 
 def dominance(tables: Tables) -> tuple[Tables, Undo]:
@@ -156,7 +164,7 @@ def dominance(tables: Tables) -> tuple[Tables, Undo]:
     Exact: at least one optimum survives.
     """
     near = tables.neighbours()
-    kept = [np.flatnonzero(np.isfinite(cost)) for cost in tables.costs]
+    kept = [np.flatnonzero(cost < ILLEGAL) for cost in tables.costs]
     queue, waiting = deque(range(len(kept))), [True] * len(kept)
     while queue:
         i = queue.popleft()
@@ -181,14 +189,6 @@ def dominance(tables: Tables) -> tuple[Tables, Undo]:
         {(i, j): matrix[np.ix_(kept[i], kept[j])] for (i, j), matrix in tables.pairs.items()},
     )
     return smaller, lambda options: np.array([k[o] for k, o in zip(kept, options, strict=True)], dtype=np.int64)
-
-
-ILLEGAL = 1e30
-"""Stands for infinity where differences are taken (seconds; no real price comes near)."""
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.minimum(values, ILLEGAL)
 
 
 def _undominated(ahead: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxplan.reduce import ILLEGAL, Tables
+from jaxplan.reduce import Tables
 
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
@@ -84,11 +84,12 @@ class _Buckets:
     def __init__(self, tables: Tables, cap: int) -> None:
         self.cap = cap
         self.sizes = [len(cost) for cost in tables.costs]
-        self.costs = [np.minimum(cost, ILLEGAL) for cost in tables.costs]
+        self.costs = list(tables.costs)
         self.factors: list[dict[int, Factor]] = [{} for _ in self.sizes]
         self._made = 0
-        for scope, matrix in tables.pairs.items():
-            self._add(scope, np.minimum(matrix, ILLEGAL))
+        for factor in tables.pairs.items():
+            self._made += 1
+            self.factors[factor[0][0]][self._made] = self.factors[factor[0][1]][self._made] = factor
 
     def _add(self, scope: tuple[int, ...], array: np.ndarray) -> None:
         if len(scope) == 1:
@@ -146,12 +147,18 @@ class _Buckets:
     def _join(self, v: int, scope: list[int], factors: list[Factor]) -> Factor:
         """Sum tables that mention a variable, take the minimum over it, and put the result back."""
         sizes, where = self.sizes, scope.index(v)
+        if len(scope) == 2 and len(factors) == 1:  # a leaf
+            total = factors[0][1] + (self.costs[v][:, None] if where == 0 else self.costs[v])
+            self.costs[v] = np.zeros(sizes[v])
+            other = scope[1 - where]
+            self.costs[other] = self.costs[other] + total.min(where)
+            return tuple(scope), total
         shape = [1] * len(scope)
         shape[where] = sizes[v]
         total = self.costs[v].reshape(shape)
         self.costs[v] = np.zeros(sizes[v])
-        for f, array in sorted(factors, key=lambda item: item[1].size):
-            total = total + array.reshape([sizes[w] if w in f else 1 for w in scope])
+        for f, array in factors:
+            total = total + (array if len(f) == len(scope) else array.reshape([sizes[w] if w in f else 1 for w in scope]))
         if len(scope) > 1:
             self._add(tuple([w for w in scope if w != v]), total.min(where))
         return tuple(scope), total

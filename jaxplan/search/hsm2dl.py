@@ -27,20 +27,18 @@ def hsm2dl(problem: Problem) -> Assignment:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
     axes = [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
     coarse, expand = fold(problem, 0)
-    pricer = Pricer(coarse)
-    best, best_seconds, best_order = np.zeros((len(coarse.nodes), len(problem.axes)), dtype=np.int64), np.inf, tuple(axes)
-    for order in _orders(axes):
-        choices = np.zeros_like(best)
-        choices, seconds = _sweep(pricer, choices, order, fresh=True)
-        if seconds < best_seconds:
-            best, best_seconds, best_order = choices, seconds, order
-    found, seconds = expand(best), best_seconds
+    pricer, elimination = Pricer(coarse), elimination_order(coarse)
+    nothing = np.zeros((len(coarse.nodes), len(problem.axes)), dtype=np.int64)
+    tried = [(order, *_sweep(pricer, elimination, nothing, order, turns=len(order), fresh=True)) for order in _orders(axes)]
+    order, best, _ = min(tried, key=lambda item: item[2])
+    best, _ = _sweep(pricer, elimination, best, order, turns=SWEEPS * len(order), fresh=False)
+    found = expand(best)
     fine, unfold = fold(problem, FINE_ROUNDS)
     if len(fine.nodes) > len(coarse.nodes):
         start = _restricted(fine, found, unfold)
-        refined, seconds = _sweep(Pricer(fine), start, best_order, fresh=False)
+        refined, _ = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
         found = unfold(refined)
-    notes: dict[str, object] = {"variables": (len(problem.nodes), len(coarse.nodes), len(fine.nodes)), "order": best_order}
+    notes: dict[str, object] = {"variables": (len(problem.nodes), len(coarse.nodes), len(fine.nodes)), "order": order}
     return Assignment(found, evaluate(problem, found), None, notes)
 
 
@@ -51,26 +49,34 @@ def _orders(axes: list[int]) -> list[tuple[int, ...]]:
     return [tuple(axes[i:] + axes[:i]) for i in range(len(axes))]
 
 
-def _sweep(pricer: Pricer, choices: np.ndarray, axes: tuple[int, ...], *, fresh: bool) -> tuple[np.ndarray, float]:
-    """Re-open each axis given the others until nothing improves. `fresh`: nothing is decided yet in the first round."""
+def _sweep(
+    pricer: Pricer, order: list[int], choices: np.ndarray, axes: tuple[int, ...], *, turns: int, fresh: bool
+) -> tuple[np.ndarray, float]:
+    """Re-open one axis after the other, given the others, until nothing improves or `turns` are taken.
+
+    `fresh`: nothing is decided yet, so there is no choice to keep where elimination has to keep some.
+    """
     problem = pricer.problem
-    order = min_fill_order(len(problem.nodes), [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
     choices, tally = choices.copy(), [0] * len(choices)
-    seconds, settled = np.inf, 0
-    for turn in range(SWEEPS * len(axes)):
+    seconds, idle = evaluate(problem, choices), 0
+    for turn in range(turns):
         axis = axes[turn % len(axes)]
         tables = pricer.along(axis, choices)
-        start = None if fresh and turn < len(axes) else choices[:, axis]
-        options, exact = solve(tables, order, start, tally)
+        options, exact = solve(tables, order, None if fresh else choices[:, axis], tally)
         now = tables.price(options)
-        if fresh and turn < len(axes) or now < seconds * (1 - 1e-9) and (options != choices[:, axis]).any():
-            settled = 0 if not exact else 1
+        if fresh or now < seconds * (1 - 1e-9):
             choices[:, axis], seconds = options, now
+            idle = 1 if exact else 0
         else:
-            settled += 1
-        if settled >= len(axes) * (1 if exact else PATIENCE) and turn >= len(axes) - 1:
+            idle += 1
+        if not fresh and idle >= len(axes) * (1 if exact else PATIENCE):
             break
     return choices, seconds
+
+
+def elimination_order(problem: Problem) -> list[int]:
+    """The order of elimination depends on who is connected to whom only: it serves every axis."""
+    return min_fill_order(len(problem.nodes), [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 
 def _restricted(fine: Problem, choices: np.ndarray, unfold: object) -> np.ndarray:
