@@ -84,12 +84,22 @@ def all_choices(node: Node) -> np.ndarray:
 
 
 def evaluate(problem: Problem, choices: np.ndarray) -> float:
-    """The price in seconds of one assignment, (nodes, axes)."""
+    """The price in seconds of one assignment, (nodes, axes). Nodes or edges that share a price function ask it once."""
+    rows = [tuple(row) for row in choices.tolist()]
+    known: dict[tuple[object, ...], float] = {}
     total = 0.0
-    for node, row in zip(problem.nodes, choices, strict=True):
-        total += node.times * float(node.price(row[None])[0])
+    for node, row, options in zip(problem.nodes, rows, choices, strict=True):
+        key = (id(node.price), row)
+        seconds = known.get(key)
+        if seconds is None:
+            seconds = known[key] = float(node.price(options[None])[0])
+        total += node.times * seconds
     for edge in problem.edges:
-        total += edge.times * float(edge.price(choices[edge.tail][None], choices[edge.head][None])[0, 0])
+        key = (id(edge.price), rows[edge.tail], rows[edge.head])
+        seconds = known.get(key)
+        if seconds is None:
+            seconds = known[key] = float(edge.price(choices[edge.tail][None], choices[edge.head][None])[0, 0])
+        total += edge.times * seconds
     return total
 
 

@@ -1,0 +1,186 @@
+"""Inputs that planners trip over: each works, or is refused with what, where and what to do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
+
+import jaxplan
+
+MESH = AbstractMesh((4, 2), ("x", "y"))
+F32 = jnp.float32
+
+
+def devices(*shape):
+    return Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple("xyzw"[: len(shape)]))
+
+
+def shape(*extents, dtype=F32):
+    return jax.ShapeDtypeStruct(extents, dtype)
+
+
+def test_a_function_that_does_not_trace_keeps_jaxs_error_and_says_what_was_going_on():
+    def wrong(x):
+        return x @ jnp.ones((3, 3), F32)
+
+    with pytest.raises(TypeError) as caught:
+        jaxplan.make_plan(wrong, shape(4, 4), mesh=MESH)
+    assert any("tracing 'wrong'" in note for note in caught.value.__notes__)
+
+
+def test_a_mesh_of_one_device_shards_nothing():
+    plan = jaxplan.make_plan(lambda x: x @ x, shape(8, 8), mesh=devices(1))
+    assert plan.in_specs == (P(),) and plan.exchanges == ()
+    np.testing.assert_allclose(plan.jit()(jnp.ones((8, 8), F32)), 8.0)
+
+
+def test_an_axis_that_no_dimension_can_use_is_left_alone_and_said():
+    plan = jaxplan.make_plan(lambda x: x * 2.0, shape(5, 7), mesh=devices(4))
+    assert plan.in_specs == (P(),)
+    assert "left alone" in str(plan)
+    np.testing.assert_allclose(plan.jit()(jnp.ones((5, 7), F32)), 2.0)
+
+
+@pytest.mark.parametrize("extents", [(0, 8), (8, 0), (0,)])
+def test_a_batch_of_zero(extents):
+    plan = jaxplan.make_plan(lambda x: jnp.sum(jnp.exp(x)), shape(*extents), mesh=devices(4))
+    assert float(plan.jit()(jnp.ones(extents, F32))) == 0.0
+    assert str(plan)
+
+
+def test_scalars_and_python_numbers():
+    plan = jaxplan.make_plan(lambda x, a, b: (x * a, b), shape(8, 8), 2.0, 3, mesh=devices(4, 2))
+    out, b = plan.jit()(jnp.ones((8, 8), F32), 2.0, 3)
+    np.testing.assert_allclose(out, 2.0)
+    assert int(b) == 3
+
+
+@pytest.mark.parametrize("make", [jax.random.PRNGKey, jax.random.key])
+def test_random_keys_and_integers(make):
+    def sample(key, n):
+        key, use = jax.random.split(key)
+        return key, jax.random.normal(use, (16, 8), F32) + n.astype(F32)
+
+    args = make(0), jnp.arange(8, dtype=jnp.int32)
+    plan = jaxplan.make_plan(lambda k, n: sample(k, n[None, :]), *args, mesh=devices(4, 2))
+    want, got = jax.jit(lambda k, n: sample(k, n[None, :]))(*args), plan.jit()(*args)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
+
+
+def test_a_function_without_arrays():
+    plan = jaxplan.make_plan(lambda: jnp.zeros((4,), F32), mesh=devices(4))
+    assert plan.in_specs == ()
+    np.testing.assert_allclose(plan.jit()(), 0.0)
+    assert str(plan)
+
+
+def test_arguments_whose_structure_changes_are_planned_anew():
+    @jaxplan.auto_shard(devices(4))
+    def total(tree):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
+
+    one = jnp.ones((8,), F32)
+    assert float(total({"a": one})) == 8.0
+    assert float(total({"a": one, "b": one})) == 16.0
+    assert float(total([one, one, one])) == 24.0
+
+
+def test_a_plan_refuses_other_shapes_and_structures():
+    run = jaxplan.make_plan(lambda x: x * 2.0, shape(8, 8), mesh=devices(4)).jit()
+    with pytest.raises(ValueError, match=r"x was planned with shape \(8, 8\), but has shape \(4, 8\)"):
+        run(jnp.ones((4, 8), F32))
+    with pytest.raises(ValueError, match="structured"):
+        run(jnp.ones((8, 8), F32), 1)
+
+
+def test_an_unknown_machine_or_search_lists_the_names():
+    with pytest.raises(ValueError, match="no machine is called 'v9'; there are v4, v5e"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, machine="v9")
+    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['brute', 'hsm2dl'\]"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, search="best")
+
+
+def test_a_plan_for_an_abstract_mesh_cannot_run_but_can_be_derived_again():
+    plan = jaxplan.make_plan(lambda x: x * 2.0, shape(8, 8), mesh=MESH)
+    with pytest.raises(ValueError, match="AbstractMesh"):
+        plan.jit()
+    np.testing.assert_allclose(plan.replan(mesh=devices(4)).jit()(jnp.ones((8, 8), F32)), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"w": P("x")}, "no input of .* has that path; the closest are"),
+        ({"x": P("q")}, r"names axis 'q'; the mesh has \['x', 'y'\]"),
+        ({"x": P("x", "y", None)}, "has 3 entries"),
+        ({"x": P("x", "x")}, "twice"),
+        ({"x": P(("y", "x"))}, "must stand in mesh order"),
+        ({"x": P(None, "x")}, "not divisible by 4"),
+    ],
+)
+def test_pins_that_cannot_be_honoured_say_why(pins, message):
+    def double(x):
+        return x * 2.0
+
+    with pytest.raises(ValueError, match=message):
+        jaxplan.make_plan(double, shape(8, 6), mesh=MESH, pins=pins)
+
+
+def test_pins_are_honoured():
+    plan = jaxplan.make_plan(lambda x: x * 2.0, shape(8, 8), mesh=MESH, pins={"x": P("y", "x")})
+    assert plan.in_specs == (P("y", "x"),)
+
+
+@pytest.mark.parametrize("budget", ["16 apples", "", -1, 0])
+def test_a_budget_that_is_no_size_is_explained(budget):
+    with pytest.raises(ValueError, match="memory_budget"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, memory_budget=budget)
+
+
+def test_a_budget_that_nothing_fits_says_how_much_would_and_what_takes_it():
+    with pytest.raises(ValueError, match=r"smallest peak found is [\d,]+ bytes.*big"):
+        jaxplan.make_plan(lambda big: jnp.sum(big @ big), shape(64, 64), mesh=MESH, memory_budget="1KiB")
+
+
+def test_a_smaller_budget_gives_a_smaller_peak():
+    def step(w, x):
+        def loss(w):
+            return jnp.sum(jnp.tanh(x @ w))
+
+        return w - 0.1 * jax.grad(loss)(w)
+
+    args = shape(1024, 1024), shape(64, 1024)
+    ample = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=math.inf, pins={"w": P()})
+    assert ample.in_specs[0] == P()
+    free = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=math.inf)
+    budget = min(free.peak_bytes, ample.peak_bytes) * 0.9
+    tight = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=budget)
+    assert tight.peak_bytes <= budget
+    assert tight.seconds >= free.seconds * (1 - 1e-9)
+
+
+def test_what_is_not_there_yet_is_said():
+    with pytest.raises(ValueError, match="pipeline"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, pipeline="x")
+    with pytest.raises(ValueError, match="certify"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, certify=True)
+    plan = jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH)
+    with pytest.raises(TypeError, match="replan does not take"):
+        plan.replan(sizes={"B": 1})
+
+
+def test_an_unknown_primitive_is_gathered_whole_priced_and_reported():
+    from jax.extend import core as jex_core
+
+    strange_p = jex_core.Primitive("strange")
+    strange_p.def_impl(lambda x: x * 2)
+    strange_p.def_abstract_eval(lambda x: x)
+    from jax.interpreters import mlir
+
+    mlir.register_lowering(strange_p, mlir.lower_fun(lambda x: x * 2, multiple_results=False))
+    plan = jaxplan.make_plan(lambda x: strange_p.bind(x) + 1.0, shape(8, 8), mesh=devices(4))
+    assert "strange: gathered whole" in str(plan)
+    np.testing.assert_allclose(plan.jit()(jnp.ones((8, 8), F32)), 3.0)
