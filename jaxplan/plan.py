@@ -237,8 +237,12 @@ class Plan:
 
     @cached_property
     def names(self) -> DimensionNames:
-        """The dimensions' names."""
-        return DimensionNames(self.modelled.graph, self.dims)
+        """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
+        alike: dict[Any, list[int]] = {}
+        for path, tensor in zip(self.traced.in_paths, self.modelled.graph.inputs, strict=True):
+            key = (without_indices(path), self.modelled.graph.tensors[tensor].shape)
+            alike.setdefault(key, []).append(tensor)
+        return DimensionNames(self.modelled.graph, self.dims, list(alike.values()))
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
@@ -280,6 +284,11 @@ class Plan:
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
+
+
+def without_indices(path: str) -> str:
+    """blocks/3/wq -> blocks/*/wq."""
+    return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:

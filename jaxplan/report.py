@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxplan.plan import Plan
+from jaxplan.plan import Plan, without_indices
 
 WIDTH = 110
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -63,20 +63,15 @@ def _inputs(plan: Plan) -> list[str]:
         shape = f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
         spec = str(plan._specs([plan.input_layouts[position]], [aval])[0]).replace("PartitionSpec", "P")
         row = (path, shape, names, spec, show_bytes(plan.input_bytes(position)))
-        key = (_without_numbers(path), *row[1:])
+        key = (without_indices(path), *row[1:])
         if key in alike:
             alike[key].append(len(rows))
             first = alike[key][0]
-            rows[first] = (f"{_without_numbers(path)} (x{len(alike[key])})", *row[1:])
+            rows[first] = (f"{without_indices(path)} (x{len(alike[key])})", *row[1:])
         else:
             alike[key] = [len(rows)]
             rows.append(row)
     return table(("input", "shape", "dims", "spec", "per device"), rows, right=(4,))
-
-
-def _without_numbers(path: str) -> str:
-    """blocks/3/wq -> blocks/*/wq, so that look-alikes share a line."""
-    return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def _axes(plan: Plan) -> list[str]:
@@ -85,62 +80,72 @@ def _axes(plan: Plan) -> list[str]:
         roles = axis_roles(plan, number)
         text = ", ".join(roles) if roles else "left alone: no dimension that it divides is worth splitting over it"
         sent = show_bytes(plan.wire_bytes[axis])
-        lines.append(f"  {axis} ({size}): {text}; {sent} sent per device and call")
+        lines.append(f"  {axis} ({size}): {text}")
+        lines.append(f"      {sent} sent per device and call")
     return lines
 
 
 def axis_roles(plan: Plan, axis: int) -> list[str]:
-    """What the field would call the work of one mesh axis, recognised from what it shards."""
+    """What the field would call the work of one mesh axis, recognised from what it splits; the largest share first."""
+    shares = _work_by_dimension(plan, axis)
+    total = sum(shares.values())
+    names: dict[str, list[str]] = {}
+    for (role, dimension), flops in sorted(shares.items(), key=lambda item: -item[1]):
+        if role and flops > 0.005 * total:
+            names.setdefault(role, []).append(f"{dimension} {flops / total:.0%}")
+    roles = [f"{role} ({', '.join(parts)} of the work)" for role, parts in names.items()]
+    stored = _state_sharded(plan, axis)
+    if stored:
+        roles.append(f"ZeRO ({stored})")
+    if not roles and any(layout[axis] >= 0 for layout in plan.layouts.values()):
+        roles.append("activations sharded")
+    return roles
+
+
+def _work_by_dimension(plan: Plan, axis: int) -> dict[tuple[str, str], float]:
+    """{(role, dimension name): operations} of what an axis splits; role "" for work that it does not split."""
     graph = plan.modelled.graph
     state = {position for _, position in graph.ties}
-    roles: dict[str, None] = {}
-    for position, layout in enumerate(plan.input_layouts):
-        dim = layout[axis]
-        if dim < 0:
-            continue
-        if position in state:
-            roles["parameters or state sharded"] = None
-        else:
-            roles["data parallel" if dim == 0 else "sequence parallel" if dim == 1 else "data sharded"] = None
-    if "parameters or state sharded" in roles:
-        del roles["parameters or state sharded"]
-        contracted, gathered, split = _uses_of_state(plan, axis, state)
-        if contracted or split:
-            roles["tensor parallel"] = None
-        if gathered:
-            roles["ZeRO (state sharded, gathered for use)"] = None
-        if not (contracted or split or gathered):
-            roles["ZeRO (optimizer state sharded)"] = None
-    elif not roles and any(
-        option[axis].factor >= 0 for option in (plan.modelled.chosen(plan.choices, i) for i in range(len(graph.clusters)))
-    ):
-        roles["activations sharded"] = None
-    return list(roles)
+    place: dict[str, int] = {}
+    for position, tensor in enumerate(graph.inputs):
+        if position not in state:
+            for dim, name in enumerate(plan.names.dimension(tensor)):
+                place[name] = min(dim, place.get(name, dim))
+    shares: dict[tuple[str, str], float] = {}
+    for index, cluster in enumerate(graph.clusters):
+        flops = sum(work.flops for work in cluster.work) * cluster.times
+        factor = plan.modelled.chosen(plan.choices, index)[axis].factor
+        key = ("", "")
+        if factor >= 0:
+            terminals = [t for t in (*cluster.reads, *cluster.writes) if factor in t.leads]
+            names = [plan.names.dimension(t.tensor)[t.leads.index(factor)] for t in terminals]
+            name = next((n for n in names if n in place), names[0] if names else "?")
+            key = (_role(place.get(name), len(terminals) == len(cluster.reads) + len(cluster.writes) > 2), name)
+        shares[key] = shares.get(key, 0.0) + flops
+    return shares
 
 
-def _uses_of_state(plan: Plan, axis: int, state: set[int]) -> tuple[bool, bool, bool]:
-    """Whether heavy operators use sharded state as it lies (contracted or split), or gathered."""
+def _role(position: int | None, everywhere: bool) -> str:
+    """`position`: where the dimension stands in the program's data; `everywhere`: all operands and results carry it."""
+    if position is not None:
+        return "data parallel" if position == 0 else "sequence parallel"
+    return "expert or head parallel" if everywhere else "tensor parallel"
+
+
+def _state_sharded(plan: Plan, axis: int) -> str:
+    """State that an axis shards although the operators that read it want it whole (that is ZeRO)."""
     graph = plan.modelled.graph
-    sharded = {graph.inputs[position] for position in state if plan.input_layouts[position][axis] >= 0}
-    contracted = gathered = split = False
-    frontier = dict.fromkeys(sharded, True)
+    sharded = [position for _, position in graph.ties if plan.input_layouts[position][axis] >= 0]
+    if not sharded:
+        return ""
+    gathered = 0.0
     for reading in plan.modelled.readings:
-        cluster = graph.clusters[reading.reader]
-        operator = graph.operators[cluster.members[-1]]
-        if reading.tensor in frontier and operator.equation is None:
-            frontier.update(dict.fromkeys(operator.results, True))
-    for reading in plan.modelled.readings:
-        if reading.tensor not in frontier:
-            continue
-        cluster = graph.clusters[reading.reader]
         src, dst, _ = plan.modelled.edge_layouts(plan.choices, reading)
-        if src[axis] < 0 or not cluster.work or graph.operators[cluster.members[-1]].rule.fusible:
-            continue
-        option = plan.modelled.chosen(plan.choices, reading.reader)[axis]
-        gathered |= dst[axis] < 0
-        contracted |= dst[axis] >= 0 and any(option.factor in combine.over for combine in cluster.combines)
-        split |= dst[axis] >= 0
-    return contracted, gathered, split
+        if reading.tensor in {graph.inputs[p] for p in sharded} and src[axis] >= 0 and dst[axis] < 0:
+            gathered += graph.tensors[reading.tensor].nbytes
+    held = sum(plan.input_bytes(p) * plan.modelled.numbers.sizes[axis] for p in sharded)
+    everything = sum(plan.input_bytes(p) for _, p in graph.ties) - sum(plan.input_bytes(p) for p in sharded) + held
+    return f"{held / everything:.0%} of the state sharded" + (", gathered for use" if gathered else "")
 
 
 def _exchanges(plan: Plan, most: int) -> list[str]:

@@ -35,6 +35,10 @@ class DimensionNames:
         self._loops: dict[Any, tuple[int, ...]] = {}
         for operator in graph.operators:
             self._visit(graph, operator)
+        for group in alike:
+            for tensor in group[1:]:
+                for one, other in zip(self._dims[group[0]], self._dims[tensor], strict=True):
+                    self._unite(one, other)
         self._names = self._letters(graph, given or {})
         self.operator_factors = self._factors
 
