@@ -24,10 +24,13 @@ class DimensionNames:
     """One symbol per equivalence class of dimensions: dimensions that some operator walks together are one.
 
     `given`: names per (tensor, dimension) that the user chose. Names else are letters: B, S, T, ... for dimensions that
-    only data has, D, F, H, ... for those of state.
+    only data has, D, F, H, ... for those of state. `alike`: groups of tensors of one shape that stand for the same thing in
+    every layer of a model; their dimensions share names.
     """
 
-    def __init__(self, graph: Graph, given: Mapping[tuple[int, int], str] | None = None) -> None:
+    def __init__(
+        self, graph: Graph, given: Mapping[tuple[int, int], str] | None = None, alike: Sequence[Sequence[int]] = ()
+    ) -> None:
         self._parent: list[int] = []
         self._size: list[int] = []
         self._factors: list[list[tuple[int, ...]]] = []
