@@ -10,11 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.core
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
 
+Tracer = jax.core.Tracer
 Literal = _core.Literal
 Var = _core.Var
 Jaxpr = _core.Jaxpr

@@ -196,11 +196,11 @@ class AutoSharded:
     def __init__(self, fn: Callable[..., Any], mesh: Any, options: dict[str, Any]) -> None:
         functools.update_wrapper(self, fn)
         self._fn, self._mesh, self._options = fn, mesh, options
-        self._known: dict[Any, tuple[Plan, PlannedFunction | None]] = {}
+        self._known: dict[Any, _Entry] = {}
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (arrays or shapes); made once per structure, shapes and static values."""
-        return self._entry(args, kwargs)[1]
+        return self._entry(args, kwargs).plan
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`."""
@@ -210,13 +210,12 @@ class AutoSharded:
         return self._planned(args, kwargs)(*args, **kwargs)
 
     def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlannedFunction:
-        key, plan, run = (*self._entry(args, kwargs),)
-        if run is None:
-            run = plan.jit()
-            self._known[key] = (plan, run)
-        return run
+        entry = self._entry(args, kwargs)
+        if entry.run is None:
+            entry.run = entry.plan.jit()
+        return entry.run
 
-    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Plan, PlannedFunction | None]:
+    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entry:
         static = _static_values(args, kwargs, self._options.get("static_argnums"), self._options.get("static_argnames"))
         dynamic = [a for i, a in enumerate(args) if i not in static], {k: v for k, v in kwargs.items() if k not in static}
         leaves, tree = jax.tree.flatten(dynamic)
@@ -224,8 +223,16 @@ class AutoSharded:
         known = self._known.get(key)
         if known is None:
             plan = make_plan(self._fn, *args, mesh=self._mesh, **self._options, **kwargs)
-            known = self._known[key] = (plan, None)
-        return key, *known
+            known = self._known[key] = _Entry(plan)
+        return known
+
+
+@dataclass
+class _Entry:
+    """What an `AutoSharded` keeps per argument shapes; `run` is made on the first call."""
+
+    plan: Plan
+    run: PlannedFunction | None = None
 
 
 def _signature(leaf: Any) -> Any:
@@ -308,7 +315,8 @@ def _dimension_names(
         if len(words) == len(traced.in_avals[position].shape):
             names.update({(graph.inputs[position], d): word for d, word in enumerate(words)})
         elif position in written and len(written) == 1:
-            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {traced.in_avals[position].shape}")
+            extents = tuple(traced.in_avals[position].shape)
+            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {extents}")
     return names
 
 

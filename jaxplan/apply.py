@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
-from jaxplan.layout import Spec, spec_of
+from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.plan import Plan
 
 Path = tuple[Any, ...]
@@ -205,17 +205,17 @@ class PlannedFunction:
         self.plan, self._static = plan, static
         self._mesh = auto_mesh(plan.mesh)
         self._donate = frozenset(donate)
-        specs = plan.input_layouts, plan.output_layouts
-        avals = plan.traced.in_avals, plan.traced.out_avals
-        self._ins, self._outs = (
-            [NamedSharding(self._mesh, plan.partition_spec(spec_of(layout, len(a.shape)))) for layout, a in zip(ls, vs, strict=True)]
-            for ls, vs in zip(specs, avals, strict=True)
-        )
+        self._ins = self._shardings(plan.input_layouts, plan.traced.in_avals)
+        self._outs = self._shardings(plan.output_layouts, plan.traced.out_avals)
         self._jitted = jax.jit(
             flat_function(plan, self._mesh), in_shardings=self._ins, out_shardings=self._outs,
             donate_argnums=tuple(donate),
         )  # fmt: skip
         self.__name__ = plan.traced.name
+
+    def _shardings(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[NamedSharding]:
+        specs = [self.plan.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
+        return [NamedSharding(self._mesh, spec) for spec in specs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._flatten(args, kwargs)
@@ -247,7 +247,7 @@ class PlannedFunction:
         return leaves
 
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, _jax.Tracer):
             return leaf
         if isinstance(leaf, jax.Array):
             if leaf.sharding == sharding:
@@ -261,7 +261,7 @@ class PlannedFunction:
         if self._mesh == self.plan.mesh:
             return list(values)
         return [
-            value if isinstance(value, jax.core.Tracer)
+            value if isinstance(value, _jax.Tracer)
             else jax.device_put(value, NamedSharding(self.plan.mesh, value.sharding.spec))
             for value in values
         ]  # fmt: skip

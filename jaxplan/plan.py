@@ -293,7 +293,8 @@ def without_indices(path: str) -> str:
 
 def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
     """A spec over axis numbers as a `PartitionSpec`, trailing Nones left out."""
-    entries = [None if not axes else axis_names[axes[0]] if len(axes) == 1 else tuple(axis_names[a] for a in axes) for axes in spec]
+    named = [tuple(axis_names[a] for a in axes) for axes in spec]
+    entries = [names if len(names) > 1 else names[0] if names else None for names in named]
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)

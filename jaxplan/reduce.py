@@ -77,7 +77,7 @@ def _colours(problem: Problem, rounds: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tables:
-    """Prices written out: `costs[i]` is a vector per variable, `pairs[(i, j)]`, i < j, a matrix. `ILLEGAL` and above is illegal."""
+    """Prices written out: `costs[i]` is a vector per variable, `pairs[(i, j)]`, i < j, a matrix; `ILLEGAL` or more is illegal."""
 
     costs: tuple[np.ndarray, ...]
     pairs: dict[tuple[int, int], np.ndarray]
@@ -222,7 +222,7 @@ def eliminate(tables: Tables) -> tuple[Tables, list[int], Undo]:
         alive[v] = False
         around = tuple(near[v])
         if not around:
-            gone.append((v, (), costs[v].argmin(keepdims=True)))
+            gone.append((v, (), np.array([costs[v].argmin()])))
             continue
         if len(around) == 1:
             total = near[v][around[0]].T + costs[v]  # (neighbour, own)

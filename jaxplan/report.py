@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from jaxplan.plan import Plan, without_indices
@@ -80,7 +81,7 @@ def _axes(plan: Plan) -> list[str]:
         roles = axis_roles(plan, number)
         text = ", ".join(roles) if roles else "left alone: no dimension that it divides is worth splitting over it"
         sent = show_bytes(plan.wire_bytes[axis])
-        lines.append(f"  {axis} ({size}): {text}")
+        lines += textwrap.wrap(f"  {axis} ({size}): {text}", WIDTH, subsequent_indent="      ")
         lines.append(f"      {sent} sent per device and call")
     return lines
 

@@ -96,15 +96,15 @@ def _aval(info: Any) -> Any:
 
 
 def _show(path: Sequence[Any]) -> str:
-    return keystr(tuple(path), simple=True, separator="/")
+    return str(keystr(tuple(path), simple=True, separator="/"))
 
 
 def _input_path(path: Sequence[Any], names: Sequence[str]) -> str:
     """(args or kwargs index, position or name, ...) -> "name/rest"."""
     which, entry, *rest = path
-    head = names[entry.idx] if which.idx == 0 else str(entry.key)
+    head: str = names[entry.idx] if which.idx == 0 else str(entry.key)
     tail = _show(rest)
-    return f"{head}/{tail}" if tail else head
+    return f"{head}/{tail}" if tail else str(head)
 
 
 def _argument_names(

@@ -24,8 +24,12 @@ class Option:
 class Algebra(Protocol):
     """Numbers or symbols: what the formulas are evaluated over."""
 
-    sizes: Sequence[Value]
     larger: Callable[..., Value]
+
+    @property
+    def sizes(self) -> Sequence[Value]:
+        """Devices along each mesh axis."""
+        ...
 
     def nbytes(self, tensor: int) -> Value:
         """Bytes of a whole tensor."""

@@ -22,8 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from .by_hand_mapped import mapped_train_step
 from .decoder import Constrain, DecoderConfig, Form, decoder, decoder_train_step

@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .decoder import FULL as FULL_DECODER
-from .decoder import SMALL as SMALL_DECODER
-from .decoder import DecoderConfig, decoder_params, rms_norm
+from .decoder import FULL as FULL_DECODER, SMALL as SMALL_DECODER, DecoderConfig, decoder_params, rms_norm
 from .program import Program, define
 
 __all__ = ["FULL", "SMALL", "decode_kv", "empty_cache"]

@@ -75,7 +75,8 @@ class Flat:
             for var in equation.outvars:
                 tensor = env[var] = self.tensor(var.aval)
                 results.append(tensor)
-            rule = rule_of(equation.primitive, equation.params, [v.aval for v in equation.invars], [v.aval for v in equation.outvars])
+            avals = [v.aval for v in equation.invars], [v.aval for v in equation.outvars]
+            rule = rule_of(equation.primitive, equation.params, *avals)
             self.operators.append(
                 Operator(
                     equation.primitive.name, rule, tuple(operands), tuple(results),
