@@ -102,9 +102,9 @@ def _show(path: Sequence[Any]) -> str:
 def _input_path(path: Sequence[Any], names: Sequence[str]) -> str:
     """(args or kwargs index, position or name, ...) -> "name/rest"."""
     which, entry, *rest = path
-    head: str = names[entry.idx] if which.idx == 0 else str(entry.key)
+    head = names[int(entry.idx)] if which.idx == 0 else str(entry.key)
     tail = _show(rest)
-    return f"{head}/{tail}" if tail else str(head)
+    return f"{head}/{tail}" if tail else head
 
 
 def _argument_names(

@@ -7,10 +7,10 @@ loop body, and no dimension is asked for two things at once. Every other operato
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
-from jaxplan.rules import Kind
+from jaxplan.rules import Kind, Rule
 
 Leads = tuple[int, ...]
 
@@ -25,9 +25,10 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
     leaves = set(outputs)
     home: list[_Draft | None] = [None] * len(operators)
     drafts: list[_Draft] = []
+    known: dict[int, _Digest] = {}
     for index in range(len(operators) - 1, -1, -1):
         operator = operators[index]
-        draft = None
+        digest, draft = _digest(operator.rule, known), None
         if operator.rule.fusible and len(operator.results) == 1:
             tensor = operator.results[0]
             if tensor not in leaves and readers[tensor]:
@@ -35,9 +36,9 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
                 if len(homes) == 1:
                     (candidate,) = homes.values()
                     if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
-                        draft = candidate if candidate.join(index, operator, tensors) else None
+                        draft = candidate if candidate.join(index, operator, digest, tensors) else None
         if draft is None:
-            draft = _Draft(index, operator, tensors)
+            draft = _Draft(index, operator, digest, tensors)
             drafts.append(draft)
         home[index] = draft
     needed = leaves | {t for draft in drafts for t, _ in draft.reads}
@@ -51,7 +52,7 @@ class _Draft:
         "combines", "fusible", "halos", "members", "moves", "reads", "scope", "times", "units", "work", "writes",
     )  # fmt: skip
 
-    def __init__(self, index: int, operator: Operator, tensors: list[Tensor]) -> None:
+    def __init__(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> None:
         self.fusible = operator.rule.fusible
         self.scope, self.times = operator.scope, operator.times
         self.members: list[int] = []
@@ -62,9 +63,9 @@ class _Draft:
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
         self.moves = False
-        self._take(index, operator, {}, tensors)
+        self._take(index, operator, digest, {}, tensors)
 
-    def join(self, index: int, operator: Operator, tensors: list[Tensor]) -> bool:
+    def join(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> bool:
         """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
         tensor = operator.results[0]
         wanted = [leads for read, leads in self.reads if read == tensor]
@@ -93,7 +94,7 @@ class _Draft:
                     break
         if wanted:
             del self.reads[(tensor, wanted[0])]
-        self._take(index, operator, mapping, tensors)
+        self._take(index, operator, digest, mapping, tensors)
         for keep, drop in same:
             self._unite(keep, drop)
         return True
@@ -120,59 +121,48 @@ class _Draft:
             replace(h, operand=Terminal(h.operand.tensor, new(h.operand.leads)), factor=new((h.factor,))[0]) for h in self.halos
         ]
 
-    def _take(self, index: int, operator: Operator, mapping: dict[int, int], tensors: list[Tensor]) -> None:
-        rule = operator.rule
-        for factor, legal in enumerate(rule.shardable):
-            if not legal:
-                continue
-            size = rule.factors[factor].size
+    def _take(
+        self, index: int, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]
+    ) -> None:
+        rule, units = operator.rule, self.units
+        for factor, size in digest.legal:
             if factor in mapping:
-                self.units[mapping[factor]] = math.gcd(self.units[mapping[factor]], size)
+                units[mapping[factor]] = math.gcd(units[mapping[factor]], size)
             else:
-                mapping[factor] = len(self.units)
-                self.units.append(size)
+                mapping[factor] = len(units)
+                units.append(size)
         self.members.append(index)
-        operands = []
-        times = operator.read_times or (operator.times,) * len(operator.operands)
-        shares = rule.touched or (1.0,) * (len(operator.operands) + len(operator.results))
-        for tensor, leads, often, share in zip(operator.operands, rule.operand_leads, times, shares, strict=False):
-            mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
-            operands.append(Terminal(tensor, mapped))
-            if tensor >= 0 and mapped:
-                before = self.reads.get((tensor, mapped), (0.0, 0.0))
-                self.reads[(tensor, mapped)] = (max(often, before[0]), max(share, before[1]))
-            self._fit(tensor, mapped, tensors)
-        results = []
-        written = shares[len(operator.operands) :]
-        for tensor, leads, share in zip(operator.results, rule.result_leads, written, strict=True):
-            mapped = tuple([mapping[f] if f >= 0 else -1 for f in leads])
-            results.append(Terminal(tensor, mapped))
-            self.writes[(tensor, mapped)] = share
-            self._fit(tensor, mapped, tensors)
-        factors = frozenset(mapping[f] for f, legal in enumerate(rule.shardable) if legal)
-        dtypes = [tensors[t].dtype for t in (*operator.operands, *operator.results) if t >= 0]
-        flops = rule.points * rule.flops
-        if flops:
-            self.work.append(Work(flops, factors, dtypes[0] if dtypes else "float32", (index,)))
+        operands, count = operator.operands, len(operator.operands)
+        times = operator.read_times
+        mapped: list[Leads] = []
+        for slot, leads in enumerate(digest.leads):
+            tensor = operands[slot] if slot < count else operator.results[slot - count]
+            own = tuple([mapping[f] if f >= 0 else -1 for f in leads])
+            mapped.append(own)
+            if tensor < 0 or not own:
+                continue
+            share = rule.touched[slot] if rule.touched else 1.0
+            if slot < count:
+                before = self.reads.get((tensor, own), (0.0, 0.0))
+                self.reads[(tensor, own)] = (max(times[slot] if times else operator.times, before[0]), max(share, before[1]))
+            else:
+                self.writes[(tensor, own)] = share
+            for extent, f, factor in zip(tensors[tensor].shape, leads, own, strict=True):
+                if f >= 0 and extent != digest.sizes[f] and extent:  # strided windows: the extent must divide too
+                    units[factor] = math.gcd(units[factor], extent)
+        if digest.flops:
+            first = next((t for t in (*operands, *operator.results) if t >= 0), -1)
+            factors = frozenset([mapping[f] for f, _ in digest.legal])
+            self.work.append(Work(digest.flops, factors, tensors[first].dtype if first >= 0 else "float32", (index,)))
         self.moves |= not rule.free
-        over = {mapping[f] for f, factor in enumerate(rule.factors) if rule.shardable[f] and factor.kind in _PARTIAL}
-        if over:
-            sums = all(
-                factor.kind is Kind.SUM for f, factor in enumerate(rule.factors) if f in mapping and factor.kind in _PARTIAL
-            )
-            for result in results:
-                self.combines.append(Combine(index, result, frozenset(over), sums and not rule.fusible))
-        for f, factor in enumerate(rule.factors):
-            if factor.halo and f in mapping and operands[0].tensor >= 0 and mapping[f] in operands[0].leads:
-                extent = tensors[operands[0].tensor].shape[operands[0].leads.index(mapping[f])]
-                self.halos.append(Halo(index, operands[0], mapping[f], factor.halo, extent))
-
-    def _fit(self, tensor: int, leads: Leads, tensors: list[Tensor]) -> None:
-        """A dimension's extent must divide too, where it differs from its factor's size (strided windows)."""
-        if tensor >= 0:
-            for extent, factor in zip(tensors[tensor].shape, leads, strict=True):
-                if factor >= 0 and extent:
-                    self.units[factor] = math.gcd(self.units[factor], extent)
+        if digest.partial:
+            over = frozenset([mapping[f] for f in digest.partial])
+            for tensor, own in zip(operator.results, mapped[count:], strict=True):
+                self.combines.append(Combine(index, Terminal(tensor, own), over, digest.scatterable))
+        for f, width in digest.halos:
+            if operands and operands[0] >= 0 and mapping[f] in mapped[0]:
+                extent = tensors[operands[0]].shape[mapped[0].index(mapping[f])]
+                self.halos.append(Halo(index, Terminal(operands[0], mapped[0]), mapping[f], width, extent))
 
     def close(self, needed: set[int]) -> Cluster:
         """The finished cluster; only values somebody else needs are written."""
@@ -194,6 +184,34 @@ class _Draft:
 
 
 _PARTIAL = (Kind.SUM, Kind.COMBINE)
+
+
+@dataclass(frozen=True)
+class _Digest:
+    """What fusing needs of a rule: legal factors with sizes, all sizes, leads of operands and results, partial factors."""
+
+    legal: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...]
+    leads: tuple[Leads, ...]
+    partial: tuple[int, ...]
+    scatterable: bool
+    halos: tuple[tuple[int, int], ...]
+    flops: float
+
+
+def _digest(rule: Rule, known: dict[int, _Digest]) -> _Digest:
+    """Rules are shared by equal equations: each is read once. `known`: by identity, which is cheaper than hashing."""
+    found = known.get(id(rule))
+    if found is None:
+        legal = tuple((f, factor.size) for f, factor in enumerate(rule.factors) if rule.shardable[f])
+        partial = tuple(f for f, _ in legal if rule.factors[f].kind in _PARTIAL)
+        sums = all(rule.factors[f].kind is Kind.SUM for f in partial)
+        halos = tuple((f, rule.factors[f].halo) for f, _ in legal if rule.factors[f].halo)
+        sizes = tuple(factor.size for factor in rule.factors)
+        leads = (*rule.operand_leads, *rule.result_leads)
+        found = _Digest(legal, sizes, leads, partial, sums and not rule.fusible, halos, rule.points * rule.flops)
+        known[id(rule)] = found
+    return found
 
 
 def _merge_work(items: list[Work]) -> tuple[Work, ...]:
