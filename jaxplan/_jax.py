@@ -104,6 +104,12 @@ def bind(equation: Any, values: list[Any]) -> list[Any]:
     return list(outs) if primitive.multiple_results else [outs]
 
 
+def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:
+    """The same call with derivatives of its own (`custom_jvp`, `custom_vjp`), with another body for its value."""
+    params = {**equation.params, "call_jaxpr": jax.make_jaxpr(body)(*values)}
+    return list(equation.primitive.bind(*values, **equation.primitive.get_bind_params(params)))
+
+
 def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
     """The same rematerialised call with another body: traced again, then bound with the equation's own policy."""
     closed = jax.make_jaxpr(body)(*values)

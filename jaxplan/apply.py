@@ -171,6 +171,13 @@ def _call(parameter: str) -> Callable[[_Replay, Any, list[Any], Path], list[Any]
     return run
 
 
+def _custom(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    def body(*inputs: Any) -> list[Any]:
+        return replay.run(equation.params["call_jaxpr"], inputs, path)
+
+    return _jax.rebind_custom(equation, body, values)
+
+
 def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
         entries = replay.found.entries.get(path, ((),) * len(inputs))
@@ -187,8 +194,8 @@ _CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.jit_p: _call("jaxpr"),
     _jax.remat_p: _remat,
     _jax.closed_call_p: _call("call_jaxpr"),
-    _jax.custom_jvp_call_p: _call("call_jaxpr"),
-    _jax.custom_vjp_call_p: _call("call_jaxpr"),
+    _jax.custom_jvp_call_p: _custom,
+    _jax.custom_vjp_call_p: _custom,
 }
 """The same control flow that the graph recursed into, replayed."""
 

@@ -49,7 +49,6 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=positive, help="simulated devices (default: the mesh's, or 8)")
     parser.add_argument("--mesh", type=mesh_shape, help="such as data=4,model=2 (default: that, over all devices)")
     parser.add_argument("--steps", type=positive, default=5, help="training steps to compare (default: 5)")
-    parser.add_argument("--tiny", action="store_true", help="a model so small that only the machinery is shown")
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -61,7 +60,7 @@ def demo(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"jaxplan demo: {error}", file=sys.stderr)
         return 2
-    return page.launch(mesh, arguments.steps, arguments.tiny)
+    return page.launch(mesh, arguments.steps)
 
 
 COMMANDS: dict[str, Command] = {

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxplan.api import Plan, make_plan
 from jaxplan.examples.by_hand import by_hand
@@ -30,7 +29,6 @@ __all__ = ["demo_mesh", "launch", "main"]
 
 MACHINE = "v5e"
 CONFIG = DecoderConfig(layers=4, width=256, heads=8, mlp_width=1024, vocabulary=4096, sequence=128, batch=16)
-TINY = DecoderConfig(layers=2, width=32, heads=4, mlp_width=64, vocabulary=128, sequence=16, batch=16)
 TOLERANCE = 1e-4
 """Largest relative difference of a loss: sums in another order, in float32, over a few steps."""
 
@@ -54,7 +52,7 @@ def demo_mesh(devices: int | None, mesh: Mapping[str, int] | None) -> dict[str, 
     return dict(mesh)
 
 
-def launch(mesh: Mapping[str, int], steps: int, tiny: bool = False) -> int:
+def launch(mesh: Mapping[str, int], steps: int) -> int:
     """Run the demonstration in a process with as many simulated devices as the mesh has; gives its exit status."""
     # The last of several equal flags holds; the user's other flags stay.
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={math.prod(mesh.values())}"
@@ -64,10 +62,10 @@ def launch(mesh: Mapping[str, int], steps: int, tiny: bool = False) -> int:
     }  # fmt: skip
     shown = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     command = [sys.executable, "-P", "-m", "jaxplan.demo", "--mesh", shown, "--steps", str(steps)]
-    return subprocess.run(command + ["--tiny"] * tiny, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
-def run(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig) -> int:
+def run(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig = CONFIG) -> int:
     """The demonstration itself, on devices that are there already. 1 if the losses do not agree, else 0."""
     mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape))
     program = decoder(config)
@@ -152,10 +150,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mesh", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     mesh = {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", given.mesh)}
-    return run(mesh, given.steps, TINY if given.tiny else CONFIG)
+    return run(mesh, given.steps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Room `apply`: planned functions return what unplanned ones return, on every mesh, for every program."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,3 +111,42 @@ def test_static_arguments():
     np.testing.assert_allclose(fn(x, 2), 9.0)
     np.testing.assert_allclose(fn(x, 3), 27.0)
     np.testing.assert_allclose(fn(x, 3, mode="down"), 3.0)
+
+
+def test_a_planned_function_can_be_differentiated_batched_and_jitted():
+    @jax.custom_vjp
+    def straight_through(x):
+        return jnp.round(x)
+
+    straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+    def fn(x):
+        return jnp.sum(jax.nn.relu(straight_through(x * 3.0)))
+
+    x = jnp.arange(16.0, dtype=jnp.float32).reshape(8, 2)
+    run = jaxplan.make_plan(fn, x, mesh=mesh_of((4, 2)), pins={"x": P("x", "y")}).jit()
+    np.testing.assert_allclose(jax.grad(run)(x), jax.grad(fn)(x))
+    np.testing.assert_allclose(run(x), fn(x))
+    np.testing.assert_allclose(jax.vmap(run)(jnp.stack([x, x])), jax.vmap(fn)(jnp.stack([x, x])))
+    np.testing.assert_allclose(jax.jit(run)(x), fn(x))
+
+
+PLAN_HASH = """
+import hashlib, jax, sys
+from jax.sharding import AbstractMesh
+import jaxplan
+from jaxplan.examples import programs
+program = programs()[sys.argv[1]]
+plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((2, 2, 2), ("x", "y", "z")), machine="v5e")
+print(hashlib.sha256(repr((plan.in_specs, plan.out_specs, sorted(plan.constraints.reads.items()), plan.seconds)).encode()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("name", ["decoder_scan", "resnet_momentum"])
+def test_the_same_plan_on_every_process_and_under_every_hash_seed(name):
+    outs = set()
+    for seed in ("0", "1", "12345"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", PLAN_HASH, name], env=env, capture_output=True, text=True, check=True)
+        outs.add(done.stdout.strip())
+    assert len(outs) == 1
