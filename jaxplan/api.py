@@ -144,7 +144,7 @@ def _solve(
         modelled = model(graph, numbers, pins, byte_price=byte_price)
         found = run_search(modelled.problem, request.search)
         unpriced = modelled if not byte_price else model(graph, numbers, pins)
-        return Plan(traced, unpriced, found.choices, request.mesh, {}, found.bound, dims, request)
+        return Plan(traced, unpriced, modelled.complete(found.choices), request.mesh, {}, found.bound, dims, request)
 
     plan = attempt(0.0)
     if plan.peak_bytes > budget:

@@ -18,7 +18,6 @@ from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster
 from jaxplan.graph.flatten import VIEW
 from jaxplan.layout import Layout, Spec, spec_of
-from jaxplan.problem import evaluate
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ class Plan:
     @cached_property
     def seconds(self) -> float:
         """Modelled time of one call, in seconds: the number the search compared."""
-        return evaluate(self.modelled.problem, self.choices)
+        return self.modelled.seconds(self.choices)
 
     @cached_property
     def names(self) -> DimensionNames:

@@ -3,8 +3,9 @@
     python scripts/compare_plans.py [--quick] [--forms scan,unrolled] [--batches 64,8] [--machine v4] [--markdown]
 
 Section 1: a GPT train step (12 layers, width 1024) on 4 x 4 simulated devices. Section 2: the same with one
-mesh axis ten times slower. Section 3: every small example on four meshes. Bytes are those that one device sends
-in one step, in MB (1e6). "meant" reads the CPU compiler's all-reduce + slice as the reduce-scatter it is on a
+mesh axis ten times slower. Section 3: every small example on four meshes, planned for the machine as it is (where
+so little work is often best done by every device alone) and for one whose devices are slow enough to make
+splitting pay. Bytes are those that one device sends in one step, in MB (1e6). "meant" reads the CPU compiler's all-reduce + slice as the reduce-scatter it is on a
 TPU or GPU and its widened bf16 as bf16 (`jaxplan.hlo`); "compiled" takes the program as it stands.
 
 Modelled times are alike for every plan: of its compiled program, FLOPs at the machine's float32 rate, plus for
@@ -302,6 +303,16 @@ def small_section(machine: Machine, markdown: bool, names: Sequence[str], shapes
     show(f"small programs, planned for {machine.name}", header, rows, markdown)
 
 
+def slow_devices(machine: Machine, factor: float = 1000.0) -> Machine:
+    """The same links, without latency, between slower devices: small programs then weigh as large ones do."""
+    return replace(
+        machine, name=f"{machine.name} with devices {factor:g} times slower and no latency",
+        seconds_per_flop={dtype: factor * seconds for dtype, seconds in machine.seconds_per_flop.items()},
+        seconds_per_byte=factor * machine.seconds_per_byte,
+        inner=replace(machine.inner, latency_seconds=0.0), outer=replace(machine.outer, latency_seconds=0.0),
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print every section."""
     parser = argparse.ArgumentParser(description="jaxplan's plans beside hand-written ones.")
@@ -321,7 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in [16] if given.quick else map(int, given.batches.split(",")):
                 decoder_sections(replace(config, batch=batch), form, machine, given.markdown)
     if "small" in sections:
-        small_section(machine, given.markdown, list(programs("small")), MESHES[1:2] if given.quick else MESHES)
+        for on in (machine, slow_devices(machine)):
+            small_section(on, given.markdown, list(programs("small")), MESHES[1:2] if given.quick else MESHES)
     return 0
 
 

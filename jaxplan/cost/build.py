@@ -23,8 +23,11 @@ from jaxplan.cost.price import (
     write_layout,
 )
 from jaxplan.graph import Cluster, Graph, Terminal
+from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
-from jaxplan.problem import Edge, Node, Problem
+from jaxplan.problem import Edge, Node, Problem, evaluate
+
+Leads = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Reading:
 class Modelled:
     """A graph on a mesh: the problem, and what its nodes, options and edges stand for.
 
-    `options[cluster][axis]`: the options of each node along each axis. `readings`: one per edge of the problem.
+    `options[cluster][axis]`: the options of each cluster along each axis. `kept[node]`: the cluster a node stands for.
+    `follows[cluster]`: clusters that are no node because their layout is implied: (the cluster they follow, the factors of it
+    that lead their dimensions).
     """
 
     graph: Graph
@@ -52,6 +57,23 @@ class Modelled:
     problem: Problem
     options: tuple[AxisOptions, ...]
     readings: tuple[Reading, ...]
+    kept: tuple[int, ...]
+    follows: Mapping[int, tuple[int, Leads]]
+
+    def complete(self, choices: np.ndarray) -> np.ndarray:
+        """Choices per node of the problem -> choices per cluster (the undo of following)."""
+        full = np.zeros((len(self.options), choices.shape[1]), dtype=np.int64)
+        full[list(self.kept)] = choices
+        for index, (other, leads) in self.follows.items():
+            own = self.graph.clusters[index].writes[0].leads
+            for axis, option in enumerate(self.chosen(full, other)):
+                if option.factor >= 0 and option.factor in leads:
+                    full[index, axis] = self.options[index][axis].index(Option(own[leads.index(option.factor)]))
+        return full
+
+    def seconds(self, choices: np.ndarray) -> float:
+        """The price of choices per cluster: the number the search compared."""
+        return evaluate(self.problem, choices[list(self.kept)])
 
     def chosen(self, choices: np.ndarray, cluster: int) -> tuple[Option, ...]:
         """The options an assignment picks for a cluster, one per axis."""
@@ -71,38 +93,64 @@ def model(
     device of everything written, the multiplier of a memory constraint."""
     setting = Setting(len(numbers.sizes), numbers.slow_first)
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
-    prices: dict[Hashable, _ClusterPrice] = {}
-    nodes, options, writers = [], [], {}
+    kinds: dict[Hashable, tuple[int, _ClusterPrice]] = {}
+    numbered, pinned_clusters, writers = [], set(), {}
     for index, cluster in enumerate(graph.clusters):
         for write in cluster.writes:
             writers[write.tensor] = (index, write)
         name = graph.operators[cluster.members[-1]].name
-        pin = pinned.get(cluster.writes[0].tensor) if name == "input" and cluster.writes else None
+        pin = pinned.get(cluster.writes[0].tensor) if name == INPUT and cluster.writes else None
+        if pin is not None:
+            pinned_clusters.add(index)
         kind = _cluster_kind(cluster, graph, name, pin)
-        price = prices.get(kind)
-        if price is None:
-            price = prices[kind] = _ClusterPrice(cluster, axis_options(cluster, numbers, pin), setting, numbers, byte_price)
-        options.append(price.options)
-        counts = tuple(map(len, price.options))
-        nodes.append(Node(name, counts, price, kind if pin is None else None, cluster.times))
-    readings, edges = [], []
+        if kind not in kinds:
+            options = axis_options(cluster, numbers, pin)
+            kinds[kind] = (len(kinds), _ClusterPrice(cluster, options, setting, numbers, byte_price))
+        numbered.append(kinds[kind])
+    readings = _readings(graph, writers)
+    follows = {} if byte_price else _followers(graph, readings, pinned_clusters)
+    place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
+    nodes = []
+    for index in place:
+        number, price = numbered[index]
+        name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
+        nodes.append(Node(name, counts, price, None if index in pinned_clusters else number, graph.clusters[index].times))
+    edges = []
     edge_prices: dict[Hashable, tuple[int, _EdgePrice]] = {}
     rates = _Rates(setting, numbers)
-    for reading in _readings(graph, writers):
-        writer_options, reader_options = options[reading.writer], options[reading.reader]
-        key = (
-            numbers.nbytes(reading.tensor), reading.write.leads, reading.read.leads, writer_options, reader_options,
-        )  # fmt: skip
-        edge_price = edge_prices.get(key)
-        if edge_price is None:
-            nbytes = numbers.nbytes(reading.tensor)
-            edge_price = (len(edge_prices), _EdgePrice(reading, writer_options, reader_options, nbytes, rates))
-            edge_prices[key] = edge_price
-        readings.append(reading)
-        edges.append(Edge(reading.writer, reading.reader, edge_price[1], edge_price[0], reading.times))
-    axes = numbers.axis_names
-    problem = Problem(axes, tuple(nodes), tuple(edges), numbers.slow_first)
-    return Modelled(graph, numbers, setting, problem, tuple(options), tuple(readings))
+    for reading in readings:
+        if reading.writer in follows or reading.reader in follows:
+            continue
+        (tail, writer), (head, reader) = numbered[reading.writer], numbered[reading.reader]
+        nbytes = numbers.nbytes(reading.tensor)
+        key = (nbytes, reading.write.leads, reading.read.leads, tail, head)
+        if key not in edge_prices:
+            edge_prices[key] = (len(edge_prices), _EdgePrice(reading, writer.options, reader.options, nbytes, rates))
+        number, edge_price = edge_prices[key]
+        edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
+    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first)
+    options = tuple(price.options for _, price in numbered)
+    return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows)
+
+
+def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[int, tuple[int, Leads]]:
+    """Inputs that only one cluster reads (and perhaps updates), always in the same dimensions: {input: (cluster, leads)}.
+
+    They cost nothing wherever they lie, so the best layout is the one that the cluster asks for; exact.
+    """
+    near: dict[int, dict[tuple[int, Leads], None]] = {}
+    for reading in readings:
+        near.setdefault(reading.writer, {})[(reading.reader, reading.read.leads)] = None
+        near.setdefault(reading.reader, {})[(reading.writer, reading.write.leads)] = None
+    found = {}
+    for index, asked in near.items():
+        cluster = graph.clusters[index]
+        is_input = graph.operators[cluster.members[-1]].name == INPUT
+        if is_input and len(asked) == 1 and index not in pinned:
+            ((other, leads),) = asked
+            if not graph.clusters[other].scatters:
+                found[index] = (other, leads)
+    return found
 
 
 def axis_options(cluster: Cluster, numbers: Numbers, pin: Layout | None = None) -> AxisOptions:
