@@ -47,7 +47,7 @@ def positive(text: str) -> int:
 def demo_options(parser: argparse.ArgumentParser) -> None:
     """Options of `jaxplan demo`."""
     parser.add_argument("--devices", type=positive, help="simulated devices (default: the mesh's, or 8)")
-    parser.add_argument("--mesh", type=mesh_shape, help="such as data=4,model=2 (default: that, over all devices)")
+    parser.add_argument("--mesh", type=mesh_shape, help="such as data=4,model=2, the default")
     parser.add_argument("--steps", type=positive, default=5, help="training steps to compare (default: 5)")
 
 
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (None: the process's own); gives the exit status. Without a command, prints the help."""
+    """Run a command line (None: the process's own) and give its exit status. Bare, it prints the help."""
     top = parser()
     try:
         arguments = top.parse_args(argv)

@@ -48,17 +48,18 @@ def demo_mesh(devices: int | None, mesh: Mapping[str, int] | None) -> dict[str, 
     needed = math.prod(mesh.values())
     if devices not in (None, needed):
         shown = ",".join(f"{axis}={size}" for axis, size in mesh.items())
-        raise ValueError(f"the mesh {shown} has {needed} devices, but --devices is {devices}; leave one of them out")
+        raise ValueError(f"the mesh {shown} has {needed} devices, but --devices is {devices}; leave one out")
     return dict(mesh)
 
 
 def launch(mesh: Mapping[str, int], steps: int) -> int:
-    """Run the demonstration in a process with as many simulated devices as the mesh has; gives its exit status."""
+    """Run the demonstration in a process with as many simulated devices as the mesh has; its exit status."""
     # The last of several equal flags holds; the user's other flags stay.
-    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={math.prod(mesh.values())}"
+    devices = f"--xla_force_host_platform_device_count={math.prod(mesh.values())}"
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip(), "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path),
     }  # fmt: skip
     shown = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     command = [sys.executable, "-P", "-m", "jaxplan.demo", "--mesh", shown, "--steps", str(steps)]
@@ -71,8 +72,8 @@ def run(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig = CONFI
     program = decoder(config)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.args[0]))
     print(
-        f"A decoder language model with AdamW: {config.layers} layers, width {config.width}, {config.heads} heads,\n"
-        f"vocabulary {config.vocabulary:,}, {parameters / 1e6:.1f} M parameters, "
+        f"A decoder language model with AdamW: {config.layers} layers, width {config.width}, "
+        f"{config.heads} heads,\nvocabulary {config.vocabulary:,}, {parameters / 1e6:.1f} M parameters, "
         f"a batch of {config.batch} x {config.sequence} tokens, in float32.\n"
         f"Planned for {MACHINE!r}, run on {mesh.size} simulated CPU devices.\n"
     )
@@ -93,7 +94,8 @@ def compare_losses(plan: Plan, program: Program, steps: int) -> bool:
         (str(step), f"{a:.6f}", f"{b:.6f}", f"{difference:.1e}")
         for step, (a, b, difference) in enumerate(zip(planned, alone, differences, strict=True), 1)
     ]
-    print("\n" + "\n".join(table(("step", "loss as planned", "on one device", "relative difference"), rows, (1, 2, 3))))
+    header = ("step", "loss as planned", "on one device", "relative difference")
+    print("\n" + "\n".join(table(header, rows, range(1, len(header)))))
     worst = float(np.max(differences))  # nan, unlike with the built-in max, wins
     agree = worst <= TOLERANCE
     verdict = "the same results" if agree else f"NOT the same results: more than {TOLERANCE:g} apart"

@@ -1,17 +1,23 @@
-"""Plans beside each other: jaxplan's, an expert's, and plain data parallelism, all read from compiled programs.
+"""Plans beside each other: jaxplan's, an expert's, plain data parallelism, all read from compiled programs.
 
-    python scripts/compare_plans.py [--quick] [--forms scan,unrolled] [--batches 64,8] [--machine v4] [--markdown]
+    python scripts/compare_plans.py [--quick] [--forms scan,unrolled] [--batches 64,8] [--machine v4]
+                                    [--sections decoder,small] [--markdown]
 
-Section 1: a GPT train step (12 layers, width 1024) on 4 x 4 simulated devices. Section 2: the same with one
-mesh axis ten times slower. Section 3: every small example on four meshes, planned for the machine as it is (where
-so little work is often best done by every device alone) and for one whose devices are slow enough to make
-splitting pay. Bytes are those that one device sends in one step, in MB (1e6). "meant" reads the CPU compiler's all-reduce + slice as the reduce-scatter it is on a
-TPU or GPU and its widened bf16 as bf16 (`jaxplan.hlo`); "compiled" takes the program as it stands.
+Section `decoder`: a GPT train step (12 layers, width 1024) on 4 x 4 simulated devices, with mesh axes equally
+fast and with either of them ten times slower; there the hand plans stand with their mesh axes swapped too, if
+that differs, as an expert would turn them. Section `small`: every small example on four meshes, planned for
+the machine as it is (where so little work is often best done by every device alone) and for one whose devices
+are slow enough to make splitting pay.
 
-Modelled times are alike for every plan: of its compiled program, FLOPs at the machine's float32 rate, plus for
-each collective the bytes on the wire and the latency of its link. A collective over several axes is timed twice:
-"ring", all its bytes on the slowest axis; "hierarchical", the slowest axis carries only what the others have
-already reduced. Work of memory (element-wise) is not in the compiled audit and so in neither.
+Bytes are those that one device sends in one step, in MB (1e6) or kB (1e3). "meant" reads the CPU compiler's
+all-reduce + slice as the reduce-scatter it is on a TPU or GPU and its widened bf16 as bf16 (`jaxplan.hlo`);
+"compiled" takes the program as it stands; "predicted" is the plan's own number, from before compiling.
+
+"ring" and "hierarchical" are modelled times, alike for every plan: of its compiled program, FLOPs at the
+machine's float32 rate, plus for each collective the bytes on the wire and the latency of its link. They
+differ in a collective over several axes: "ring" puts all its bytes on the slowest axis; in "hierarchical" the
+slowest axis carries only what the others have already reduced. Element-wise work is not in the compiled audit
+and so in neither, but it is in "planned", the plan's own number.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P  # noqa: E402
 import jaxplan  # noqa: E402
 from jaxplan.examples import Program, programs  # noqa: E402
 from jaxplan.examples.by_hand import PLANS, by_hand  # noqa: E402
-from jaxplan.examples.decoder import FULL, SMALL, DecoderConfig, Form, decoder  # noqa: E402
+from jaxplan.examples.decoder import FULL, DecoderConfig, Form, decoder  # noqa: E402
 from jaxplan.hlo import Collective  # noqa: E402
 from jaxplan.machine import Link, Machine, axis_links, machine as find_machine  # noqa: E402
 
@@ -66,7 +72,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], markd
     else:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in (header, *rows)
         ]
     print(f"\n{'### ' if markdown else ''}{title}\n\n" + "\n".join(lines), flush=True)
@@ -77,7 +83,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], markd
 
 @dataclass(frozen=True)
 class Measured:
-    """A compiled program's audit; of jaxplan's plans, what was predicted too. An `error` is shown, not hidden."""
+    """A compiled program's audit; of jaxplan's plans also what was predicted. An `error` is shown."""
 
     name: str
     audit: jaxplan.Audit | None
@@ -87,11 +93,11 @@ class Measured:
 
     @property
     def meant_bytes(self) -> float:
-        """Bytes sent per device and step, habits of the CPU compiler rewritten; inf where nothing compiled."""
+        """Bytes sent per device and step, habits of the CPU compiler rewritten; inf without an audit."""
         return math.fsum(self.audit.by_kind(normalised=True).values()) if self.audit else math.inf
 
 
-def measured(name: str, make: Callable[[], Any], args: tuple[Any, ...], mesh: Mesh, **predicted: float) -> Measured:
+def measured(name: str, make: Callable[[], Any], args: tuple[Any, ...], mesh: Mesh) -> Measured:
     """Compile and read what `make` returns."""
     start = time.perf_counter()
     try:
@@ -101,18 +107,25 @@ def measured(name: str, make: Callable[[], Any], args: tuple[Any, ...], mesh: Me
     note(f"{name}: compiled in {time.perf_counter() - start:.1f} s")
     for unread in found.unread:
         note(f"{name}: not read: {unread}")
-    return Measured(name, found, **predicted)
+    return Measured(name, found)
+
+
+def plan_of(program: Program, mesh: Mesh, machine: Machine) -> jaxplan.Plan:
+    """The program planned as it is trained: with its state donated."""
+    return jaxplan.make_plan(
+        program.fn, *program.args, mesh=mesh, machine=machine, donate_argnums=program.donate
+    )
 
 
 def of_plan(name: str, plan: jaxplan.Plan, program: Program) -> Measured:
     """jaxplan's plan, compiled with the state donated."""
-    return measured(
-        name, plan.jit, program.args, plan.mesh,
-        predicted_bytes=sum(plan.wire_bytes.values()), predicted_seconds=plan.seconds,
-    )  # fmt: skip
+    found = measured(name, plan.jit, program.args, plan.mesh)
+    return replace(found, predicted_bytes=sum(plan.wire_bytes.values()), predicted_seconds=plan.seconds)
 
 
-def link_seconds(collective: Collective, links: dict[str, Link], sizes: dict[str, int], hierarchical: bool) -> float:
+def link_seconds(
+    collective: Collective, links: dict[str, Link], sizes: dict[str, int], hierarchical: bool
+) -> float:
     """Modelled time of one run of a collective."""
     if not collective.wire_bytes:
         return 0.0
@@ -152,6 +165,17 @@ def megabytes(value: float | None) -> str:
     return "-" if value is None or math.isinf(value) else f"{value / 1e6:,.3f}"
 
 
+def step_by_hand(name: str, config: DecoderConfig, mesh: Mesh, form: Form) -> Any:
+    """The hand plan's jitted train step."""
+    return by_hand(name, config, mesh, form, donate=True)[0]
+
+
+def all_by_hand(config: DecoderConfig, form: Form, mesh: Mesh) -> list[Measured]:
+    """Every hand plan on a mesh."""
+    args = decoder(config, form).args
+    return [measured(name, partial(step_by_hand, name, config, mesh, form), args, mesh) for name in PLANS]
+
+
 def decoder_sections(config: DecoderConfig, form: Form, machine: Machine, markdown: bool) -> None:
     """Both tables of the decoder at one batch and form."""
     mesh = mesh_of((4, 4))
@@ -159,13 +183,10 @@ def decoder_sections(config: DecoderConfig, form: Form, machine: Machine, markdo
     what = f"decoder, {form}, {config.layers} layers, width {config.width}, batch {config.batch}, on x=4, y=4"
     note(what)
     start = time.perf_counter()
-    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine=machine, donate_argnums=program.donate)
+    plan = plan_of(program, mesh, machine)
     note(f"planned in {time.perf_counter() - start:.1f} s, tracing included")
     ours = of_plan("jaxplan", plan, program)
-    hand = [
-        measured(name, lambda name=name: by_hand(name, config, mesh, form, donate=True)[0], program.args, mesh)
-        for name in PLANS
-    ]
+    hand = all_by_hand(config, form, mesh)
     timed = partial(modelled_seconds, mesh=mesh)
     best = min(found.meant_bytes for found in hand)
     quickest = min(timed(found, machine, hierarchical=True) for found in hand)
@@ -181,13 +202,16 @@ def decoder_sections(config: DecoderConfig, form: Form, machine: Machine, markdo
         hierarchical = timed(found, machine, hierarchical=True)
         rows.append((
             found.name, megabytes(found.meant_bytes), megabytes(found.audit.total_wire_bytes),
-            megabytes(found.predicted_bytes), f"{found.meant_bytes / best:.3f}", f"{found.audit.flops / 1e12:.4f}",
-            f"{found.audit.peak_bytes / 2**30:.2f}", milliseconds(timed(found, machine, hierarchical=False)),
-            milliseconds(hierarchical), f"{hierarchical / quickest:.3f}", milliseconds(found.predicted_seconds),
+            megabytes(found.predicted_bytes), f"{found.meant_bytes / best:.3f}",
+            f"{found.audit.flops / 1e12:.4f}", f"{found.audit.peak_bytes / 2**30:.2f}",
+            milliseconds(timed(found, machine, hierarchical=False)), milliseconds(hierarchical),
+            f"{hierarchical / quickest:.3f}", milliseconds(found.predicted_seconds),
         ))  # fmt: skip
     show(f"{what}, machine {machine.name}", header, rows, markdown)
+    turned = Mesh(mesh.devices.T, mesh.axis_names[::-1])
+    swapped = [replace(f, name=f"{f.name}, swapped") for f in all_by_hand(config, form, turned)]
     for axis in mesh.axis_names:
-        slow_section(what, axis, plan, program, machine, (ours, *hand), markdown)
+        slow_section(what, axis, plan, program, machine, (ours, *hand, *swapped), markdown)
 
 
 def slow_section(
@@ -204,7 +228,14 @@ def slow_section(
         found.name: [modelled_seconds(found, slow, mesh, hierarchical) for hierarchical in (False, True)]
         for found in entrants
     }
-    best = [min(times[found.name][form] for found in hand) for form in (0, 1)]
+    plain = {found.name: times[found.name] for found in hand}
+
+    def says_something(found: Measured) -> bool:
+        unswapped = found.name.removesuffix(", swapped")
+        return unswapped == found.name or times[found.name] != plain[unswapped]
+
+    entrants = list(filter(says_something, entrants))
+    best = [min(time[form] for time in plain.values()) for form in (0, 1)]
     axes = [(name,) for name in mesh.axis_names] + [tuple(mesh.axis_names)]
     header = (
         "plan", "MB meant", "MB predicted", *(f"on {'+'.join(on)}" for on in axes), "TFLOP",
@@ -215,13 +246,15 @@ def slow_section(
         if found.audit is None:
             rows.append((f"{found.name}: {found.error}", *["-"] * (len(header) - 1)))
             continue
-        split = found.audit.wire_bytes(normalised=True)
+        sent = found.audit.wire_bytes(normalised=True)
+        split = {frozenset((on,) if isinstance(on, str) else on): value for on, value in sent.items()}
         ring, hierarchical = times[found.name]
         rows.append((
             found.name, megabytes(found.meant_bytes), megabytes(found.predicted_bytes),
-            *(megabytes(split.get(on[0] if len(on) == 1 else on, 0.0)) for on in axes),
+            *(megabytes(split.get(frozenset(on), 0.0)) for on in axes),
             f"{found.audit.flops / 1e12:.4f}", milliseconds(ring), f"{ring / best[0]:.3f}",
-            milliseconds(hierarchical), f"{hierarchical / best[1]:.3f}", milliseconds(found.predicted_seconds),
+            milliseconds(hierarchical), f"{hierarchical / best[1]:.3f}",
+            milliseconds(found.predicted_seconds),
         ))  # fmt: skip
     show(f"{what}, machine {machine.name} with {axis} {SLOWDOWN:g} times slower", header, rows, markdown)
 
@@ -230,10 +263,10 @@ def slow_section(
 
 
 def batch_dimension(program: Program, path: str) -> int | None:
-    """Which dimension of an input is the batch, for plain data parallelism; None: it lies whole on every device.
+    """Which dimension of an input is the batch; None: the input lies whole on every device.
 
-    Dimension 0 of whatever is data; of a decoder's cache, (layers, batch, ...), dimension 1. Programs without a
-    batch (linear systems, grids) are split by rows.
+    Dimension 0 of whatever is data; of a decoder's cache, (layers, batch, ...), dimension 1. Programs without
+    a batch (linear systems, grids) are split by rows.
     """
     if program.name in ("conjugate_gradient", "stencil"):
         return 0
@@ -250,8 +283,10 @@ def data_parallel(program: Program, plan: jaxplan.Plan) -> Any:
     specs = []
     for path, aval in zip(traced.in_paths, traced.in_avals, strict=True):
         dim = batch_dimension(program, path)
-        fits = dim is not None and dim < len(aval.shape) and aval.shape[dim] % mesh.size == 0
-        specs.append(NamedSharding(mesh, P(*[None] * dim, everything) if fits else P()))
+        if dim is not None and dim < len(aval.shape) and aval.shape[dim] % mesh.size == 0:
+            specs.append(NamedSharding(mesh, P(*[None] * dim, everything)))
+        else:
+            specs.append(NamedSharding(mesh, P()))
     args, _ = traced.unflatten_inputs(specs)
     outs: list[Any] = [None] * len(traced.out_avals)
     for out, given in plan.modelled.graph.ties:
@@ -272,33 +307,33 @@ def largest_error(got: Any, wanted: Any) -> float:
     return worst
 
 
-def small_section(machine: Machine, markdown: bool, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+def small_section(machine: Machine, markdown: bool, shapes: Sequence[tuple[int, ...]]) -> None:
     """Each small program on each mesh: jaxplan's plan beside plain data parallelism."""
     header = (
         "program, mesh", "kB meant", "kB compiled", "kB predicted", "kB data par.", "MFLOP", "MFLOP d.p.",
         "us hier.", "us d.p.", "/ d.p.", "max rel. error",
     )  # fmt: skip
     rows = []
-    for name in names:
-        program = programs("small")[name]
+    for name, program in programs("small").items():
         wanted = jax.jit(program.fn)(*program.make_args(0))
         for shape in shapes:
             mesh = mesh_of(shape)
             title = f"{name}, {'x'.join(map(str, shape))}"
-            plan = jaxplan.make_plan(
-                program.fn, *program.args, mesh=mesh, machine=machine, donate_argnums=program.donate
-            )
+            plan = plan_of(program, mesh, machine)
             ours = of_plan(title, plan, program)
-            plain = measured(f"{title}, data parallel", partial(data_parallel, program, plan), program.args, mesh)
+            by_batch = partial(data_parallel, program, plan)
+            plain = measured(f"{title}, data parallel", by_batch, program.args, mesh)
             if ours.audit is None or plain.audit is None:
                 raise RuntimeError(f"{title}: {ours.error or plain.error}")
             error = largest_error(plan.jit(donate_argnums=())(*program.make_args(0)), wanted)
             spent = [modelled_seconds(found, machine, mesh, hierarchical=True) for found in (ours, plain)]
-            sent = (ours.meant_bytes, ours.audit.total_wire_bytes, ours.predicted_bytes or 0.0, plain.meant_bytes)
+            compiled, predicted = ours.audit.total_wire_bytes, ours.predicted_bytes or 0.0
+            sent = (ours.meant_bytes, compiled, predicted, plain.meant_bytes)
             rows.append((
                 title, *(f"{value / 1e3:,.2f}" for value in sent),
                 *(f"{found.audit.flops / 1e6:,.3f}" for found in (ours, plain) if found.audit),
-                *(f"{value * 1e6:,.2f}" for value in spent), f"{spent[0] / spent[1]:.3f}", f"{error:.1e}",
+                *(f"{value * 1e6:,.2f}" for value in spent),
+                f"{spent[0] / spent[1]:.3f}" if spent[1] else "-", f"{error:.1e}",
             ))  # fmt: skip
     show(f"small programs, planned for {machine.name}", header, rows, markdown)
 
@@ -316,7 +351,7 @@ def slow_devices(machine: Machine, factor: float = 1000.0) -> Machine:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print every section."""
     parser = argparse.ArgumentParser(description="jaxplan's plans beside hand-written ones.")
-    parser.add_argument("--forms", default="scan", help="scan, unrolled or both, comma separated (default: scan)")
+    parser.add_argument("--forms", default="scan", help="scan, unrolled or both (default: scan)")
     parser.add_argument("--batches", default="64,8", help="global batches of the decoder (default: 64,8)")
     parser.add_argument("--machine", default="v4", help="a preset's name (default: v4)")
     parser.add_argument("--sections", default="decoder,small", help="decoder, small or both (default: both)")
@@ -325,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     machine = find_machine(given.machine)
     sections = given.sections.split(",")
-    print(f"jax {jax.__version__}, jaxplan {jaxplan.__version__}, machine {machine.name}, {DEVICES} simulated devices")
+    print(f"jax {jax.__version__}, jaxplan {jaxplan.__version__}, {DEVICES} simulated devices")
     config = QUICK if given.quick else FULL
     if "decoder" in sections:
         for form in given.forms.split(","):
@@ -333,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 decoder_sections(replace(config, batch=batch), form, machine, given.markdown)
     if "small" in sections:
         for on in (machine, slow_devices(machine)):
-            small_section(on, given.markdown, list(programs("small")), MESHES[1:2] if given.quick else MESHES)
+            small_section(on, given.markdown, MESHES[1:2] if given.quick else MESHES)
     return 0
 
 

@@ -217,7 +217,7 @@ def imports_without(code: str, *blocked: str) -> subprocess.CompletedProcess[str
     return run(BLOCK.format(blocked=set(blocked)) + textwrap.dedent(code))
 
 
-@pytest.mark.parametrize("room", ["problem", "reduce", "search"])
+@pytest.mark.parametrize("room", ["layout", "problem", "reduce", "search"])
 def test_the_search_side_imports_without_jax(room):
     done = imports_without(f"import jaxplan.{room}", "jax", "jaxlib")
     assert done.returncode == 0, done.stderr

@@ -31,15 +31,15 @@ def hsm2dl(problem: Problem) -> Assignment:
     nothing = np.zeros((len(coarse.nodes), len(problem.axes)), dtype=np.int64)
     tried = [(order, *_sweep(pricer, elimination, nothing, order, turns=len(order), fresh=True)) for order in _orders(axes)]
     order, best, _ = min(tried, key=lambda item: item[2])
-    best, _ = _sweep(pricer, elimination, best, order, turns=SWEEPS * len(order), fresh=False)
+    best, seconds = _sweep(pricer, elimination, best, order, turns=SWEEPS * len(order), fresh=False)
     found = expand(best)
     fine, unfold = fold(problem, FINE_ROUNDS)
     if len(fine.nodes) > len(coarse.nodes):
         start = _restricted(fine, found, unfold)
-        refined, _ = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
+        refined, seconds = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
         found = unfold(refined)
     notes: dict[str, object] = {"variables": (len(problem.nodes), len(coarse.nodes), len(fine.nodes)), "order": order}
-    return Assignment(found, evaluate(problem, found), None, notes)
+    return Assignment(found, seconds, None, notes)
 
 
 def _orders(axes: list[int]) -> list[tuple[int, ...]]:
