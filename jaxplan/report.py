@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.plan import Plan, without_indices
 
 WIDTH = 110
@@ -95,9 +96,9 @@ def axis_roles(plan: Plan, axis: int) -> list[str]:
         if role and flops > 0.005 * total:
             names.setdefault(role, []).append(f"{dimension} {flops / total:.0%}")
     roles = [f"{role} ({', '.join(parts)} of the work)" for role, parts in names.items()]
-    stored = _state_sharded(plan, axis)
-    if stored:
-        roles.append(f"ZeRO ({stored})")
+    gathered = _state_gathered(plan, axis)
+    if gathered:
+        roles.append(f"ZeRO ({show_bytes(gathered)} of state sharded, gathered for use)")
     if not roles and any(layout[axis] >= 0 for layout in plan.layouts.values()):
         roles.append("activations sharded")
     return roles
@@ -133,20 +134,18 @@ def _role(position: int | None, everywhere: bool) -> str:
     return "expert or head parallel" if everywhere else "tensor parallel"
 
 
-def _state_sharded(plan: Plan, axis: int) -> str:
-    """State that an axis shards although the operators that read it want it whole (that is ZeRO)."""
+def _state_gathered(plan: Plan, axis: int) -> float:
+    """Bytes of state that lie sharded over an axis, or are updated so, but are gathered to be used (that is ZeRO)."""
     graph = plan.modelled.graph
-    sharded = [position for _, position in graph.ties if plan.input_layouts[position][axis] >= 0]
-    if not sharded:
-        return ""
-    gathered = 0.0
+    state = {graph.inputs[position] for _, position in graph.ties} | {graph.outputs[output] for output, _ in graph.ties}
+    gathered = {}
     for reading in plan.modelled.readings:
+        producer = graph.operators[graph.clusters[reading.writer].members[-1]]
+        source = producer.operands[0] if producer.name in (VIEW, BOUNDARY) else reading.tensor
         src, dst, _ = plan.modelled.edge_layouts(plan.choices, reading)
-        if reading.tensor in {graph.inputs[p] for p in sharded} and src[axis] >= 0 and dst[axis] < 0:
-            gathered += graph.tensors[reading.tensor].nbytes
-    held = sum(plan.input_bytes(p) * plan.modelled.numbers.sizes[axis] for p in sharded)
-    everything = sum(plan.input_bytes(p) for _, p in graph.ties) - sum(plan.input_bytes(p) for p in sharded) + held
-    return f"{held / everything:.0%} of the state sharded" + (", gathered for use" if gathered else "")
+        if source in state and src[axis] >= 0 > dst[axis]:
+            gathered[source] = graph.tensors[source].nbytes
+    return float(sum(gathered.values()))
 
 
 def _exchanges(plan: Plan, most: int) -> list[str]:
