@@ -138,7 +138,8 @@ import jaxplan
 from jaxplan.examples import programs
 program = programs()[sys.argv[1]]
 plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((2, 2, 2), ("x", "y", "z")), machine="v5e")
-print(hashlib.sha256(repr((plan.in_specs, plan.out_specs, sorted(plan.constraints.reads.items()), plan.seconds)).encode()).hexdigest())
+whole = (plan.in_specs, plan.out_specs, sorted(plan.constraints.reads.items()), plan.seconds)
+print(hashlib.sha256(repr(whole).encode()).hexdigest())
 """
 
 

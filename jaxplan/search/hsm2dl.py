@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
 import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
-from jaxplan.reduce import Pricer, fold
+from jaxplan.reduce import Pricer, Undo, fold
 from jaxplan.search.elimination import min_fill_order, solve
 
 SWEEPS = 6
 PATIENCE = 2
 """Rounds without improvement before a bounded (inexact) elimination gives up: each round keeps other variables fixed."""
 FINE_ROUNDS = 2
+JOINT_LIMIT = 50_000
+"""Table entries up to which writing out all joint choices costs less than the sweeps did."""
+JOINT_CAP = 1 << 18
 
 
 def hsm2dl(problem: Problem) -> Assignment:
@@ -21,25 +25,41 @@ def hsm2dl(problem: Problem) -> Assignment:
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
-    at a time until nothing improves. Deterministic.
+    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. Deterministic.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
     axes = [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
-    coarse, expand = fold(problem, 0)
-    pricer, elimination = Pricer(coarse), elimination_order(coarse)
-    nothing = np.zeros((len(coarse.nodes), len(problem.axes)), dtype=np.int64)
+    folded, expand = fold(problem, 0)
+    coarse = len(folded.nodes)
+    pricer, elimination = Pricer(folded), elimination_order(folded)
+    nothing = np.zeros((coarse, len(problem.axes)), dtype=np.int64)
     tried = [(order, *_sweep(pricer, elimination, nothing, order, turns=len(order), fresh=True)) for order in _orders(axes)]
     order, best, _ = min(tried, key=lambda item: item[2])
     best, seconds = _sweep(pricer, elimination, best, order, turns=SWEEPS * len(order), fresh=False)
-    found = expand(best)
     fine, unfold = fold(problem, FINE_ROUNDS)
-    if len(fine.nodes) > len(coarse.nodes):
-        start = _restricted(fine, found, unfold)
-        refined, seconds = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
-        found = unfold(refined)
-    notes: dict[str, object] = {"variables": (len(problem.nodes), len(coarse.nodes), len(fine.nodes)), "order": order}
-    return Assignment(found, seconds, None, notes)
+    if len(fine.nodes) > coarse:
+        start = _restricted(fine, expand(best), unfold)
+        best, seconds = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
+        folded, expand = fine, unfold
+    if len(axes) > 1 and joint_entries(folded) <= JOINT_LIMIT:
+        best, seconds = _joint(folded, best)
+    notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes)), "order": order}
+    return Assignment(expand(best), seconds, None, notes)
+
+
+def joint_entries(problem: Problem) -> int:
+    """Table entries that all joint choices of all axes would take."""
+    counts = [math.prod(node.options) for node in problem.nodes]
+    return sum(counts) + sum(counts[edge.tail] * counts[edge.head] for edge in problem.edges)
+
+
+def _joint(problem: Problem, choices: np.ndarray) -> tuple[np.ndarray, float]:
+    """Re-open all axes of all nodes at once: leaves the optima that one axis at a time cannot leave."""
+    tables, rows = Pricer(problem).whole()
+    start = np.array([int(np.flatnonzero((row == own).all(1))[0]) for row, own in zip(rows, choices, strict=True)])
+    options, _ = solve(tables, elimination_order(problem), start, cap=JOINT_CAP)
+    return np.array([row[o] for row, o in zip(rows, options, strict=True)]), tables.price(options)
 
 
 def _orders(axes: list[int]) -> list[tuple[int, ...]]:
@@ -79,9 +99,9 @@ def elimination_order(problem: Problem) -> list[int]:
     return min_fill_order(len(problem.nodes), [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 
-def _restricted(fine: Problem, choices: np.ndarray, unfold: object) -> np.ndarray:
+def _restricted(fine: Problem, choices: np.ndarray, unfold: Undo) -> np.ndarray:
     """The choices of a finer folding that agree with an assignment of the whole (the coarse folding decides alike)."""
-    probe = unfold(np.arange(len(fine.nodes))[:, None])[:, 0]  # type: ignore[operator]
+    probe = unfold(np.arange(len(fine.nodes))[:, None])[:, 0]
     start = np.zeros((len(fine.nodes), choices.shape[1]), dtype=np.int64)
     start[probe] = choices
     return start
