@@ -6,8 +6,8 @@
 Section `decoder`: a GPT train step (12 layers, width 1024) on 4 x 4 simulated devices, with mesh axes equally
 fast and with either of them ten times slower; there the hand plans stand with their mesh axes swapped too, if
 that differs, as an expert would turn them. Section `small`: every small example on four meshes, planned for
-the machine as it is (where so little work is often best done by every device alone) and for one whose devices
-are slow enough to make splitting pay.
+the machine as it is (where so little work is often best done by every device alone) and for one whose
+arithmetic is slow enough to make splitting pay.
 
 Bytes are those that one device sends in one step, in MB (1e6) or kB (1e3). "meant" reads the CPU compiler's
 all-reduce + slice as the reduce-scatter it is on a TPU or GPU and its widened bf16 as bf16 (`jaxplan.hlo`);
@@ -338,12 +338,11 @@ def small_section(machine: Machine, markdown: bool, shapes: Sequence[tuple[int, 
     show(f"small programs, planned for {machine.name}", header, rows, markdown)
 
 
-def slow_devices(machine: Machine, factor: float = 1000.0) -> Machine:
-    """The same links, without latency, between slower devices: small programs then weigh as large ones do."""
+def slow_arithmetic(machine: Machine, factor: float = 1000.0) -> Machine:
+    """Slower arithmetic, no latency: a small program is then worth splitting, as a large one is."""
     return replace(
-        machine, name=f"{machine.name} with devices {factor:g} times slower and no latency",
+        machine, name=f"{machine.name} with arithmetic {factor:g} times slower and no latency",
         seconds_per_flop={dtype: factor * seconds for dtype, seconds in machine.seconds_per_flop.items()},
-        seconds_per_byte=factor * machine.seconds_per_byte,
         inner=replace(machine.inner, latency_seconds=0.0), outer=replace(machine.outer, latency_seconds=0.0),
     )  # fmt: skip
 
@@ -367,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in [16] if given.quick else map(int, given.batches.split(",")):
                 decoder_sections(replace(config, batch=batch), form, machine, given.markdown)
     if "small" in sections:
-        for on in (machine, slow_devices(machine)):
+        for on in (machine, slow_arithmetic(machine)):
             small_section(on, given.markdown, MESHES[1:2] if given.quick else MESHES)
     return 0
 

@@ -14,6 +14,9 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 import jaxplan
 from jaxplan.examples import programs
 
+IN_FLOAT64 = {"resnet_momentum"}
+"""XLA's CPU convolutions of JAX 0.12 are off by 6e-4 in float32 at some local batch sizes, whoever shards them; in float64 the
+error of a plan shows by itself."""
 MESHES = [(8,), (4, 2), (2, 2, 2), (4, 4)]
 
 
@@ -27,15 +30,20 @@ def assert_close(want, got):
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-5)
+        rtol, atol = (1e-9, 1e-12) if a.dtype == np.float64 else (2e-4, 2e-5)
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("name", sorted(programs()))
 def test_same_results_as_the_unplanned_function(name, shape):
     program = programs()[name]
-    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh_of(shape))
-    want, got = jax.jit(program.fn)(*program.make_args(0)), plan.jit()(*program.make_args(0))
+    args = program.make_args(0)
+    if name in IN_FLOAT64:
+        args = jax.tree.map(lambda a: np.asarray(a, np.float64 if a.dtype == np.float32 else a.dtype), args)
+    with jax.enable_x64(name in IN_FLOAT64):
+        plan = jaxplan.make_plan(program.fn, *args, mesh=mesh_of(shape))
+        want, got = jax.jit(program.fn)(*args), plan.jit()(*args)
     if name.startswith("decoder"):
         want, got = without_rounded_signs(want), without_rounded_signs(got, like=want)
     assert_close(want, got)
