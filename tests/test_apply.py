@@ -15,8 +15,8 @@ import jaxplan
 from jaxplan.examples import programs
 
 IN_FLOAT64 = {"resnet_momentum"}
-"""XLA's CPU convolutions of JAX 0.12 are off by 6e-4 in float32 at some local batch sizes, whoever shards them; in float64 the
-error of a plan shows by itself."""
+"""In float32 one ReLU input of this seed lies within rounding of zero: on JAX 0.12 plain data parallelism over four devices
+flips its mask too, and is off by the same 6e-4. In float64 the error of a plan shows by itself."""
 MESHES = [(8,), (4, 2), (2, 2, 2), (4, 4)]
 
 
