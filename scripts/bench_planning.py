@@ -9,6 +9,7 @@ each. Machines are noisy: read the ratios, not the seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +30,8 @@ def measure(make: Callable[[], Any], mesh: tuple[int, ...], repeat: int) -> tupl
     for _ in range(repeat):
         jax.clear_caches()
         program = make()
-        axes = tuple("xyzw"[: len(mesh)])
-        plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh(mesh, axes), machine="v4", memory_budget=float("inf"))
+        abstract = AbstractMesh(mesh, tuple("xyzw"[: len(mesh)]))
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=abstract, machine="v4", memory_budget=math.inf)
         traced.append(plan.stages["trace"])
         planned.append(sum(value for name, value in plan.stages.items() if name != "trace"))
     return statistics.median(traced), statistics.median(planned)

@@ -5,10 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
+from jaxplan.cost.price import Option, cluster_exchanges
 from jaxplan.examples import programs
 from jaxplan.layout import layout_of, spec_of
 
@@ -82,3 +83,23 @@ def test_halving_a_link_leaves_every_byte_where_it_was():
     again = plan.replan(machine="v5p")
     assert set(plan.wire_bytes) == set(again.wire_bytes)
     assert again.traced is plan.traced
+
+
+def test_a_partial_result_with_a_dimension_of_no_factor_is_reduced_not_scattered():
+    def kernel_gradient(x, g):
+        def forward(w):
+            return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        return jax.vjp(forward, jnp.zeros((3, 3, 4, 8), jnp.float32))[1](g)[0]
+
+    shapes = jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((16, 8, 8, 8), jnp.float32)
+    pins = {"x": P("x"), "g": P("x")}
+    plan = jaxplan.make_plan(kernel_gradient, *shapes, mesh=AbstractMesh((2,), ("x",)), machine=SLOW_WORK, pins=pins)
+    found = [c for c in plan.modelled.graph.clusters if c.scatters and -1 in c.combines[0].result.leads]
+    assert found
+    for cluster in found:
+        reduced = cluster_exchanges(cluster, (Option(min(cluster.combines[0].over)),), plan.modelled.setting)
+        assert [step.kind for step in reduced[0].steps] == ["all_reduce"]
+
+
+SLOW_WORK = jaxplan.Machine("slow", {"float32": 1e-9}, 1e-9, 1e12, jaxplan.Link(1e-10, 0.0), jaxplan.Link(1e-10, 0.0), 1 << 20)

@@ -94,7 +94,8 @@ def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Sett
         leads = combine.result.leads
         layout = terminal_layout(leads, options)
         scatter = tuple(
-            leads.index(o.scatter) if axis in partial and o.scatter in leads else -1 for axis, o in enumerate(options)
+            leads.index(o.scatter) if axis in partial and o.scatter >= 0 and o.scatter in leads else -1
+            for axis, o in enumerate(options)
         )
         groups: dict[int, tuple[int, ...]] = {}
         for axis in partial:
