@@ -114,7 +114,7 @@ def model(
     for index in place:
         number, price = numbered[index]
         name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
-        nodes.append(Node(name, counts, price, None if index in pinned_clusters else number, graph.clusters[index].times))
+        nodes.append(Node(name, counts, price, number, graph.clusters[index].times))
     edges = []
     edge_prices: dict[Hashable, tuple[int, _EdgePrice]] = {}
     rates = _Rates(setting, numbers)
