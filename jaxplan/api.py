@@ -158,13 +158,11 @@ def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:
     low, high = machine_price * 1e-4, machine_price * 1e4
     smallest = attempt(high)
     if smallest.peak_bytes > budget:
-        graph = smallest.modelled.graph
         sizes = sorted(((smallest.input_bytes(i), path) for i, path in enumerate(smallest.traced.in_paths)), reverse=True)
         largest = ", ".join(f"{path} ({size:,.0f})" for size, path in sizes[:5])
         raise ValueError(
             f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device, the budget is {budget:,.0f}. "
-            f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help. "
-            f"({len(graph.tensors)} tensors were considered.)"
+            f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help."
         )
     best = smallest
     for _ in range(10):

@@ -36,15 +36,18 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
     for node, colour in zip(problem.nodes, colours, strict=True):
         times[colour] += node.times
     nodes = tuple(replace(problem.nodes[first[c]], times=times[c]) for c in range(len(first)))
-    merged: dict[Hashable, list[float | Edge]] = {}
+    merged: dict[Hashable, Edge] = {}
+    paid: dict[Hashable, float] = {}
+    ends: dict[Hashable, tuple[int, int]] = {}
     for number, edge in enumerate(problem.edges):
         tail, head = colours[edge.tail], colours[edge.head]
         key = (tail, head, edge.kind if edge.kind is not None else ("edge", number))
         if key in merged:
-            merged[key][1] += edge.times  # type: ignore[operator]
+            paid[key] += edge.times
         else:
-            merged[key] = [replace(edge, tail=tail, head=head), edge.times]
-    edges = tuple(replace(edge, times=total) for edge, total in merged.values())  # type: ignore[type-var, arg-type]
+            merged[key], paid[key] = edge, edge.times
+            ends[key] = (tail, head)
+    edges = tuple(replace(e, tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
     index = np.array(colours, dtype=np.int64)
     return Problem(problem.axes, nodes, edges, problem.axis_order), lambda choices: choices[index]
 

@@ -108,6 +108,7 @@ def _work_by_dimension(plan: Plan, axis: int) -> dict[tuple[str, str], float]:
     """{(role, dimension name): operations} of what an axis splits; role "" for work that it does not split."""
     graph = plan.modelled.graph
     state = {position for _, position in graph.ties}
+    kept = {name for position in state for name in plan.names.dimension(graph.inputs[position])}
     place: dict[str, int] = {}
     for position, tensor in enumerate(graph.inputs):
         if position not in state:
@@ -122,15 +123,19 @@ def _work_by_dimension(plan: Plan, axis: int) -> dict[tuple[str, str], float]:
             terminals = [t for t in (*cluster.reads, *cluster.writes) if factor in t.leads]
             names = [plan.names.dimension(t.tensor)[t.leads.index(factor)] for t in terminals]
             name = next((n for n in names if n in place), names[0] if names else "?")
-            key = (_role(place.get(name), len(terminals) == len(cluster.reads) + len(cluster.writes) > 2), name)
+            everywhere = len(terminals) == len(cluster.reads) + len(cluster.writes) > 2
+            key = (_role(place.get(name), name in kept, everywhere), name)
         shares[key] = shares.get(key, 0.0) + flops
     return shares
 
 
-def _role(position: int | None, everywhere: bool) -> str:
-    """`position`: where the dimension stands in the program's data; `everywhere`: all operands and results carry it."""
+def _role(position: int | None, of_state: bool, everywhere: bool) -> str:
+    """`position`: where the dimension stands in the program's data; `of_state`: parameters have it too (features do, and so do
+    sequences with learned positions); `everywhere`: all operands and results carry it."""
+    if position == 0:
+        return "data parallel"
     if position is not None:
-        return "data parallel" if position == 0 else "sequence parallel"
+        return "sequence or tensor parallel" if of_state else "sequence parallel"
     return "expert or head parallel" if everywhere else "tensor parallel"
 
 

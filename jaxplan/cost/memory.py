@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxplan.graph import Graph
+from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
 
@@ -35,7 +36,7 @@ def peak_bytes(graph: Graph, layouts: Mapping[int, Layout], sizes: Sequence[int]
         for tensor in operator.operands:
             if tensor >= 0:
                 last[tensor] = index
-                if operator.name == "boundary" and tensor in first:
+                if operator.name == BOUNDARY and tensor in first:
                     producer = graph.operators[first[tensor]]
                     if producer.scope != operator.scope:
                         for result in operator.results:

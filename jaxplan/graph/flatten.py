@@ -15,9 +15,10 @@ from jaxplan.trace import Traced
 WHILE_TRIPS = 10.0
 """How often a `while` loop is assumed to run where the jaxpr does not tell."""
 
-INPUT = "input"
-BOUNDARY = "boundary"
-VIEW = "view"
+INPUT = "program input"
+BOUNDARY = "loop boundary"
+VIEW = "shared view"
+"""Names of operators that stand for no equation; no primitive bears a name with a space."""
 
 
 class Flat:
