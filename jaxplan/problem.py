@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,16 @@ NodePrice = Callable[[np.ndarray], np.ndarray]
 """(m, axes) options -> (m,) seconds; infinity for an illegal choice."""
 EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(m, axes) options of the tail, (n, axes) options of the head -> (m, n) seconds."""
+Asked = tuple[Any, np.ndarray, np.ndarray]
+"""An edge price, options of the tail, options of the head."""
+
+
+class Family(Protocol):
+    """Edge prices may have an attribute `family`: what answers for many of them in one go."""
+
+    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A matrix of seconds for each question."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,29 +88,42 @@ class Assignment:
     notes: dict[str, object] = field(default_factory=dict)
 
 
-def all_choices(node: Node) -> np.ndarray:
-    """Every choice of a node, (count, axes), the last axis varying fastest."""
-    return np.array(list(product(*map(range, node.options))), dtype=np.int64).reshape(-1, len(node.options))
+def all_rows(counts: Sequence[int]) -> np.ndarray:
+    """Every choice from so many options per axis, (product of counts, axes), the last axis varying fastest."""
+    return np.indices(counts).reshape(len(counts), -1).T
+
+
+def edge_prices(asked: Sequence[Asked]) -> list[np.ndarray]:
+    """A matrix for each question; prices of one family are asked together."""
+    found: dict[int, np.ndarray] = {}
+    families: dict[int, tuple[Family, list[int]]] = {}
+    for number, (price, tails, heads) in enumerate(asked):
+        family: Family | None = getattr(price, "family", None)
+        if family is None:
+            found[number] = price(tails, heads)
+        else:
+            families.setdefault(id(family), (family, []))[1].append(number)
+    for family, numbers in families.values():
+        found.update(zip(numbers, family.prices([asked[number] for number in numbers]), strict=True))
+    return [found[number] for number in range(len(asked))]
 
 
 def evaluate(problem: Problem, choices: np.ndarray) -> float:
     """The price in seconds of one assignment, (nodes, axes). Nodes or edges that share a price function ask it once."""
     rows = [tuple(row) for row in choices.tolist()]
-    known: dict[tuple[object, ...], float] = {}
     total = 0.0
+    known: dict[tuple[int, tuple[int, ...]], float] = {}
     for node, row, options in zip(problem.nodes, rows, choices, strict=True):
         key = (id(node.price), row)
         seconds = known.get(key)
         if seconds is None:
             seconds = known[key] = float(node.price(options[None])[0])
         total += node.times * seconds
-    for edge in problem.edges:
-        key = (id(edge.price), rows[edge.tail], rows[edge.head])
-        seconds = known.get(key)
-        if seconds is None:
-            seconds = known[key] = float(edge.price(choices[edge.tail][None], choices[edge.head][None])[0, 0])
-        total += edge.times * seconds
-    return total
+    keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in problem.edges]
+    asked = {key: edge for key, edge in zip(keys, problem.edges, strict=True)}
+    matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
+    prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
+    return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True)])
 
 
 def from_tables(

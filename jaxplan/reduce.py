@@ -7,12 +7,12 @@ fixed: `dominance` strikes out options that are never better and `eliminate` rem
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxplan.problem import Edge, Node, Problem, all_choices
+from jaxplan.problem import Edge, Problem, all_rows, edge_prices
 
 ILLEGAL = 1e30
 """Stands for infinity where differences are taken (seconds; no real price comes near)."""
@@ -106,18 +106,27 @@ class Pricer:
         self.problem = problem
         self._vectors: dict[Hashable, np.ndarray] = {}
         self._matrices: dict[Hashable, np.ndarray] = {}
+        options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
+        self._strides = np.cumprod(options, axis=1) // options
+        self._kinds = [node.kind if node.kind is not None else ("node", i) for i, node in enumerate(problem.nodes)]
+        self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", i) for i, edge in enumerate(problem.edges)]
 
     def along(self, axis: int, choices: np.ndarray) -> Tables:
         """One axis free in every node, the other axes fixed as in `choices` (nodes, axes)."""
-        rows, fixed = [], []
-        for node, row in zip(self.problem.nodes, choices, strict=True):
-            options = np.repeat(row[None], node.options[axis], axis=0)
-            options[:, axis] = np.arange(node.options[axis])
-            rows.append(options)
-            row = row.copy()
-            row[axis] = -1
-            fixed.append(row.tobytes())
+        stays = choices.copy()
+        stays[:, axis] = 0
+        fixed = [(axis, number) for number in (stays * self._strides).sum(1).tolist()]
+
+        def rows(node: int) -> np.ndarray:
+            options = np.repeat(stays[None, node], self.problem.nodes[node].options[axis], axis=0)
+            options[:, axis] = np.arange(len(options))
+            return options
+
         return self._written(rows, fixed)
+
+    def among(self, candidates: Sequence[np.ndarray]) -> Tables:
+        """Each node free among some choices, (count, axes)."""
+        return self._written(candidates.__getitem__, [rows.tobytes() for rows in candidates])
 
     def whole(self, limit: int = 10**7) -> tuple[Tables, list[np.ndarray]]:
         """Every joint choice of every node, and the choices themselves; refuses above `limit` table entries."""
@@ -125,20 +134,38 @@ class Pricer:
         size = sum(counts) + sum(counts[e.tail] * counts[e.head] for e in self.problem.edges)
         if size > limit:
             raise ValueError(f"writing out all joint choices takes {size:,} entries; the limit is {limit:,}")
-        rows = [all_choices(node) for node in self.problem.nodes]
-        return self._written(rows, [b""] * len(rows)), rows
+        rows = [all_rows(node.options) for node in self.problem.nodes]
+        return self._written(rows.__getitem__, [None] * len(rows)), rows
 
-    def _written(self, rows: list[np.ndarray], fixed: list[bytes]) -> Tables:
-        costs = [self._vector(i, node, rows[i], fixed[i]) for i, node in enumerate(self.problem.nodes)]
+    def _written(self, rows: Callable[[int], np.ndarray], fixed: Sequence[Hashable]) -> Tables:
+        """`rows`: the choices of a node; `fixed`: what tells them from other choices of a node of its kind."""
+        nodes, edges = self.problem.nodes, self.problem.edges
+        made: dict[int, np.ndarray] = {}
+
+        def rows_of(node: int) -> np.ndarray:
+            if node not in made:
+                made[node] = rows(node)
+            return made[node]
+
+        costs = []
+        for i, (node, kind) in enumerate(zip(nodes, self._kinds, strict=True)):
+            key = (kind, fixed[i])
+            vector = self._vectors.get(key)
+            if vector is None:
+                vector = self._vectors[key] = node.price(rows_of(i))
+            legal = vector < ILLEGAL
+            costs.append(node.times * vector if legal.all() else np.where(legal, node.times * _finite(vector), ILLEGAL))
+        keys = [
+            (kind, fixed[edge.tail], fixed[edge.head]) for kind, edge in zip(self._edge_kinds, edges, strict=True)
+        ]
+        missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in self._matrices}
+        found = edge_prices([(edge.price, rows_of(edge.tail), rows_of(edge.head)) for edge in missing.values()])
+        self._matrices.update(zip(missing, map(_finite, found), strict=True))
         pairs: dict[tuple[int, int], np.ndarray] = {}
-        for number, edge in enumerate(self.problem.edges):
+        for key, edge in zip(keys, edges, strict=True):
             if not edge.times:
                 continue
-            i, j = edge.tail, edge.head
-            key = (edge.kind if edge.kind is not None else ("edge", number), fixed[i], fixed[j], len(rows[i]), len(rows[j]))
-            matrix = self._matrices.get(key)
-            if matrix is None:
-                matrix = self._matrices[key] = _finite(edge.price(rows[i], rows[j]))
+            i, j, matrix = edge.tail, edge.head, self._matrices[key]
             if edge.times != 1.0:
                 matrix = edge.times * matrix
             if i == j:
@@ -147,13 +174,6 @@ class Pricer:
                 where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
                 pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(costs), pairs)
-
-    def _vector(self, index: int, node: Node, rows: np.ndarray, fixed: bytes) -> np.ndarray:
-        key = (node.kind if node.kind is not None else ("node", index), fixed, len(rows))
-        vector = self._vectors.get(key)
-        if vector is None:
-            vector = self._vectors[key] = node.price(rows)
-        return np.where(np.isfinite(vector), node.times * _finite(vector), ILLEGAL)  # illegal even where it costs nothing
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from jaxplan.cost.exchange import reshard_steps
-from jaxplan.cost.memory import local_bytes
 from jaxplan.cost.numbers import Numbers
-from jaxplan.cost.price import (
-    AxisOptions,
-    Option,
-    Setting,
-    cluster_terms,
-    sent_seconds,
-    steps_terms,
-    terminal_layout,
-    terms_seconds,
-    write_layout,
-)
+from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
+from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Cluster, Graph, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
@@ -92,8 +80,10 @@ def model(
     """Build the problem. `pins`: the layouts that input positions must have. `byte_price`: seconds charged per byte per
     device of everything written, the multiplier of a memory constraint."""
     setting = Setting(len(numbers.sizes), numbers.slow_first)
+    most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
+    combines = Combines(setting, numbers, most)
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
-    kinds: dict[Hashable, tuple[int, _ClusterPrice]] = {}
+    kinds: dict[Hashable, tuple[int, ClusterPrice]] = {}
     numbered, pinned_clusters, writers = [], set(), {}
     for index, cluster in enumerate(graph.clusters):
         for write in cluster.writes:
@@ -105,7 +95,7 @@ def model(
         kind = _cluster_kind(cluster, graph, name, pin)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
-            kinds[kind] = (len(kinds), _ClusterPrice(cluster, options, setting, numbers, byte_price))
+            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, byte_price))
         numbered.append(kinds[kind])
     readings = _readings(graph, writers)
     follows = {} if byte_price else _followers(graph, readings, pinned_clusters)
@@ -116,16 +106,17 @@ def model(
         name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
         nodes.append(Node(name, counts, price, number, graph.clusters[index].times))
     edges = []
-    edge_prices: dict[Hashable, tuple[int, _EdgePrice]] = {}
-    rates = _Rates(setting, numbers)
+    edge_prices: dict[Hashable, tuple[int, ReshardPrice]] = {}
+    reshards = Reshards(setting, numbers, most)
     for reading in readings:
         if reading.writer in follows or reading.reader in follows:
             continue
-        (tail, writer), (head, reader) = numbered[reading.writer], numbered[reading.reader]
-        nbytes = numbers.nbytes(reading.tensor)
-        key = (nbytes, reading.write.leads, reading.read.leads, tail, head)
+        writer, reader = numbered[reading.writer][1], numbered[reading.reader][1]
+        written = reshards.terminal(writer.options, reading.write.leads, written=True)
+        read = reshards.terminal(reader.options, reading.read.leads, written=False)
+        key = (nbytes := numbers.nbytes(reading.tensor), written, read)
         if key not in edge_prices:
-            edge_prices[key] = (len(edge_prices), _EdgePrice(reading, writer.options, reader.options, nbytes, rates))
+            edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
     problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first)
@@ -205,101 +196,3 @@ def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Layout | None)
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple((w.flops, w.factors, w.dtype) for w in cluster.work)
     return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, cluster.moves_bytes, pin)
-
-
-class _ClusterPrice:
-    """Seconds of a cluster for rows of option numbers."""
-
-    def __init__(
-        self, cluster: Cluster, options: AxisOptions, setting: Setting, numbers: Numbers, byte_price: float
-    ) -> None:
-        self.cluster, self.options, self.setting, self.numbers = cluster, options, setting, numbers
-        self._byte_price = byte_price
-        self._known: dict[tuple[int, ...], float] = {}
-
-    def __call__(self, choices: np.ndarray) -> np.ndarray:
-        return np.array([self._seconds(tuple(row)) for row in choices.tolist()])
-
-    def _seconds(self, row: tuple[int, ...]) -> float:
-        value = self._known.get(row)
-        if value is None:
-            options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
-            value = math.inf
-            if legal(self.cluster, options, self.numbers.sizes):
-                value = float(terms_seconds(cluster_terms(self.cluster, options, self.setting, self.numbers), self.numbers))
-                if self._byte_price:
-                    value += self._byte_price * self._written(options)
-            self._known[row] = value
-        return value
-
-    def _written(self, options: Sequence[Option]) -> float:
-        """Bytes per device of what the cluster leaves behind."""
-        return sum(
-            local_bytes(self.numbers.graph, w.tensor, write_layout(w.leads, options), self.numbers.sizes)
-            for w in self.cluster.writes
-        )
-
-
-def legal(cluster: Cluster, options: Sequence[Option], sizes: Sequence[int]) -> bool:
-    """Whether the axes given to each factor divide it together."""
-    given: dict[int, int] = {}
-    for option, size in zip(options, sizes, strict=True):
-        for factor in {option.factor, option.scatter}:
-            if factor >= 0:
-                given[factor] = given.get(factor, 1) * size
-    return all(cluster.units[factor] % total == 0 for factor, total in given.items())
-
-
-class _Rates:
-    """Seconds of reshards as (per byte, fixed), remembered by the layouts; the bytes of a tensor only scale them."""
-
-    def __init__(self, setting: Setting, numbers: Numbers) -> None:
-        self.setting, self.numbers = setting, numbers
-        self._pairs: dict[tuple[Layout, Layout, int], tuple[float, float]] = {}
-        self._matrices: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
-
-    def matrix(self, sources: tuple[Layout, ...], targets: tuple[Layout, ...], ndim: int) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds per byte, fixed seconds) from each source to each target."""
-        key = (sources, targets, ndim)
-        known = self._matrices.get(key)
-        if known is None:
-            pairs = [[self._pair(src, dst, ndim) for dst in targets] for src in sources]
-            table = np.array(pairs, dtype=float).reshape(len(sources), len(targets), 2)
-            known = self._matrices[key] = (table[..., 0], table[..., 1])
-        return known
-
-    def _pair(self, src: Layout, dst: Layout, ndim: int) -> tuple[float, float]:
-        key = (src, dst, ndim)
-        value = self._pairs.get(key)
-        if value is None:
-            sent, rounds = steps_terms(reshard_steps(src, dst, ndim, self.setting.slow_first), 1.0, self.numbers.sizes)
-            nothing = dict.fromkeys(sent, 0.0)
-            fixed = sent_seconds(nothing, rounds, self.numbers)
-            value = self._pairs[key] = (sent_seconds(sent, {}, self.numbers), fixed)
-        return value
-
-
-class _EdgePrice:
-    """Seconds of a reshard for rows of the writer's and the reader's option numbers."""
-
-    def __init__(self, reading: Reading, writer: AxisOptions, reader: AxisOptions, nbytes: float, rates: _Rates) -> None:
-        self._write = _layout_table(writer, reading.write.leads, write_layout)
-        self._read = _layout_table(reader, reading.read.leads, terminal_layout)
-        self._nbytes, self._ndim, self._rates = nbytes, len(reading.read.leads), rates
-
-    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
-        sources = tuple(_layouts(self._write, tails))
-        targets = tuple(_layouts(self._read, heads))
-        per_byte, fixed = self._rates.matrix(sources, targets, self._ndim)
-        return self._nbytes * per_byte + fixed
-
-
-def _layout_table(
-    options: AxisOptions, leads: tuple[int, ...], layout: Callable[[tuple[int, ...], Sequence[Option]], Layout]
-) -> list[list[int]]:
-    """Per axis and option, the dimension that the axis shards (a layout is decided axis by axis)."""
-    return [[layout(leads, (option,))[0] for option in axis] for axis in options]
-
-
-def _layouts(table: list[list[int]], choices: np.ndarray) -> list[Layout]:
-    return [tuple([dims[i] for dims, i in zip(table, row, strict=True)]) for row in choices.tolist()]

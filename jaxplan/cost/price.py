@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import Value, exchange_seconds, work_seconds
-from jaxplan.graph import Cluster, Terminal, Work
+from jaxplan.graph import Cluster, Combine, Terminal, Work
 from jaxplan.layout import Layout
 
 
@@ -84,24 +84,40 @@ def write_layout(leads: tuple[int, ...], options: Sequence[Option]) -> Layout:
     return tuple(layout)
 
 
+CombinePart = tuple[int, int, int]
+"""What one axis does to a partial result: the dimension it shards, the factor along which it is partial, the dimension it
+is scattered over; -1 for none."""
+
+
+def combine_part(combine: Combine, option: Option) -> CombinePart:
+    """The part of one axis in combining a result."""
+    leads = combine.result.leads
+    dim = leads.index(option.factor) if option.factor >= 0 and option.factor in leads else -1
+    if option.factor not in combine.over:
+        return dim, -1, -1
+    return dim, option.factor, leads.index(option.scatter) if option.scatter >= 0 and option.scatter in leads else -1
+
+
+def parts_steps(parts: Sequence[CombinePart], ndim: int, slow_first: tuple[int, ...]) -> tuple[Step, ...]:
+    """The steps that make a partial result whole, from the part of every axis."""
+    groups: dict[int, tuple[int, ...]] = {}
+    for axis, (_, factor, _) in enumerate(parts):
+        if factor >= 0:
+            groups[factor] = (*groups.get(factor, ()), axis)
+    if not groups:
+        return ()
+    layout, scatter = tuple([part[0] for part in parts]), tuple([part[2] for part in parts])
+    return combine_steps(layout, scatter, tuple(groups.values()), ndim, slow_first)
+
+
 def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Setting) -> list[Exchange]:
     """The exchanges inside a cluster: partial results made whole."""
     found = []
     for combine in cluster.combines:
-        partial = [axis for axis, o in enumerate(options) if o.factor in combine.over]
-        if not partial or combine.result.tensor < 0:
-            continue
-        leads = combine.result.leads
-        layout = terminal_layout(leads, options)
-        scatter = tuple(
-            leads.index(o.scatter) if axis in partial and o.scatter >= 0 and o.scatter in leads else -1
-            for axis, o in enumerate(options)
-        )
-        groups: dict[int, tuple[int, ...]] = {}
-        for axis in partial:
-            groups[options[axis].factor] = (*groups.get(options[axis].factor, ()), axis)
-        steps = combine_steps(layout, scatter, tuple(groups.values()), len(leads), setting.slow_first)
-        found.append(Exchange(combine.result.tensor, combine.operator, steps))
+        parts = [combine_part(combine, option) for option in options]
+        steps = parts_steps(parts, len(combine.result.leads), setting.slow_first)
+        if steps and combine.result.tensor >= 0:
+            found.append(Exchange(combine.result.tensor, combine.operator, steps))
     return found
 
 
@@ -158,13 +174,21 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
             value = _local_bytes(terminal, used, algebra)
             local = local + (value if share == 1.0 else share * value)
     sent, rounds = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
-    for halo in cluster.halos:
-        for axis, factor in used:
-            if factor == halo.factor:
-                slab = _local_bytes(halo.operand, used, algebra) * algebra.sizes[axis] / halo.extent * halo.width
-                sent[axis] = sent[axis] + slab if axis in sent else slab
-                rounds[axis] = rounds.get(axis, 0) + 1
+    for axis, value in halo_bytes(cluster, options, algebra):
+        sent[axis] = sent[axis] + value if axis in sent else value
+        rounds[axis] = rounds.get(axis, 0) + 1
     return Terms(tuple(work), local, sent, rounds)
+
+
+def halo_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[int, Value]]:
+    """(axis, bytes sent per device) of every slab that neighbours exchange."""
+    used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
+    return [
+        (axis, _local_bytes(halo.operand, used, algebra) * algebra.sizes[axis] / halo.extent * halo.width)
+        for halo in cluster.halos
+        for axis, factor in used
+        if factor == halo.factor
+    ]
 
 
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:

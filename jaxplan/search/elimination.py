@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,23 +21,31 @@ Factor = tuple[tuple[int, ...], np.ndarray]
 """A table over the variables of an ascending scope."""
 
 
-def min_fill_order(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """An order of elimination that greedily adds the fewest edges; ties by number."""
-    near: list[set[int]] = [set() for _ in range(count)]
+def min_fill_order(weights: Sequence[float], pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """An order of elimination that greedily adds the lightest edges (weighted min-fill); ties by number.
+
+    `weights`: one per variable, the logarithm of how many options it has; an edge weighs the product of its ends.
+    """
+    near: list[set[int]] = [set() for _ in weights]
     for i, j in pairs:
         near[i].add(j)
         near[j].add(i)
 
-    def fill(v: int) -> int:
-        around = near[v]
-        missing = sum(len(around) - 1 - len(around & near[w]) for w in around)
-        return missing // 2
+    def fill(v: int) -> float:
+        around = list(near[v])
+        missing = 0.0
+        for place, w in enumerate(around):
+            known, weight = near[w], weights[w]
+            for u in around[:place]:
+                if u not in known:
+                    missing += weight * weights[u]
+        return round(missing, 6)
 
-    score = [fill(v) for v in range(count)]
+    score = [fill(v) for v in range(len(weights))]
     heap = [(s, v) for v, s in enumerate(score)]
     heapq.heapify(heap)
     order: list[int] = []
-    gone = [False] * count
+    gone = [False] * len(weights)
     while heap:
         s, v = heapq.heappop(heap)
         if gone[v] or s != score[v]:
@@ -116,7 +124,7 @@ class _Buckets:
         """(options, whether they are optimal)."""
         exact = True
         trail: list[tuple[int, list[Factor]]] = []
-        options = np.zeros(len(self.sizes), dtype=np.int64)
+        options = [0] * len(self.sizes)
         fixed: set[int] = set()
         for v in order:
             if v in fixed:
@@ -126,7 +134,7 @@ class _Buckets:
                 hub = max(scope, key=lambda x: (len(self.factors[x]) - 3 * tally[x], -x))
                 tally[hub] += 1
                 exact = False
-                options[hub] = incumbent[hub]
+                options[hub] = int(incumbent[hub])
                 fixed.add(hub)
                 self._condition(hub, int(incumbent[hub]))
                 scope.discard(hub)
@@ -137,30 +145,28 @@ class _Buckets:
                 trail.append((v, self._split(v)))
             else:
                 trail.append((v, [self._join(v, sorted(scope), self._take(self.factors[v], v))]))
+        everything = slice(None)
         for v, groups in reversed(trail):
-            total: np.ndarray | float = 0.0
+            total = np.zeros(1)
             for scope_, array in groups:
-                total = total + array[tuple([slice(None) if w == v else options[w] for w in scope_])]
-            options[v] = int(np.argmin(total))
-        return options, exact
+                total = total + array[tuple([everything if w == v else options[w] for w in scope_])]
+            options[v] = total.argmin()
+        return np.array(options, dtype=np.int64), exact
 
     def _join(self, v: int, scope: list[int], factors: list[Factor]) -> Factor:
         """Sum tables that mention a variable, take the minimum over it, and put the result back."""
         sizes, where = self.sizes, scope.index(v)
         if len(scope) == 2 and len(factors) == 1:  # a leaf
             total = factors[0][1] + (self.costs[v][:, None] if where == 0 else self.costs[v])
-            self.costs[v] = np.zeros(sizes[v])
-            other = scope[1 - where]
-            self.costs[other] = self.costs[other] + total.min(where)
-            return tuple(scope), total
-        shape = [1] * len(scope)
-        shape[where] = sizes[v]
-        total = self.costs[v].reshape(shape)
-        self.costs[v] = np.zeros(sizes[v])
-        for f, array in factors:
-            total = total + (array if len(f) == len(scope) else array.reshape([sizes[w] if w in f else 1 for w in scope]))
+        else:
+            shape = [1] * len(scope)
+            shape[where] = sizes[v]
+            total = self.costs[v].reshape(shape)
+            for f, array in factors:
+                total = total + (array if len(f) == len(scope) else array.reshape([sizes[w] if w in f else 1 for w in scope]))
+        self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
         if len(scope) > 1:
-            self._add(tuple([w for w in scope if w != v]), total.min(where))
+            self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))
         return tuple(scope), total
 
     def _split(self, v: int) -> list[Factor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
@@ -18,6 +19,8 @@ FINE_ROUNDS = 2
 JOINT_LIMIT = 50_000
 """Table entries up to which writing out all joint choices costs less than the sweeps did."""
 JOINT_CAP = 1 << 18
+FIRST_CAP = 1 << 18
+"""Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
 
 def hsm2dl(problem: Problem) -> Assignment:
@@ -34,18 +37,33 @@ def hsm2dl(problem: Problem) -> Assignment:
     coarse = len(folded.nodes)
     pricer, elimination = Pricer(folded), elimination_order(folded)
     nothing = np.zeros((coarse, len(problem.axes)), dtype=np.int64)
-    tried = [(order, *_sweep(pricer, elimination, nothing, order, turns=len(order), fresh=True)) for order in _orders(axes)]
-    order, best, _ = min(tried, key=lambda item: item[2])
-    best, seconds = _sweep(pricer, elimination, best, order, turns=SWEEPS * len(order), fresh=False)
+    tried = [_recursion(pricer, elimination, nothing, order) for order in _orders(axes)]
+    best = _fused(pricer, elimination, tried)
     fine, unfold = fold(problem, FINE_ROUNDS)
     if len(fine.nodes) > coarse:
-        start = _restricted(fine, expand(best), unfold)
-        best, seconds = _sweep(Pricer(fine), elimination_order(fine), start, order, turns=SWEEPS * len(order), fresh=False)
-        folded, expand = fine, unfold
+        best = _restricted(fine, expand(best), unfold)
+        folded, expand, pricer, elimination = fine, unfold, Pricer(fine), elimination_order(fine)
+    best, seconds = _sweep(pricer, elimination, best, axes)
     if len(axes) > 1 and joint_entries(folded) <= JOINT_LIMIT:
         best, seconds = _joint(folded, best)
-    notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes)), "order": order}
+    notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
+
+
+def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Decide one axis after the other, each given those before."""
+    choices = choices.copy()
+    for axis in axes:
+        choices[:, axis], _ = solve(pricer.along(axis, choices), elimination, cap=FIRST_CAP)
+    return choices
+
+
+def _fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarray]) -> np.ndarray:
+    """The best assignment whose every choice is one of the proposals' (a fusion move, Lempitsky et al., TPAMI 2010)."""
+    candidates = [np.unique(rows, axis=0) for rows in np.stack(proposals, axis=1)]
+    tables = pricer.among(candidates)
+    options, _ = solve(tables, elimination)
+    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
 
 
 def joint_entries(problem: Problem) -> int:
@@ -69,34 +87,29 @@ def _orders(axes: list[int]) -> list[tuple[int, ...]]:
     return [tuple(axes[i:] + axes[:i]) for i in range(len(axes))]
 
 
-def _sweep(
-    pricer: Pricer, order: list[int], choices: np.ndarray, axes: tuple[int, ...], *, turns: int, fresh: bool
-) -> tuple[np.ndarray, float]:
-    """Re-open one axis after the other, given the others, until nothing improves or `turns` are taken.
-
-    `fresh`: nothing is decided yet, so there is no choice to keep where elimination has to keep some.
-    """
-    problem = pricer.problem
+def _sweep(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, float]:
+    """Re-open one axis after the other, given the others, until nothing improves."""
     choices, tally = choices.copy(), [0] * len(choices)
-    seconds, idle = evaluate(problem, choices), 0
-    for turn in range(turns):
+    seconds, idle = evaluate(pricer.problem, choices), 0
+    for turn in range(SWEEPS * len(axes)):
         axis = axes[turn % len(axes)]
         tables = pricer.along(axis, choices)
-        options, exact = solve(tables, order, None if fresh else choices[:, axis], tally)
+        options, exact = solve(tables, elimination, choices[:, axis], tally)
         now = tables.price(options)
-        if fresh or now < seconds * (1 - 1e-9):
+        if now < seconds * (1 - 1e-9):
             choices[:, axis], seconds = options, now
             idle = 1 if exact else 0
         else:
             idle += 1
-        if not fresh and idle >= len(axes) * (1 if exact else PATIENCE):
+        if idle >= len(axes) * (1 if exact else PATIENCE):
             break
     return choices, seconds
 
 
 def elimination_order(problem: Problem) -> list[int]:
     """The order of elimination depends on who is connected to whom only: it serves every axis."""
-    return min_fill_order(len(problem.nodes), [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
+    weights = [math.log2(math.prod(node.options)) for node in problem.nodes]
+    return min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 
 def _restricted(fine: Problem, choices: np.ndarray, unfold: Undo) -> np.ndarray:

@@ -1,0 +1,221 @@
+"""The numbers a search asks for, whole arrays at a time: what a cluster costs per choice, what a reshard costs per pair.
+
+Each agrees with the term-by-term prices of `price.py`, which symbols share; here they are laid out so that a search
+that asks for thousands does not pay for each by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxplan.cost.exchange import Step, reshard_steps
+from jaxplan.cost.formulas import work_seconds
+from jaxplan.cost.numbers import Numbers
+from jaxplan.cost.price import (
+    AxisOptions,
+    CombinePart,
+    Setting,
+    combine_part,
+    halo_bytes,
+    parts_steps,
+    sent_seconds,
+    steps_terms,
+    terminal_layout,
+    write_layout,
+)
+from jaxplan.graph import Cluster
+from jaxplan.layout import Layout
+from jaxplan.problem import Asked, all_rows
+
+DENSE = 1024
+"""Choices up to which the local work of a cluster is computed for all of them at once."""
+
+
+class Combines:
+    """Seconds of combining partial results as (per byte, fixed), remembered by what each axis does."""
+
+    def __init__(self, setting: Setting, numbers: Numbers, ndim: int) -> None:
+        """`ndim`: the most dimensions of any tensor."""
+        self.setting, self.numbers, self.ndim = setting, numbers, ndim
+        self._known: dict[tuple[CombinePart, ...], tuple[float, float]] = {}
+
+    def seconds(self, parts: tuple[CombinePart, ...], nbytes: float) -> float:
+        """Seconds for a result of `nbytes` in all."""
+        rates = self._known.get(parts)
+        if rates is None:
+            rates = self._known[parts] = _rates(parts_steps(parts, self.ndim, self.setting.slow_first), self.numbers)
+        return rates[0] * nbytes + rates[1]
+
+
+def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
+    """(seconds per byte, fixed seconds) of steps."""
+    sent, rounds = steps_terms(steps, 1.0, numbers.sizes)
+    return sent_seconds(sent, {}, numbers), sent_seconds(dict.fromkeys(sent, 0.0), rounds, numbers)
+
+
+class ClusterPrice:
+    """Seconds of a cluster for rows of option numbers; infinity where two axes together do not divide a factor."""
+
+    def __init__(self, cluster: Cluster, options: AxisOptions, combines: Combines, byte_price: float) -> None:
+        self.cluster, self.options, self.numbers = cluster, options, combines.numbers
+        self._combines, self._byte_price = combines, byte_price
+        self._strides = np.cumprod([1, *[len(axis) for axis in options[:0:-1]]])[::-1]
+        self._local: np.ndarray | None = None
+        self._exchanged: dict[tuple[int, ...], float] = {}
+        self._parts = [
+            (self.numbers.nbytes(combine.result.tensor), [[combine_part(combine, o) for o in axis] for axis in options])
+            for combine in cluster.combines
+            if combine.result.tensor >= 0
+        ]
+
+    def __call__(self, choices: np.ndarray) -> np.ndarray:
+        counts = [len(axis) for axis in self.options]
+        if math.prod(counts) > DENSE:
+            seconds = self._local_seconds(choices)
+        else:
+            if self._local is None:
+                self._local = self._local_seconds(all_rows(counts))
+            seconds = self._local[choices @ self._strides]
+        if self._parts or self.cluster.halos:
+            seconds = seconds + [self._exchange_seconds(row) for row in map(tuple, choices.tolist())]
+        return seconds
+
+    def _local_seconds(self, rows: np.ndarray) -> np.ndarray:
+        """Work without exchanges, and infinity for what is not legal."""
+        cluster, numbers = self.cluster, self.numbers
+        terminals = (*cluster.reads, *cluster.writes) if cluster.moves_bytes else ()
+        carried = [piece.factors for piece in cluster.work] + [terminal.leads for terminal in terminals]
+        written = [write.leads for write in cluster.writes] if self._byte_price else []
+        split = np.ones((len(carried), len(rows)))
+        held = np.ones((len(written), len(rows)))
+        given = np.ones((len(cluster.units), len(rows)), dtype=np.int64)
+        for axis, (options, size) in enumerate(zip(self.options, numbers.sizes, strict=True)):
+            if size == 1:
+                continue
+            column = rows[:, axis]
+            splits = [[size if o.factor >= 0 and o.factor in factors else 1 for o in options] for factors in carried]
+            gives = [[size if f in (o.factor, o.scatter) else 1 for o in options] for f in range(len(cluster.units))]
+            holds = [[size if write_layout(leads, (o,))[0] >= 0 else 1 for o in options] for leads in written]
+            for table, factors in ((split, splits), (given, gives), (held, holds)):
+                if factors:
+                    table *= np.array(factors)[:, column]
+        pieces = len(cluster.work)
+        rates = [numbers.flops(piece) * numbers.seconds_per_flop(piece.dtype) for piece in cluster.work]
+        shares = (*cluster.read_shares, *cluster.write_shares) if terminals else ()
+        nbytes = [share * numbers.nbytes(t.tensor) for t, share in zip(terminals, shares, strict=True)]
+        arithmetic = (np.array(rates)[:, None] / split[:pieces]).sum(0)
+        moved = (np.array(nbytes)[:, None] / split[pieces:]).sum(0)
+        seconds = work_seconds(arithmetic, moved, 1, numbers.seconds_per_byte, np.maximum)
+        if written:
+            whole = np.array([numbers.nbytes(write.tensor) for write in cluster.writes])
+            seconds = seconds + self._byte_price * (whole[:, None] / held).sum(0)
+        units = np.array(cluster.units, dtype=np.int64)[:, None]
+        return np.where((units % given == 0).all(0), seconds, math.inf)
+
+    def _exchange_seconds(self, row: tuple[int, ...]) -> float:
+        """Exchanges inside the cluster."""
+        value = self._exchanged.get(row)
+        if value is None:
+            value = 0.0
+            for nbytes, table in self._parts:
+                value += self._combines.seconds(tuple([axis[i] for axis, i in zip(table, row, strict=True)]), nbytes)
+            if self.cluster.halos:
+                options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
+                for axis, slab in halo_bytes(self.cluster, options, self.numbers):
+                    value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
+            self._exchanged[row] = value
+        return value
+
+
+class Reshards:
+    """Seconds of reshards, for all edges of a problem together.
+
+    A layout becomes a number; seconds per byte and fixed seconds between layouts are tabulated as they are asked for, and
+    the bytes of a tensor only scale them.
+    """
+
+    def __init__(self, setting: Setting, numbers: Numbers, ndim: int) -> None:
+        """`ndim`: the most dimensions of any tensor."""
+        self.setting, self.numbers = setting, numbers
+        self._base = ndim + 1
+        self._weights = self._base ** np.arange(setting.axes)
+        self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
+        self._layouts: list[Layout] = []
+        self._per_byte = self._fixed = np.full((0, 0), np.nan)
+        self._terminals: dict[tuple[AxisOptions, tuple[int, ...], bool], int] = {}
+        self._codes: list[list[list[int]]] = []
+        self._stacked = np.zeros((0, 0, 0), dtype=np.int64)
+
+    def terminal(self, options: AxisOptions, leads: tuple[int, ...], written: bool) -> int:
+        """Register one side of an edge: a number for `prices`."""
+        layout = write_layout if written else terminal_layout
+        key = (options, leads, written)
+        number = self._terminals.get(key)
+        if number is None:
+            number = self._terminals[key] = len(self._codes)
+            self._codes.append([[layout(leads, (option,))[0] + 1 for option in axis] for axis in options])
+        return number
+
+    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A matrix of seconds for each (edge price, tails, heads)."""
+        tails = self._numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
+        heads = self._numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
+        many, few = (np.array([len(part[i]) for part in asked]) for i in (1, 2))
+        sizes = many * few
+        first = np.cumsum(sizes) - sizes
+        entry = np.arange(sizes.sum()) - np.repeat(first, sizes)
+        width = np.repeat(few, sizes)
+        source = tails[np.repeat(np.cumsum(many) - many, sizes) + entry // width]
+        target = heads[np.repeat(np.cumsum(few) - few, sizes) + entry % width]
+        per_byte = self._per_byte[source, target]
+        missing = np.isnan(per_byte)
+        if missing.any():
+            for pair in set(zip(source[missing].tolist(), target[missing].tolist(), strict=True)):
+                self._tabulate(*pair)
+            per_byte = self._per_byte[source, target]
+        nbytes = np.array([price.nbytes for price, _, _ in asked])
+        seconds = np.repeat(nbytes, sizes) * per_byte + self._fixed[source, target]
+        ends = first.tolist()
+        return [
+            seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
+        ]
+
+    def _numbered(self, terminals: list[int], rows: list[np.ndarray]) -> np.ndarray:
+        """The table row of the layout of every row of options."""
+        if len(self._stacked) < len(self._codes):
+            widest = max(len(axis) for axes in self._codes for axis in axes)
+            self._stacked = np.array([[axis + [0] * (widest - len(axis)) for axis in axes] for axes in self._codes])
+        owner = np.repeat(terminals, [len(part) for part in rows])
+        options = np.concatenate(rows)
+        codes = np.zeros(len(options), dtype=np.int64)
+        for axis, weight in enumerate(self._weights.tolist()):
+            codes += weight * self._stacked[owner, axis, options[:, axis]]
+        places = self._place[codes]
+        if places.min(initial=0) < 0:
+            for code in sorted(set(codes[places < 0].tolist())):
+                self._place[code] = len(self._layouts)
+                self._layouts.append(tuple(code // weight % self._base - 1 for weight in self._weights.tolist()))
+            grown = np.full((2, len(self._layouts), len(self._layouts)), np.nan)
+            known = len(self._per_byte)
+            grown[0, :known, :known], grown[1, :known, :known] = self._per_byte, self._fixed
+            self._per_byte, self._fixed = grown
+            places = self._place[codes]
+        return places
+
+    def _tabulate(self, source: int, target: int) -> None:
+        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base - 1, self.setting.slow_first)
+        self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
+
+
+class ReshardPrice:
+    """Seconds of one reshard for rows of the writer's and the reader's option numbers."""
+
+    def __init__(self, family: Reshards, tail: int, head: int, nbytes: float) -> None:
+        """`tail`, `head`: the terminals as `family` numbers them."""
+        self.family, self.tail, self.head, self.nbytes = family, tail, head, nbytes
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.family.prices([(self, tails, heads)])[0]
