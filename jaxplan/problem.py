@@ -60,12 +60,15 @@ class Problem:
     """Minimise the sum of all node and edge prices. `axes`: one name per column of a choice.
 
     `axis_order`: the axes from the costliest link to the cheapest, as column indices (a hint for searches).
+    `alike`: a label per axis; axes of one label may change places in any assignment without changing its price by more than
+    the order in which they share a dimension does (a hint too); () where nothing is known.
     """
 
     axes: tuple[str, ...]
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     axis_order: tuple[int, ...] = ()
+    alike: tuple[Hashable, ...] = ()
 
     def __post_init__(self) -> None:
         for node in self.nodes:
@@ -76,6 +79,8 @@ class Problem:
                 raise ValueError(f"edge ({edge.tail}, {edge.head}) names a node outside 0..{len(self.nodes) - 1}")
         if self.axis_order and sorted(self.axis_order) != list(range(len(self.axes))):
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
+        if self.alike and len(self.alike) != len(self.axes):
+            raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ fixed: `dominance` strikes out options that are never better and `eliminate` rem
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
             ends[key] = (tail, head)
     edges = tuple(replace(e, tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
     index = np.array(colours, dtype=np.int64)
-    return Problem(problem.axes, nodes, edges, problem.axis_order), lambda choices: choices[index]
+    return replace(problem, nodes=nodes, edges=edges), lambda choices: choices[index]
 
 
 def _colours(problem: Problem, rounds: int) -> list[int]:
@@ -106,27 +107,30 @@ class Pricer:
         self.problem = problem
         self._vectors: dict[Hashable, np.ndarray] = {}
         self._matrices: dict[Hashable, np.ndarray] = {}
-        options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
-        self._strides = np.cumprod(options, axis=1) // options
+        self.options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
+        self._strides = np.cumprod(self.options, axis=1) // self.options
         self._kinds = [node.kind if node.kind is not None else ("node", i) for i, node in enumerate(problem.nodes)]
         self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", i) for i, edge in enumerate(problem.edges)]
 
-    def along(self, axis: int, choices: np.ndarray) -> Tables:
-        """One axis free in every node, the other axes fixed as in `choices` (nodes, axes)."""
+    def along(self, axes: tuple[int, ...], choices: np.ndarray) -> tuple[Tables, list[np.ndarray]]:
+        """Some axes free in every node, the others fixed as in `choices` (nodes, axes); and per node what is open to it."""
+        free = list(axes)
         stays = choices.copy()
-        stays[:, axis] = 0
-        fixed = [(axis, number) for number in (stays * self._strides).sum(1).tolist()]
-
-        def rows(node: int) -> np.ndarray:
-            options = np.repeat(stays[None, node], self.problem.nodes[node].options[axis], axis=0)
-            options[:, axis] = np.arange(len(options))
-            return options
-
-        return self._written(rows, fixed)
+        stays[:, free] = 0
+        fixed = [(axes, number) for number in (stays * self._strides).sum(1).tolist()]
+        opened: dict[tuple[int, ...], np.ndarray] = {}
+        rows = []
+        for node, row in zip(self.problem.nodes, stays, strict=True):
+            counts = tuple([node.options[axis] for axis in free])
+            if counts not in opened:
+                opened[counts] = np.zeros((math.prod(counts), len(row)), dtype=np.int64)
+                opened[counts][:, free] = all_rows(counts)
+            rows.append(opened[counts] + row)
+        return self._written(rows, fixed), rows
 
     def among(self, candidates: Sequence[np.ndarray]) -> Tables:
         """Each node free among some choices, (count, axes)."""
-        return self._written(candidates.__getitem__, [rows.tobytes() for rows in candidates])
+        return self._written(candidates, [rows.tobytes() for rows in candidates])
 
     def whole(self, limit: int = 10**7) -> tuple[Tables, list[np.ndarray]]:
         """Every joint choice of every node, and the choices themselves; refuses above `limit` table entries."""
@@ -135,31 +139,24 @@ class Pricer:
         if size > limit:
             raise ValueError(f"writing out all joint choices takes {size:,} entries; the limit is {limit:,}")
         rows = [all_rows(node.options) for node in self.problem.nodes]
-        return self._written(rows.__getitem__, [None] * len(rows)), rows
+        return self._written(rows, [None] * len(rows)), rows
 
-    def _written(self, rows: Callable[[int], np.ndarray], fixed: Sequence[Hashable]) -> Tables:
-        """`rows`: the choices of a node; `fixed`: what tells them from other choices of a node of its kind."""
+    def _written(self, rows: Sequence[np.ndarray], fixed: Sequence[Hashable]) -> Tables:
+        """`rows`: the choices of each node; `fixed`: what tells them from other choices of a node of its kind."""
         nodes, edges = self.problem.nodes, self.problem.edges
-        made: dict[int, np.ndarray] = {}
-
-        def rows_of(node: int) -> np.ndarray:
-            if node not in made:
-                made[node] = rows(node)
-            return made[node]
-
         costs = []
         for i, (node, kind) in enumerate(zip(nodes, self._kinds, strict=True)):
             key = (kind, fixed[i])
             vector = self._vectors.get(key)
             if vector is None:
-                vector = self._vectors[key] = node.price(rows_of(i))
+                vector = self._vectors[key] = node.price(rows[i])
             legal = vector < ILLEGAL
             costs.append(node.times * vector if legal.all() else np.where(legal, node.times * _finite(vector), ILLEGAL))
         keys = [
             (kind, fixed[edge.tail], fixed[edge.head]) for kind, edge in zip(self._edge_kinds, edges, strict=True)
         ]
         missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in self._matrices}
-        found = edge_prices([(edge.price, rows_of(edge.tail), rows_of(edge.head)) for edge in missing.values()])
+        found = edge_prices([(edge.price, rows[edge.tail], rows[edge.head]) for edge in missing.values()])
         self._matrices.update(zip(missing, map(_finite, found), strict=True))
         pairs: dict[tuple[int, int], np.ndarray] = {}
         for key, edge in zip(keys, edges, strict=True):

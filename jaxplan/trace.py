@@ -162,7 +162,7 @@ def state_pairs(traced: Traced) -> list[tuple[int, int]]:
 
 
 def _signature(aval: Any) -> tuple[Any, ...]:
-    return (tuple(aval.shape), str(aval.dtype))
+    return (tuple(aval.shape), aval.dtype)
 
 
 def _subtrees(tree: Any) -> list[tuple[tuple[int, ...], Any]]:

@@ -84,6 +84,7 @@ def model(
     combines = Combines(setting, numbers, most)
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
     kinds: dict[Hashable, tuple[int, ClusterPrice]] = {}
+    interned: dict[AxisOptions, AxisOptions] = {}
     numbered, pinned_clusters, writers = [], set(), {}
     for index, cluster in enumerate(graph.clusters):
         for write in cluster.writes:
@@ -95,6 +96,7 @@ def model(
         kind = _cluster_kind(cluster, graph, name, pin)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
+            options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, byte_price))
         numbered.append(kinds[kind])
     readings = _readings(graph, writers)
@@ -119,7 +121,8 @@ def model(
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
-    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first)
+    alike = tuple((size, numbers.link(axis)) for axis, size in enumerate(numbers.sizes)) if not pins else ()
+    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
     return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows)
 

@@ -145,17 +145,19 @@ class Reshards:
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
         self._per_byte = self._fixed = np.full((0, 0), np.nan)
-        self._terminals: dict[tuple[AxisOptions, tuple[int, ...], bool], int] = {}
+        self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
+        self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
         self._stacked = np.zeros((0, 0, 0), dtype=np.int64)
 
     def terminal(self, options: AxisOptions, leads: tuple[int, ...], written: bool) -> int:
-        """Register one side of an edge: a number for `prices`."""
+        """Register one side of an edge: a number for `prices`. Equal options must be one object, which is kept."""
         layout = write_layout if written else terminal_layout
-        key = (options, leads, written)
+        key = (id(options), leads, written)
         number = self._terminals.get(key)
         if number is None:
             number = self._terminals[key] = len(self._codes)
+            self._kept.append(options)
             self._codes.append([[layout(leads, (option,))[0] + 1 for option in axis] for axis in options])
         return number
 

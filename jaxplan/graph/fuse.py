@@ -28,20 +28,19 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
     known: dict[int, _Digest] = {}
     for index in range(len(operators) - 1, -1, -1):
         operator = operators[index]
-        digest, draft = _digest(operator.rule, known), None
+        digest, draft = _digest(operator, tensors, known), None
         if operator.rule.fusible and len(operator.results) == 1:
             tensor = operator.results[0]
             if tensor not in leaves and readers[tensor]:
-                homes = {id(home[reader]): home[reader] for reader in readers[tensor]}
-                if len(homes) == 1:
-                    (candidate,) = homes.values()
-                    if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
-                        draft = candidate if candidate.join(index, operator, digest, tensors) else None
+                candidate = home[readers[tensor][0]]
+                if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
+                    alone = all([home[reader] is candidate for reader in readers[tensor]])
+                    draft = candidate if alone and candidate.join(index, operator, digest, tensors) else None
         if draft is None:
             draft = _Draft(index, operator, digest, tensors)
             drafts.append(draft)
         home[index] = draft
-    needed = leaves | {t for draft in drafts for t, _ in draft.reads}
+    needed = leaves.union(*[draft.reads for draft in drafts])
     return [draft.close(needed) for draft in reversed(drafts)]
 
 
@@ -57,7 +56,7 @@ class _Draft:
         self.scope, self.times = operator.scope, operator.times
         self.members: list[int] = []
         self.units: list[int] = []
-        self.reads: dict[tuple[int, Leads], tuple[float, float]] = {}  # how often, which share of the bytes
+        self.reads: dict[int, dict[Leads, tuple[float, float]]] = {}  # by tensor: how often, which share of the bytes
         self.writes: dict[tuple[int, Leads], float] = {}  # which share of the bytes
         self.work: list[Work] = []
         self.combines: list[Combine] = []
@@ -68,32 +67,27 @@ class _Draft:
     def join(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> bool:
         """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
         tensor = operator.results[0]
-        wanted = [leads for read, leads in self.reads if read == tensor]
+        wanted = tuple(self.reads.get(tensor, ()))
         if len(wanted) > 1:
             return False
         mapping: dict[int, int] = {}
         if wanted:  # a scalar is read without leads
-            for own, mine in zip(operator.rule.result_leads[0], wanted[0], strict=True):
+            for own, mine in zip(digest.leads[-1], wanted[0], strict=True):
                 if (own < 0) != (mine < 0) or (own >= 0 and mapping.setdefault(own, mine) != mine):
                     return False
             if len(set(mapping.values())) != len(mapping):
                 return False
         same: list[tuple[int, int]] = []
         for slot, operand in enumerate(operator.operands):
-            if operand < 0:
-                continue
-            for read, leads in self.reads:
-                if read == operand:
-                    for own, mine in zip(operator.rule.operand_leads[slot], leads, strict=True):
-                        if own < 0 or mine < 0:
-                            continue
-                        if own not in mapping and mine not in mapping.values():
-                            mapping[own] = mine
-                        elif own in mapping and mapping[own] != mine:
-                            same.append((mine, mapping[own]))
-                    break
-        if wanted:
-            del self.reads[(tensor, wanted[0])]
+            if operand in self.reads:
+                for own, mine in zip(digest.leads[slot], next(iter(self.reads[operand])), strict=True):
+                    if own < 0 or mine < 0:
+                        continue
+                    if own not in mapping and mine not in mapping.values():
+                        mapping[own] = mine
+                    elif own in mapping and mapping[own] != mine:
+                        same.append((mine, mapping[own]))
+        self.reads.pop(tensor, None)
         self._take(index, operator, digest, mapping, tensors)
         for keep, drop in same:
             self._unite(keep, drop)
@@ -101,7 +95,7 @@ class _Draft:
 
     def _unite(self, keep: int, drop: int) -> None:
         """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does)."""
-        seen = [leads for _, leads in (*self.reads, *self.writes)]
+        seen = [leads for reads in self.reads.values() for leads in reads] + [leads for _, leads in self.writes]
         if keep == drop or any(keep in leads and drop in leads for leads in seen):
             return
 
@@ -110,7 +104,9 @@ class _Draft:
 
         self.units[keep] = math.gcd(self.units[keep], self.units[drop])
         self.units[drop] = 0
-        self.reads = {(tensor, new(leads)): seen for (tensor, leads), seen in self.reads.items()}
+        self.reads = {
+            tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()
+        }
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
         self.work = [replace(w, factors=frozenset(new(tuple(w.factors)))) for w in self.work]
         self.combines = [
@@ -124,37 +120,42 @@ class _Draft:
     def _take(
         self, index: int, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]
     ) -> None:
-        rule, units = operator.rule, self.units
+        units = self.units
         for factor, size in digest.legal:
             if factor in mapping:
                 units[mapping[factor]] = math.gcd(units[mapping[factor]], size)
             else:
                 mapping[factor] = len(units)
                 units.append(size)
+        base = not self.members
         self.members.append(index)
         operands, count = operator.operands, len(operator.operands)
-        times = operator.read_times
+        times, touched = operator.read_times, operator.rule.touched
+        renamed: dict[Leads, Leads] = {}
         mapped: list[Leads] = []
         for slot, leads in enumerate(digest.leads):
             tensor = operands[slot] if slot < count else operator.results[slot - count]
-            own = tuple([mapping[f] if f >= 0 else -1 for f in leads])
+            own = renamed.get(leads)
+            if own is None:
+                own = renamed[leads] = tuple([mapping[f] if f >= 0 else -1 for f in leads])
             mapped.append(own)
             if tensor < 0 or not own:
                 continue
-            share = rule.touched[slot] if rule.touched else 1.0
+            share = touched[slot] if touched else 1.0
             if slot < count:
-                before = self.reads.get((tensor, own), (0.0, 0.0))
-                self.reads[(tensor, own)] = (max(times[slot] if times else operator.times, before[0]), max(share, before[1]))
-            else:
+                reads = self.reads.setdefault(tensor, {})
+                often = times[slot] if times else operator.times
+                before = reads.get(own)
+                reads[own] = (often, share) if before is None else (max(often, before[0]), max(share, before[1]))
+            elif base:  # only this cluster reads what a joining operator writes
                 self.writes[(tensor, own)] = share
-            for extent, f, factor in zip(tensors[tensor].shape, leads, own, strict=True):
-                if f >= 0 and extent != digest.sizes[f] and extent:  # strided windows: the extent must divide too
-                    units[factor] = math.gcd(units[factor], extent)
+        for factor, extent in digest.extents:  # strided windows: the extent must divide too
+            units[mapping[factor]] = math.gcd(units[mapping[factor]], extent)
         if digest.flops:
             first = next((t for t in (*operands, *operator.results) if t >= 0), -1)
             factors = frozenset([mapping[f] for f, _ in digest.legal])
             self.work.append(Work(digest.flops, factors, tensors[first].dtype if first >= 0 else "float32", (index,)))
-        self.moves |= not rule.free
+        self.moves |= not operator.rule.free
         if digest.partial:
             over = frozenset([mapping[f] for f in digest.partial])
             for tensor, own in zip(operator.results, mapped[count:], strict=True):
@@ -167,18 +168,20 @@ class _Draft:
     def close(self, needed: set[int]) -> Cluster:
         """The finished cluster; only values somebody else needs are written."""
         self.members.reverse()
+        reads = [(tensor, leads, often) for tensor, seen in self.reads.items() for leads, often in seen.items()]
+        writes = [(tensor, leads, share) for (tensor, leads), share in self.writes.items() if tensor in needed]
         return Cluster(
             members=tuple(self.members),
             units=tuple(self.units),
-            reads=tuple(Terminal(t, leads) for t, leads in self.reads),
-            writes=tuple(Terminal(t, leads) for t, leads in self.writes if t in needed),
+            reads=tuple([Terminal(tensor, leads) for tensor, leads, _ in reads]),
+            writes=tuple([Terminal(tensor, leads) for tensor, leads, _ in writes]),
             work=_merge_work(self.work),
             combines=tuple(self.combines),
             halos=tuple(self.halos),
             times=self.times,
-            read_times=tuple(often for often, _ in self.reads.values()),
-            read_shares=tuple(share for _, share in self.reads.values()),
-            write_shares=tuple(share for (t, _), share in self.writes.items() if t in needed),
+            read_times=tuple([often for _, _, (often, _) in reads]),
+            read_shares=tuple([share for _, _, (_, share) in reads]),
+            write_shares=tuple([share for _, _, share in writes]),
             moves_bytes=self.moves,
         )
 
@@ -186,30 +189,39 @@ class _Draft:
 _PARTIAL = (Kind.SUM, Kind.COMBINE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Digest:
-    """What fusing needs of a rule: legal factors with sizes, all sizes, leads of operands and results, partial factors."""
+    """What fusing needs of a rule: legal factors with sizes; leads of operands and results; partial factors; extents other
+    than the size of the factor that leads them."""
 
     legal: tuple[tuple[int, int], ...]
-    sizes: tuple[int, ...]
     leads: tuple[Leads, ...]
     partial: tuple[int, ...]
     scatterable: bool
     halos: tuple[tuple[int, int], ...]
+    extents: tuple[tuple[int, int], ...]
     flops: float
 
 
-def _digest(rule: Rule, known: dict[int, _Digest]) -> _Digest:
-    """Rules are shared by equal equations: each is read once. `known`: by identity, which is cheaper than hashing."""
+def _digest(operator: Operator, tensors: list[Tensor], known: dict[int, _Digest]) -> _Digest:
+    """Rules are shared by equations of equal shapes: each is read once. `known`: by identity, which is cheaper than hashing."""
+    rule = operator.rule
     found = known.get(id(rule))
     if found is None:
         legal = tuple((f, factor.size) for f, factor in enumerate(rule.factors) if rule.shardable[f])
         partial = tuple(f for f, _ in legal if rule.factors[f].kind in _PARTIAL)
         sums = all(rule.factors[f].kind is Kind.SUM for f in partial)
         halos = tuple((f, rule.factors[f].halo) for f, _ in legal if rule.factors[f].halo)
-        sizes = tuple(factor.size for factor in rule.factors)
         leads = (*rule.operand_leads, *rule.result_leads)
-        found = _Digest(legal, sizes, leads, partial, sums and not rule.fusible, halos, rule.points * rule.flops)
+        extents = {
+            (f, extent): None
+            for tensor, own in zip((*operator.operands, *operator.results), leads, strict=True)
+            if tensor >= 0
+            for f, extent in zip(own, tensors[tensor].shape, strict=True)
+            if f >= 0 and extent and extent != rule.factors[f].size
+        }
+        flops = rule.points * rule.flops
+        found = _Digest(legal, leads, partial, sums and not rule.fusible, halos, tuple(extents), flops)
         known[id(rule)] = found
     return found
 

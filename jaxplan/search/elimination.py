@@ -86,6 +86,10 @@ def solve(
     return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
 
 
+def _size(factor: Factor) -> int:
+    return factor[1].size
+
+
 class _Buckets:
     """One elimination."""
 
@@ -162,7 +166,7 @@ class _Buckets:
             shape = [1] * len(scope)
             shape[where] = sizes[v]
             total = self.costs[v].reshape(shape)
-            for f, array in factors:
+            for f, array in sorted(factors, key=_size) if len(factors) > 2 else factors:  # small tables first: fewer large sums
                 total = total + (array if len(f) == len(scope) else array.reshape([sizes[w] if w in f else 1 for w in scope]))
         self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
         if len(scope) > 1:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import permutations
+from collections.abc import Hashable, Sequence
+from itertools import combinations, permutations
 
 import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, Undo, fold
-from jaxplan.search.elimination import min_fill_order, solve
+from jaxplan.search.elimination import CAP, min_fill_order, solve
 
 SWEEPS = 6
-PATIENCE = 2
+PATIENCE = 1
 """Rounds without improvement before a bounded (inexact) elimination gives up: each round keeps other variables fixed."""
 FINE_ROUNDS = 2
-JOINT_LIMIT = 50_000
-"""Table entries up to which writing out all joint choices costs less than the sweeps did."""
-JOINT_CAP = 1 << 18
+BLOCK_LIMIT = 200_000
+"""Table entries up to which several axes are re-opened at once."""
+BLOCK_CAP = 1 << 18
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -37,15 +37,23 @@ def hsm2dl(problem: Problem) -> Assignment:
     coarse = len(folded.nodes)
     pricer, elimination = Pricer(folded), elimination_order(folded)
     nothing = np.zeros((coarse, len(problem.axes)), dtype=np.int64)
-    tried = [_recursion(pricer, elimination, nothing, order) for order in _orders(axes)]
-    best = _fused(pricer, elimination, tried)
+    swaps = _swaps(axes, problem.alike, len(problem.axes))
+    tried: dict[tuple[Hashable, ...], np.ndarray] = {}
+    for order in _orders(axes):
+        labels = tuple([problem.alike[a] if problem.alike else a for a in order])
+        if labels not in tried:
+            tried[labels] = _recursion(pricer, elimination, nothing, order)
+    best = _fused(pricer, elimination, [choices[:, columns] for choices in tried.values() for columns in swaps])
     fine, unfold = fold(problem, FINE_ROUNDS)
     if len(fine.nodes) > coarse:
         best = _restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine), elimination_order(fine)
-    best, seconds = _sweep(pricer, elimination, best, axes)
-    if len(axes) > 1 and joint_entries(folded) <= JOINT_LIMIT:
-        best, seconds = _joint(folded, best)
+    blocks = [(axis,) for axis in axes]
+    best, seconds = _sweep(pricer, elimination, best, blocks, CAP)
+    for size in range(2, len(axes) + 1):
+        blocks = [block for block in combinations(axes, size) if _entries(folded, block) <= BLOCK_LIMIT]
+        if blocks:
+            best, seconds = _sweep(pricer, elimination, best, blocks, BLOCK_CAP)
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
@@ -54,7 +62,7 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     """Decide one axis after the other, each given those before."""
     choices = choices.copy()
     for axis in axes:
-        choices[:, axis], _ = solve(pricer.along(axis, choices), elimination, cap=FIRST_CAP)
+        choices[:, axis], _ = solve(pricer.along((axis,), choices)[0], elimination, cap=FIRST_CAP)
     return choices
 
 
@@ -66,18 +74,10 @@ def _fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarra
     return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
 
 
-def joint_entries(problem: Problem) -> int:
-    """Table entries that all joint choices of all axes would take."""
-    counts = [math.prod(node.options) for node in problem.nodes]
-    return sum(counts) + sum(counts[edge.tail] * counts[edge.head] for edge in problem.edges)
-
-
-def _joint(problem: Problem, choices: np.ndarray) -> tuple[np.ndarray, float]:
-    """Re-open all axes of all nodes at once: leaves the optima that one axis at a time cannot leave."""
-    tables, rows = Pricer(problem).whole()
-    start = np.array([int(np.flatnonzero((row == own).all(1))[0]) for row, own in zip(rows, choices, strict=True)])
-    options, _ = solve(tables, elimination_order(problem), start, cap=JOINT_CAP)
-    return np.array([row[o] for row, o in zip(rows, options, strict=True)]), tables.price(options)
+def _entries(problem: Problem, axes: tuple[int, ...]) -> int:
+    """Table entries that all joint choices of some axes take."""
+    counts = [math.prod([node.options[axis] for axis in axes]) for node in problem.nodes]
+    return sum(counts) + sum([counts[edge.tail] * counts[edge.head] for edge in problem.edges])
 
 
 def _orders(axes: list[int]) -> list[tuple[int, ...]]:
@@ -87,21 +87,37 @@ def _orders(axes: list[int]) -> list[tuple[int, ...]]:
     return [tuple(axes[i:] + axes[:i]) for i in range(len(axes))]
 
 
-def _sweep(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, float]:
-    """Re-open one axis after the other, given the others, until nothing improves."""
+def _swaps(axes: list[int], alike: Sequence[Hashable], count: int) -> list[list[int]]:
+    """Ways to exchange axes that are alike, as rearrangements of the columns of `count` axes; the first changes nothing."""
+    found = {}
+    for order in _orders(axes):
+        if all(a == b or (alike and alike[a] == alike[b]) for a, b in zip(axes, order, strict=True)):
+            columns = list(range(count))
+            for a, b in zip(axes, order, strict=True):
+                columns[a] = b
+            found[tuple(columns)] = columns
+    return list(found.values())
+
+
+def _sweep(
+    pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int
+) -> tuple[np.ndarray, float]:
+    """Re-open one block of axes after the other, given the others, until nothing improves."""
     choices, tally = choices.copy(), [0] * len(choices)
     seconds, idle = evaluate(pricer.problem, choices), 0
-    for turn in range(SWEEPS * len(axes)):
-        axis = axes[turn % len(axes)]
-        tables = pricer.along(axis, choices)
-        options, exact = solve(tables, elimination, choices[:, axis], tally)
-        now = tables.price(options)
-        if now < seconds * (1 - 1e-9):
-            choices[:, axis], seconds = options, now
+    for turn in range(SWEEPS * len(blocks)):
+        tables, rows = pricer.along(blocks[turn % len(blocks)], choices)
+        now = np.zeros(len(choices), dtype=np.int64)
+        for axis in blocks[turn % len(blocks)]:  # as `all_rows` counts
+            now = now * pricer.options[:, axis] + choices[:, axis]
+        options, exact = solve(tables, elimination, now, tally, cap)
+        improved = tables.price(options)
+        if improved < seconds * (1 - 1e-9):
+            choices, seconds = np.stack([row[option] for row, option in zip(rows, options, strict=True)]), improved
             idle = 1 if exact else 0
         else:
             idle += 1
-        if idle >= len(axes) * (1 if exact else PATIENCE):
+        if idle >= len(blocks) * (1 if exact else PATIENCE):
             break
     return choices, seconds
 
