@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxplan import _jax
 from jaxplan.cost import Modelled, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.memory import local_bytes
+from jaxplan.cost.memory import shards
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster
 from jaxplan.graph.flatten import VIEW
@@ -279,7 +279,7 @@ class Plan:
     def input_bytes(self, position: int) -> float:
         """Bytes per device of one flat input."""
         tensor = self.modelled.graph.inputs[position]
-        return local_bytes(self.modelled.graph, tensor, self.input_layouts[position], self.modelled.numbers.sizes)
+        return self.modelled.graph.tensors[tensor].nbytes / shards(self.input_layouts[position], self.modelled.numbers.sizes)
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,8 +44,7 @@ class Node:
     times: float = 1.0
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """What two decisions cost together. `tail` and `head` index `Problem.nodes`; edges of equal kind have equal prices."""
 
     tail: int

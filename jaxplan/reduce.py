@@ -48,7 +48,7 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
         else:
             merged[key], paid[key] = edge, edge.times
             ends[key] = (tail, head)
-    edges = tuple(replace(e, tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
+    edges = tuple(e._replace(tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
     index = np.array(colours, dtype=np.int64)
     return replace(problem, nodes=nodes, edges=edges), lambda choices: choices[index]
 
@@ -101,16 +101,19 @@ class Tables:
 
 
 class Pricer:
-    """Writes out tables of a problem, remembering prices by kind and by the fixed part of the choice."""
+    """Writes out tables of a problem, remembering prices by kind and by the fixed part of the choice.
 
-    def __init__(self, problem: Problem) -> None:
+    `known`: the pricer of another folding of the same problem, whose memory is shared.
+    """
+
+    def __init__(self, problem: Problem, known: Pricer | None = None) -> None:
         self.problem = problem
-        self._vectors: dict[Hashable, np.ndarray] = {}
-        self._matrices: dict[Hashable, np.ndarray] = {}
+        self._vectors: dict[Hashable, np.ndarray] = known._vectors if known else {}
+        self._matrices: dict[Hashable, np.ndarray] = known._matrices if known else {}
         self.options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
         self._strides = np.cumprod(self.options, axis=1) // self.options
-        self._kinds = [node.kind if node.kind is not None else ("node", i) for i, node in enumerate(problem.nodes)]
-        self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", i) for i, edge in enumerate(problem.edges)]
+        self._kinds = [node.kind if node.kind is not None else ("node", id(node.price)) for node in problem.nodes]
+        self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", id(edge.price)) for edge in problem.edges]
 
     def along(self, axes: tuple[int, ...], choices: np.ndarray) -> tuple[Tables, list[np.ndarray]]:
         """Some axes free in every node, the others fixed as in `choices` (nodes, axes); and per node what is open to it."""

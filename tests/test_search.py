@@ -86,7 +86,7 @@ def test_dominance_and_elimination_keep_the_optimum(seed):
 def test_bucket_elimination_is_exact_where_it_fits_and_never_worse_than_its_incumbent(seed):
     problem = random_tables(seed, nodes=7)
     tables, _ = Pricer(problem).whole()
-    order = min_fill_order([1.0] * len(tables.costs), tables.pairs)
+    order = min_fill_order([1] * len(tables.costs), tables.pairs)
     assert sorted(order) == list(range(7))
     best = exhaustive(problem)
     options, exact = solve(tables, order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ from jaxplan.problem import Edge, Node, Problem, evaluate
 Leads = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem."""
 
     tensor: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,13 +12,9 @@ from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
 
-def local_bytes(graph: Graph, tensor: int, layout: Layout, sizes: Sequence[int]) -> float:
-    """Bytes of one tensor on one device."""
-    value = float(graph.tensors[tensor].nbytes)
-    for dim, size in zip(layout, sizes, strict=True):
-        if dim >= 0:
-            value /= size
-    return value
+def shards(layout: Layout, sizes: Sequence[int]) -> int:
+    """Over how many devices a layout spreads a tensor."""
+    return math.prod([size for dim, size in zip(layout, sizes, strict=True) if dim >= 0])
 
 
 def peak_bytes(graph: Graph, layouts: Mapping[int, Layout], sizes: Sequence[int]) -> float:
@@ -45,14 +42,19 @@ def peak_bytes(graph: Graph, layouts: Mapping[int, Layout], sizes: Sequence[int]
     for tensor in graph.outputs:
         if tensor >= 0:
             last[tensor] = count
-    change = np.zeros(count + 2)
+    spread: dict[Layout, int] = {}
+    inputs = set(graph.inputs)
+    change = [0.0] * (count + 2)
     for tensor, layout in layouts.items():
-        if tensor in tied and tensor not in graph.inputs:
+        if tensor in tied and tensor not in inputs:
             continue
         start, stop = first.get(tensor, 0), last.get(tensor, first.get(tensor, 0))
-        if tensor in graph.inputs:
+        if tensor in inputs:
             start, stop = 0, count
-        value = local_bytes(graph, tensor, layout, sizes)
+        parts = spread.get(layout)
+        if parts is None:
+            parts = spread[layout] = shards(layout, sizes)
+        value = graph.tensors[tensor].nbytes / parts
         change[start] += value
         change[stop + 1] -= value
     return float(np.cumsum(change).max())

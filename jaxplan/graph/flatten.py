@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -142,7 +141,7 @@ def share_views(flat: Flat) -> list[Operator]:
         views.setdefault(found[0], []).append((view, Operator(VIEW, rule, (tensor,), (view,), first.times, scope, path)))
         for index in found:
             swapped = tuple([view if t == tensor else t for t in operators[index].operands])
-            operators[index] = replace(operators[index], operands=swapped)
+            operators[index] = operators[index]._replace(operands=swapped)
     placed = []
     for index, operator in enumerate(operators):
         placed += [view for _, view in views.get(index, ())]
@@ -281,7 +280,7 @@ def _charge_worst(flat: Flat, spans: Sequence[range]) -> None:
     for span in spans:
         if span is not worst:
             for i in span:
-                flat.operators[i] = replace(flat.operators[i], times=0.0)
+                flat.operators[i] = flat.operators[i]._replace(times=0.0)
 
 
 def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:

@@ -108,7 +108,7 @@ class _Draft:
             tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()
         }
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
-        self.work = [replace(w, factors=frozenset(new(tuple(w.factors)))) for w in self.work]
+        self.work = [w._replace(factors=frozenset(new(tuple(w.factors)))) for w in self.work]
         self.combines = [
             replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
             for c in self.combines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxplan.rules import Rule
 
@@ -14,7 +14,7 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A value. `shape` in elements, `itemsize` in bytes; """
+    """A value. `shape` in elements, `itemsize` in bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,8 +29,7 @@ class Tensor:
         return total
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
+class Operator(NamedTuple):
     """One equation (or loop boundary, or program input) and its rule.
 
     `operands`: tensor indices, -1 where the operand is a literal. `results`: tensor indices. `times`: how often it
@@ -49,16 +48,14 @@ class Operator:
     read_times: tuple[float, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Terminal:
+class Terminal(NamedTuple):
     """A tensor that a cluster reads or writes, and per dimension the cluster factor that shards it, or -1."""
 
     tensor: int
     leads: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Local work: `flops` in all, split by the cluster factors in `factors`; `dtype` it computes in; operators doing it."""
 
     flops: float
@@ -91,8 +88,7 @@ class Halo:
     extent: int
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """Operators that are laid out as one: a mesh axis given to one of its factors splits all of them.
 
     `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in

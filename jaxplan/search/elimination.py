@@ -17,29 +17,30 @@ from jaxplan.reduce import Tables
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
 
-Factor = tuple[tuple[int, ...], np.ndarray]
-"""A table over the variables of an ascending scope."""
-
-
-def min_fill_order(weights: Sequence[float], pairs: Iterable[tuple[int, int]]) -> list[int]:
+def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[int]:
     """An order of elimination that greedily adds the lightest edges (weighted min-fill); ties by number.
 
-    `weights`: one per variable, the logarithm of how many options it has; an edge weighs the product of its ends.
+    `weights`: one per variable, growing with the logarithm of how many options it has; an edge weighs the product of its ends.
     """
     near: list[set[int]] = [set() for _ in weights]
     for i, j in pairs:
         near[i].add(j)
         near[j].add(i)
 
-    def fill(v: int) -> float:
-        around = list(near[v])
-        missing = 0.0
-        for place, w in enumerate(around):
-            known, weight = near[w], weights[w]
-            for u in around[:place]:
-                if u not in known:
-                    missing += weight * weights[u]
-        return round(missing, 6)
+    def fill(v: int) -> int:
+        around = near[v]
+        if len(around) < 2:
+            return 0
+        if len(around) == 2:
+            a, b = around
+            return 0 if b in near[a] else weights[a] * weights[b]
+        missing, rest = 0, set(around)
+        for w in around:
+            rest.discard(w)
+            weight = weights[w]
+            for u in rest - near[w]:
+                missing += weight * weights[u]
+        return missing
 
     score = [fill(v) for v in range(len(weights))]
     heap = [(s, v) for v, s in enumerate(score)]
@@ -86,8 +87,13 @@ def solve(
     return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
 
 
-def _size(factor: Factor) -> int:
-    return factor[1].size
+class _Table:
+    """A table over the variables of an ascending scope; `used` once it has gone into another."""
+
+    __slots__ = ("array", "scope", "used")
+
+    def __init__(self, scope: tuple[int, ...], array: np.ndarray) -> None:
+        self.scope, self.array, self.used = scope, array, False
 
 
 class _Buckets:
@@ -97,96 +103,99 @@ class _Buckets:
         self.cap = cap
         self.sizes = [len(cost) for cost in tables.costs]
         self.costs = list(tables.costs)
-        self.factors: list[dict[int, Factor]] = [{} for _ in self.sizes]
-        self._made = 0
-        for factor in tables.pairs.items():
-            self._made += 1
-            self.factors[factor[0][0]][self._made] = self.factors[factor[0][1]][self._made] = factor
+        self.tables: list[list[_Table]] = [[] for _ in self.sizes]
+        for scope, array in tables.pairs.items():
+            table = _Table(scope, array)
+            self.tables[scope[0]].append(table)
+            self.tables[scope[1]].append(table)
 
     def _add(self, scope: tuple[int, ...], array: np.ndarray) -> None:
         if len(scope) == 1:
             self.costs[scope[0]] = self.costs[scope[0]] + array
             return
-        self._made += 1
+        table = _Table(scope, array)
         for v in scope:
-            self.factors[v][self._made] = (scope, array)
+            self.tables[v].append(table)
 
-    def _take(self, numbers: Iterable[int], v: int) -> list[Factor]:
-        """Take factors of a variable out."""
-        taken = []
-        for number in list(numbers):
-            factor = self.factors[v][number]
-            for w in factor[0]:
-                del self.factors[w][number]
-            taken.append(factor)
-        return taken
-
-    def _scope(self, v: int) -> set[int]:
-        return {v}.union(*(scope for scope, _ in self.factors[v].values()))
+    def _open(self, v: int) -> list[_Table]:
+        """The tables that mention a variable now."""
+        self.tables[v] = [table for table in self.tables[v] if not table.used]
+        return self.tables[v]
 
     def run(self, order: list[int], incumbent: np.ndarray | None, tally: list[int]) -> tuple[np.ndarray, bool]:
         """(options, whether they are optimal)."""
-        exact = True
-        trail: list[tuple[int, list[Factor]]] = []
-        options = [0] * len(self.sizes)
+        sizes, exact = self.sizes, True
+        trail: list[tuple[int, list[_Table]]] = []
+        options = [0] * len(sizes)
         fixed: set[int] = set()
         for v in order:
             if v in fixed:
                 continue
-            scope = self._scope(v)
-            while math.prod([self.sizes[w] for w in scope]) > self.cap and incumbent is not None:
-                hub = max(scope, key=lambda x: (len(self.factors[x]) - 3 * tally[x], -x))
+            tables = self._open(v)
+            scope = {v}.union(*[table.scope for table in tables])
+            entries = math.prod([sizes[w] for w in scope])
+            while entries > self.cap and incumbent is not None:
+                hub = max(scope, key=lambda x: (len(self._open(x)) - 3 * tally[x], -x))
                 tally[hub] += 1
                 exact = False
                 options[hub] = int(incumbent[hub])
                 fixed.add(hub)
-                self._condition(hub, int(incumbent[hub]))
+                self._condition(hub, options[hub])
                 scope.discard(hub)
+                entries //= sizes[hub]
             if v in fixed:
                 continue
-            if math.prod([self.sizes[w] for w in scope]) > self.cap:
+            if entries > self.cap:
                 exact = False
-                trail.append((v, self._split(v)))
+                trail.append((v, self._split(v, tables)))
             else:
-                trail.append((v, [self._join(v, sorted(scope), self._take(self.factors[v], v))]))
+                trail.append((v, [self._join(v, sorted(scope), self._open(v))]))
         everything = slice(None)
         for v, groups in reversed(trail):
             total = np.zeros(1)
-            for scope_, array in groups:
-                total = total + array[tuple([everything if w == v else options[w] for w in scope_])]
-            options[v] = total.argmin()
+            for table in groups:
+                total = total + table.array[tuple([everything if w == v else options[w] for w in table.scope])]
+            options[v] = int(total.argmin())
         return np.array(options, dtype=np.int64), exact
 
-    def _join(self, v: int, scope: list[int], factors: list[Factor]) -> Factor:
+    def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:
         """Sum tables that mention a variable, take the minimum over it, and put the result back."""
         sizes, where = self.sizes, scope.index(v)
-        if len(scope) == 2 and len(factors) == 1:  # a leaf
-            total = factors[0][1] + (self.costs[v][:, None] if where == 0 else self.costs[v])
+        if len(scope) == 2 and len(tables) == 1:  # a leaf
+            total = tables[0].array + (self.costs[v][:, None] if where == 0 else self.costs[v])
+            tables[0].used = True
         else:
             shape = [1] * len(scope)
             shape[where] = sizes[v]
             total = self.costs[v].reshape(shape)
-            for f, array in sorted(factors, key=_size) if len(factors) > 2 else factors:  # small tables first: fewer large sums
-                total = total + (array if len(f) == len(scope) else array.reshape([sizes[w] if w in f else 1 for w in scope]))
+            if len(tables) > 2:  # small tables first: fewer large sums
+                tables = sorted(tables, key=lambda table: table.array.size)
+            for table in tables:
+                table.used = True
+                mine = table.scope
+                shape = [sizes[w] if w in mine else 1 for w in scope]
+                total = total + (table.array if len(mine) == len(scope) else table.array.reshape(shape))
         self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
         if len(scope) > 1:
             self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))
-        return tuple(scope), total
+        return _Table(tuple(scope), total)
 
-    def _split(self, v: int) -> list[Factor]:
-        """Mini-buckets: groups of factors whose tables fit, each minimised by itself (a lower bound)."""
-        groups: list[tuple[set[int], list[int]]] = []
-        for number, (scope, _) in sorted(self.factors[v].items(), key=lambda item: (-item[1][1].size, item[0])):
+    def _split(self, v: int, tables: list[_Table]) -> list[_Table]:
+        """Mini-buckets: groups of tables whose sums fit, each minimised by itself (a lower bound)."""
+        groups: list[tuple[set[int], list[_Table]]] = []
+        for table in sorted(tables, key=lambda table: -table.array.size):
             for union, members in groups:
-                if math.prod(self.sizes[w] for w in union.union(scope)) <= self.cap:
-                    union.update(scope)
-                    members.append(number)
+                if math.prod(self.sizes[w] for w in union.union(table.scope)) <= self.cap:
+                    union.update(table.scope)
+                    members.append(table)
                     break
             else:
-                groups.append((set(scope), [number]))
-        return [self._join(v, sorted(union), self._take(members, v)) for union, members in groups]
+                groups.append((set(table.scope), [table]))
+        return [self._join(v, sorted(union), members) for union, members in groups]
 
     def _condition(self, v: int, option: int) -> None:
-        """Fix a variable: its factors lose a dimension."""
-        for scope, array in self._take(self.factors[v], v):
-            self._add(tuple([w for w in scope if w != v]), np.take(array, option, axis=scope.index(v)))
+        """Fix a variable: its tables lose a dimension."""
+        for table in self._open(v):
+            table.used = True
+            place = table.scope.index(v)
+            self._add(table.scope[:place] + table.scope[place + 1 :], table.array[(slice(None),) * place + (option,)])

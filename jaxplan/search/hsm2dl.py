@@ -18,7 +18,7 @@ PATIENCE = 1
 FINE_ROUNDS = 2
 BLOCK_LIMIT = 200_000
 """Table entries up to which several axes are re-opened at once."""
-BLOCK_CAP = 1 << 18
+BLOCK_CAP = 1 << 16
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -47,7 +47,7 @@ def hsm2dl(problem: Problem) -> Assignment:
     fine, unfold = fold(problem, FINE_ROUNDS)
     if len(fine.nodes) > coarse:
         best = _restricted(fine, expand(best), unfold)
-        folded, expand, pricer, elimination = fine, unfold, Pricer(fine), elimination_order(fine)
+        folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
     blocks = [(axis,) for axis in axes]
     best, seconds = _sweep(pricer, elimination, best, blocks, CAP)
     for size in range(2, len(axes) + 1):
@@ -68,7 +68,10 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
 
 def _fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarray]) -> np.ndarray:
     """The best assignment whose every choice is one of the proposals' (a fusion move, Lempitsky et al., TPAMI 2010)."""
-    candidates = [np.unique(rows, axis=0) for rows in np.stack(proposals, axis=1)]
+    if len(proposals) == 1:
+        return proposals[0]
+    choices = np.stack(proposals, axis=1)
+    candidates = [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in choices.tolist()]
     tables = pricer.among(candidates)
     options, _ = solve(tables, elimination)
     return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
@@ -124,7 +127,7 @@ def _sweep(
 
 def elimination_order(problem: Problem) -> list[int]:
     """The order of elimination depends on who is connected to whom only: it serves every axis."""
-    weights = [math.log2(math.prod(node.options)) for node in problem.nodes]
+    weights = [round(16 * math.log2(math.prod(node.options))) for node in problem.nodes]
     return min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 
