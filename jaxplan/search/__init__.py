@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
 from jaxplan.search.hsm2dl import hsm2dl
 
-SEARCHES: dict[str, Callable[[Problem], Assignment]] = {"hsm2dl": hsm2dl, "brute": brute}
+SEARCHES: dict[str, Callable[[Problem], Assignment]] = {"hsm2dl": hsm2dl, "alpa": alpa, "brute": brute}
 
 
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
@@ -45,4 +46,4 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     return Assignment(choices, seconds, found.bound, found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "brute", "hsm2dl", "search"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "hsm2dl", "search"]

@@ -1,0 +1,87 @@
+"""The intra-operator integer program of Alpa (Zheng et al., OSDI 2022), solved by HiGHS through SciPy.
+
+One binary variable per choice of a node, one continuous variable per pair of choices of an edge. Where the paper bounds an edge's
+variables from one side (e >= s_u + s_v - 1), their sums are tied to both ends here: the same integer solutions, a far tighter
+relaxation. Choices that are illegal are left out, and look-alikes are folded before (the paper merges trivial operators instead).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.reduce import ILLEGAL, Pricer, Tables, fold
+from jaxplan.search.hsm2dl import FINE_ROUNDS
+
+TIME_LIMIT = 60.0
+"""Seconds after which the best solution so far is returned, with the bound reached."""
+
+
+def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None = FINE_ROUNDS) -> Assignment:
+    """The best assignment found in `time_limit` seconds, and a lower bound for the (folded) problem.
+
+    `rounds`: of folding; None solves the problem as it is. Raises ValueError if no legal assignment was found in time.
+    """
+    folded, expand = (problem, lambda choices: choices) if rounds is None else fold(problem, rounds)
+    tables, rows = Pricer(folded).whole()
+    if not tables.costs:
+        return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0, 0.0)
+    kept = [np.flatnonzero(cost < ILLEGAL) for cost in tables.costs]
+    if any(len(options) == 0 for options in kept):
+        raise ValueError("no legal assignment: some node has no legal choice")
+    options, bound, status = integer_program(tables, kept, time_limit)
+    if options is None:
+        raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
+    choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
+    return Assignment(choices, evaluate(problem, choices), bound, {"status": status, "variables": len(folded.nodes)})
+
+
+def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -> tuple[np.ndarray | None, float, str]:
+    """(an option per variable or None, lower bound, the solver's words), each variable choosing among `kept`."""
+    start = np.cumsum([0, *[len(options) for options in kept]])
+    costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
+    blocks, width = [], int(start[-1])
+    scale = max(1e-30, max(float(cost.max()) for cost in costs))  # a solver's tolerances are absolute
+    rows, columns, values = [], [], []
+    lower: list[np.ndarray] = []
+    height = 0
+
+    def add(row: np.ndarray, column: np.ndarray, value: float) -> None:
+        rows.append(row.ravel())
+        columns.append(column.ravel())
+        values.append(np.full(row.size, value))
+
+    for v, options in enumerate(kept):  # every node chooses once
+        add(np.full(len(options), height), np.arange(start[v], start[v + 1]), 1.0)
+        height += 1
+    lower.append(np.ones(height))
+    for (i, j), matrix in tables.pairs.items():
+        block = matrix[np.ix_(kept[i], kept[j])]
+        index = width + np.arange(block.size).reshape(block.shape)
+        width += block.size
+        blocks.append(block.ravel())
+        for axis, v in ((0, i), (1, j)):  # the pairs of an option add up to the option
+            line = height + np.arange(block.shape[axis])
+            add(np.broadcast_to(line[:, None] if axis == 0 else line, block.shape), index, 1.0)
+            add(line, np.arange(start[v], start[v + 1]), -1.0)
+            height += block.shape[axis]
+            lower.append(np.zeros(block.shape[axis]))
+    matrix = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), (height, width))
+    right = np.concatenate(lower)
+    objective = np.concatenate([*costs, *blocks]) / scale
+    upper = np.where(objective < ILLEGAL / scale, 1.0, 0.0)
+    objective = np.where(upper > 0, objective, 0.0)
+    integral = np.zeros(width)
+    integral[: start[-1]] = 1
+    solved = milp(
+        objective, integrality=integral, bounds=Bounds(0, upper), constraints=LinearConstraint(matrix, right, right),
+        options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
+    )  # fmt: skip
+    bound = solved.mip_dual_bound
+    bound = float(bound) * scale if bound is not None and np.isfinite(bound) else 0.0
+    if solved.x is None:
+        return None, bound, solved.message
+    chosen = [int(options[solved.x[start[v] : start[v + 1]].argmax()]) for v, options in enumerate(kept)]
+    return np.array(chosen), bound, solved.message
