@@ -24,7 +24,6 @@ What cannot be read is listed in `Audit.unread` and left out of the sums, never 
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import sys
@@ -35,7 +34,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, numbers, type_bytes
+from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, type_bytes
+from .hlo_work import flops_of, traffic_of
 
 __all__ = ["Audit", "Collective", "audit", "read_hlo"]
 
@@ -72,6 +72,16 @@ class Collective:
     rewritten: str = ""  # in `Audit.normalised`: the rules applied
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One instruction that is not part of another: what it computes, and what it reads and writes in memory, per execution."""
+
+    name: str  # the HLO instruction
+    opcode: str
+    flops: float
+    memory_bytes: float
+
+
 @dataclass(frozen=True)
 class Audit:
     """Collectives, FLOPs and memory of one compiled program, per device. Printing it gives a table."""
@@ -79,6 +89,7 @@ class Audit:
     collectives: tuple[Collective, ...]  # as compiled
     normalised: tuple[Collective, ...]  # dialects rewritten: see the module's docstring
     flops: float  # of dots and convolutions
+    kernels: tuple[tuple[Kernel, int], ...] = ()  # and how often each runs
     argument_bytes: int = 0
     output_bytes: int = 0
     temp_bytes: int = 0
@@ -93,6 +104,11 @@ class Audit:
     def by_kind(self, normalised: bool = False) -> dict[str, float]:
         """Bytes sent per device and call, by kind of collective."""
         return self._sum(lambda c: c.kind, normalised)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes that kernels read and write per device and call."""
+        return math.fsum(kernel.memory_bytes * times for kernel, times in self.kernels)
 
     @property
     def total_wire_bytes(self) -> float:
@@ -125,7 +141,9 @@ class Audit:
         lines.append(
             f"sent per device and call: {meant:,.0f} bytes (as compiled {self.total_wire_bytes:,.0f})"
         )
-        lines.append(f"flops {self.flops:.4g}, peak {self.peak_bytes:,} bytes per device")
+        lines.append(
+            f"per device: flops {self.flops:.4g}, memory traffic {self.memory_bytes:.4g} bytes, peak {self.peak_bytes:,} bytes"
+        )
         lines += [f"not read: {note}" for note in self.unread]
         return "\n".join(lines)
 
@@ -170,95 +188,21 @@ def _wire_bytes(kind: str, payload: float, groups: Groups) -> float:
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n * payload
 
 
-# --- floating point operations ----------------------------------------------------------------------------
-
-
-@functools.cache
-def _window_places(
-    base: int, out: int, size: int, stride: int, low: int, high: int, dilate: int, spread: int
-) -> int:
-    """(output, kernel) pairs along one dimension.
-
-    Places without data in a dilated or fully padded base are free, as the TPU writes batch dots that way;
-    ordinary padding counts, as it does in 2 * outputs * kernel * features.
-    """
-    full = (size - 1) * spread
-    if dilate == 1 and not (size > 1 and low >= full and high >= full):
-        return out * size
-    if out * size > 1 << 28:
-        raise ValueError(f"a window of {size} at {out} places is damage")
-    starts = np.arange(out) * stride - low
-    places = 0
-    for k in range(size):
-        at = starts + k * spread
-        places += int(((at >= 0) & (at <= (base - 1) * dilate) & (at % dilate == 0)).sum())
-    return places
-
-
-def _convolution_flops(
-    lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], attributes: str
-) -> float | None:
-    labels = re.search(r"dim_labels=(\w+?)_(\w+)->(\w+)", attributes)
-    if not labels or tuple(map(len, labels.groups())) != (len(lhs), len(rhs), len(out)):
-        return None
-    of_lhs, of_rhs, of_out = labels.groups()
-    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", attributes) or [""] * 2)[1]))
-    flops = 2.0 * rhs[of_rhs.index("i")] * out[of_out.index("b")] * out[of_out.index("f")]
-    for d in range(len(lhs) - 2):
-        option = {key: text.split("x")[d] for key, text in window.items()}
-        low, high = map(int, option.get("pad", "0_0").split("_"))
-        flops *= _window_places(
-            lhs[of_lhs.index(str(d))],
-            out[of_out.index(str(d))],
-            int(option.get("size", 1)),
-            int(option.get("stride", 1)),
-            low,
-            high,
-            int(option.get("lhs_dilate", 1)),
-            int(option.get("rhs_dilate", 1)),
-        )
-    return flops
-
-
-def _flops(instruction: Instruction, operands: list[str]) -> float | None:
-    """FLOPs of a dot, a convolution or a library call for one; 0 for all else, None if unreadable."""
-    opcode, attributes = instruction.opcode, instruction.attributes
-    target = (instruction.attribute(r'custom_call_target="([^"]*)"') or "") if opcode == "custom-call" else ""
-    matmul = re.search(r"\$(matmul|gemm)", target)
-    if opcode not in ("dot", "convolution") and not matmul and target != "__cudnn$convForward":
-        return None if re.search(r"gemm|matmul|conv(?!ert)|fmha|attention", target, re.I) else 0.0
-    shapes = [leaves(kind)[0][1] for kind in operands if leaves(kind)]
-    if len(shapes) < 2 or not leaves(instruction.type):
-        return None
-    out = leaves(instruction.type)[0][1]
-    if opcode == "convolution" or target == "__cudnn$convForward":
-        try:
-            return _convolution_flops(shapes[0], shapes[1], out, attributes)
-        except (ValueError, IndexError, ZeroDivisionError):  # damaged labels or window
-            return None
-    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions\\?":\[)([^\]}]*)', attributes)
-    if contracted is None and "$matmul" not in target:
-        return None if matmul else 2.0 * math.prod(out)
-    dims = numbers(contracted.group(1)) if contracted else [len(shapes[0]) - 1]
-    return (
-        2.0 * math.prod(out) * math.prod(shapes[0][d] for d in dims)
-        if max(dims, default=0) < len(shapes[0])
-        else None
-    )
-
-
 # --- reading a module -------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What one run of a computation does: how often each collective within it runs, and its FLOPs."""
+    """What one run of a computation does: how often each collective and each kernel within it runs, and its FLOPs."""
 
     flops: float = 0.0
     sites: dict[tuple[str, str], tuple[int, bool]] = field(default_factory=dict)  # (times, exact)
+    kernels: dict[Kernel, int] = field(default_factory=dict)  # times
 
     def include(self, other: _Tally, times: int, exact: bool) -> None:
         self.flops += other.flops * times
+        for kernel, count in other.kernels.items():
+            self.kernels[kernel] = self.kernels.get(kernel, 0) + count * times
         for site, (count, known) in other.sites.items():
             before, sure = self.sites.get(site, (0, True))
             self.sites[site] = before + count * times, sure and known and exact
@@ -311,12 +255,16 @@ class _Reader:
             self.unread(f"{opcode} %{instruction.name}")
         else:
             operands = [self._type(computation, operand) for operand in instruction.operands]
-            flops = _flops(instruction, operands)
-            tally.flops += flops or 0.0
+            flops = flops_of(instruction, operands)
             if flops is None:
                 self.unread(f"FLOPs of {opcode} %{instruction.name}")
+            inner = _Tally(flops or 0.0)
             for callee in instruction.callees():
-                tally.include(self.visit(callee), 1, True)
+                inner.include(self.visit(callee), 1, True)
+            if opcode != "call":  # what a fusion or a library call does inside is one kernel
+                moved = traffic_of(self.module, computation, instruction)
+                inner.kernels = {Kernel(instruction.name, opcode, inner.flops, moved): 1} if inner.flops or moved else {}
+            tally.include(inner, 1, True)
 
     def _weight(self, tally: _Tally) -> tuple[float, float]:
         return sum(self.records[s].wire_bytes * times for s, (times, _) in tally.sites.items()), tally.flops
@@ -505,7 +453,7 @@ def _bare(kind: str) -> str:
 
 
 def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None) -> Audit:
-    """Read the collectives and FLOPs out of optimized HLO text. Memory is not in the text and stays 0.
+    """Read the collectives, FLOPs and memory traffic out of optimized HLO text. Memory is not in the text and stays 0.
 
     `mesh_shape` gives the sizes of the mesh axes in order; partition i is taken to be the i-th device of
     `mesh.devices.flat`. Without it `Collective.axes` is empty. Raises nothing on damaged text: see `unread`.
@@ -518,7 +466,8 @@ def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None) -> Audit:
     for site, (times, exact) in tally.sites.items():
         compiled.append(replace(reader.records[site], times=times, exact=exact))
         meant += [replace(record, times=times, exact=exact) for record in reader.normalise(site)]
-    return Audit(tuple(compiled), tuple(meant), tally.flops, unread=tuple(module.unread))
+    kernels = tuple(tally.kernels.items())
+    return Audit(tuple(compiled), tuple(meant), tally.flops, kernels, unread=tuple(module.unread))
 
 
 def audit(fn: Any, *args: Any, mesh: Any = None, **kwargs: Any) -> Audit:

@@ -124,7 +124,7 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
             seconds = known[key] = float(node.price(options[None])[0])
         total += node.times * seconds
     keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in problem.edges]
-    asked = {key: edge for key, edge in zip(keys, problem.edges, strict=True)}
+    asked = dict(zip(keys, problem.edges, strict=True))
     matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
     prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
     return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True)])

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
-from jaxplan.rules import Kind, Rule
+from jaxplan.rules import Kind
 
 Leads = tuple[int, ...]
 
@@ -34,7 +34,7 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
             if tensor not in leaves and readers[tensor]:
                 candidate = home[readers[tensor][0]]
                 if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
-                    alone = all([home[reader] is candidate for reader in readers[tensor]])
+                    alone = all(home[reader] is candidate for reader in readers[tensor])
                     draft = candidate if alone and candidate.join(index, operator, digest, tensors) else None
         if draft is None:
             draft = _Draft(index, operator, digest, tensors)
