@@ -1,17 +1,25 @@
 """Room `cost`: exchanges add up, layouts arrive, and the number the search compares is the symbolic cost."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
+from jaxplan.cost import Numbers, model
 from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
-from jaxplan.cost.price import Option, cluster_exchanges
+from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, terms_seconds
 from jaxplan.examples import programs
+from jaxplan.graph import build_graph
 from jaxplan.layout import layout_of, spec_of
+from jaxplan.machine import machine
+from jaxplan.problem import all_rows
+from jaxplan.search import alpa
+from jaxplan.trace import trace
 
 LAYOUTS = list(itertools.product((-1, 0, 1), repeat=2))
 
@@ -104,3 +112,35 @@ def test_a_partial_result_with_a_dimension_of_no_factor_is_reduced_not_scattered
 
 
 SLOW_WORK = jaxplan.Machine("slow", {"float32": 1e-9}, 1e-9, 1e12, jaxplan.Link(1e-10, 0.0), jaxplan.Link(1e-10, 0.0), 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["decode_kv", "mlp_sgd", "stencil"])
+def test_followers_keep_the_optimum(name, monkeypatch):
+    program = programs()[name]
+    graph = build_graph(trace(program.fn, program.args, {}))
+    numbers = Numbers(graph, {"x": 4, "y": 2}, machine("v4"))
+    with_followers = model(graph, numbers)
+    monkeypatch.setattr("jaxplan.cost.build._followers", lambda *args: {})
+    without = model(graph, numbers)
+    assert len(with_followers.problem.nodes) < len(without.problem.nodes)
+    best = alpa(with_followers.problem, rounds=None)
+    assert best.seconds == pytest.approx(alpa(without.problem, rounds=None).seconds, rel=1e-6)
+    full = with_followers.complete(best.choices)  # the undo: followers included, the price is the same
+    assert without.seconds(full) == pytest.approx(best.seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_prices_for_whole_arrays_are_those_of_the_terms(name):
+    program = programs()[name]
+    graph = build_graph(trace(program.fn, program.args, {}))
+    numbers = Numbers(graph, {"x": 4, "y": 2}, machine("v4"))
+    modelled = model(graph, numbers)
+    rng = np.random.default_rng(0)
+    for index, node in zip(modelled.kept, modelled.problem.nodes, strict=True):
+        rows = all_rows(node.options)
+        rows = rows[rng.permutation(len(rows))[:4]]
+        for row, seconds in zip(rows, node.price(rows), strict=True):
+            options = [axis[i] for axis, i in zip(modelled.options[index], row, strict=True)]
+            terms = cluster_terms(graph.clusters[index], options, modelled.setting, numbers)
+            if math.isfinite(seconds):
+                assert seconds == pytest.approx(float(terms_seconds(terms, numbers)), rel=1e-9, abs=1e-15)

@@ -7,6 +7,8 @@ relaxation. Choices that are illegal are left out, and look-alikes are folded be
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -69,9 +71,9 @@ def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -
             height += block.shape[axis]
             lower.append(np.zeros(block.shape[axis]))
     matrix = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), (height, width))
-    right = np.concatenate(lower)
+    right: Any = np.concatenate(lower)  # SciPy's stubs want floats
     objective = np.concatenate([*costs, *blocks]) / scale
-    upper = np.where(objective < ILLEGAL / scale, 1.0, 0.0)
+    upper: Any = np.where(objective < ILLEGAL / scale, 1.0, 0.0)
     objective = np.where(upper > 0, objective, 0.0)
     integral = np.zeros(width)
     integral[: start[-1]] = 1
