@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.core
-from jax._src import source_info_util as _source_info
+from jax._src import pjit as _pjit, source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
@@ -30,6 +30,8 @@ jit_p = _primitives.jit_p
 closed_call_p = _primitives.closed_call_p
 custom_jvp_call_p = _primitives.custom_jvp_call_p
 custom_vjp_call_p = _primitives.custom_vjp_call_p
+sharding_constraint_p = _pjit.sharding_constraint_p
+reshard_p = _pjit.reshard_p
 
 
 def source_line(equation: Any) -> tuple[str, int]:
@@ -97,10 +99,37 @@ def _homes() -> tuple[ModuleType, ...]:
     return tuple(modules)
 
 
+Asked = tuple[tuple[str, ...] | None, ...]
+"""Per dimension, the mesh axes that a program asks for by name; None where it leaves the dimension to the compiler."""
+
+
+def asked_layout(equation: Any) -> Asked | None:
+    """What a sharding constraint or a reshard in the user's own code asks for; None if it names no axes."""
+    sharding = equation.params.get("sharding", equation.params.get("dst_sharding"))
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    ndim = len(equation.outvars[0].aval.shape)
+    free = set(equation.params.get("unconstrained_dims") or ())
+    entries = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    found: list[tuple[str, ...] | None] = []
+    for dim, entry in enumerate(entries):
+        if dim in free or entry is jax.sharding.PartitionSpec.UNCONSTRAINED:
+            found.append(None)
+        else:
+            found.append(() if entry is None else entry if isinstance(entry, tuple) else (entry,))
+    return tuple(found)
+
+
+_TYPED = ("sharding", "out_sharding")
+"""Parameters that carry the layout of a result where mesh axes are of type Explicit."""
+
+
 def bind(equation: Any, values: list[Any]) -> list[Any]:
-    """The results of one equation on given operands."""
-    primitive = equation.primitive
-    outs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    """The results of one equation on given operands, its layout left to the compiler (and to constraints around it)."""
+    primitive, params = equation.primitive, equation.params
+    if any(params.get(name) is not None for name in _TYPED):
+        params = {**params, **{name: None for name in _TYPED if name in params}}
+    outs = primitive.bind(*values, **primitive.get_bind_params(params))
     return list(outs) if primitive.multiple_results else [outs]
 
 

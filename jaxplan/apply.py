@@ -27,10 +27,11 @@ def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
     replay = _Replay(plan, mesh)
 
     def planned(*inputs: Any) -> list[Any]:
-        outs = replay.run(plan.traced.jaxpr, inputs, ())
-        return [
-            replay.constrain(value, plan.constraints.outputs.get(position, ())) for position, value in enumerate(outs)
-        ]
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whatever mesh, of whatever types, is set outside
+            outs = replay.run(plan.traced.jaxpr, inputs, ())
+            return [
+                replay.constrain(value, plan.constraints.outputs.get(position, ())) for position, value in enumerate(outs)
+            ]
 
     planned.__name__ = planned.__qualname__ = plan.traced.name
     return planned
@@ -42,7 +43,7 @@ class _Replay:
     def __init__(self, plan: Plan, mesh: Mesh) -> None:
         self.plan, self.mesh = plan, mesh
         self.found = plan.constraints
-        self.tensors = plan.modelled.graph.tensors
+        self.operators = plan.modelled.graph.operators
         self._shardings: dict[Spec, NamedSharding] = {}
 
     def sharding(self, spec: Spec) -> NamedSharding:
@@ -87,7 +88,8 @@ class _Replay:
                                 moved[key] = (value, self.constrain(value, (spec,)))
                             value = moved[key][1]
                         values[slot] = value
-                    outs = _jax.bind(equation, values)
+                    asks = operator is not None and self.operators[operator].asked is not None
+                    outs = values if asks else _jax.bind(equation, values)  # what is asked for is among the constraints
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))
         return [read(var) for var in jaxpr.outvars]
@@ -214,10 +216,13 @@ class PlannedFunction:
         self._donate = frozenset(donate)
         self._ins = self._shardings(plan.input_layouts, plan.traced.in_avals)
         self._outs = self._shardings(plan.output_layouts, plan.traced.out_avals)
-        self._jitted = jax.jit(
-            flat_function(plan, self._mesh), in_shardings=self._ins, out_shardings=self._outs,
-            donate_argnums=tuple(donate),
-        )  # fmt: skip
+        flat = flat_function(plan, self._mesh)
+        self._jitted = jax.jit(flat, in_shardings=self._ins, out_shardings=self._outs, donate_argnums=tuple(donate))
+
+        def inside(*inputs: Any) -> list[Any]:
+            return _constrained(flat(*_constrained(inputs, self._ins)), self._outs)
+
+        self._inside = jax.jit(inside)
         self.__name__ = plan.traced.name
 
     def _shardings(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[NamedSharding]:
@@ -226,6 +231,8 @@ class PlannedFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self._flatten(args, kwargs)
+        if any(isinstance(leaf, _jax.Tracer) for leaf in leaves):
+            return self.plan.traced.unflatten_outputs(self._called_inside(leaves))
         placed = [
             self._place(leaf, sharding, position in self._donate)
             for position, (leaf, sharding) in enumerate(zip(leaves, self._ins, strict=True))
@@ -254,8 +261,6 @@ class PlannedFunction:
         return leaves
 
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
-        if isinstance(leaf, _jax.Tracer):
-            return leaf
         if isinstance(leaf, jax.Array):
             if leaf.sharding == sharding:
                 return leaf
@@ -263,15 +268,23 @@ class PlannedFunction:
                 leaf = leaf.copy()  # device_put may reuse the caller's buffer, and a donated one must be ours
         return jax.device_put(leaf, sharding)
 
+    def _called_inside(self, leaves: Sequence[Any]) -> list[Any]:
+        """Called while something else is traced (another jit, a gradient): layouts are constraints, as nothing can be placed."""
+        explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+        if not explicit:
+            return self._inside(*leaves)
+        specs = [sharding.spec for sharding in self._outs]
+        return jax.sharding.auto_axes(self._inside, out_sharding=specs)(*leaves)
+
     def _home(self, values: Sequence[Any]) -> list[Any]:
         """Results on the user's own mesh (its axes may be Explicit)."""
         if self._mesh == self.plan.mesh:
             return list(values)
-        return [
-            value if isinstance(value, _jax.Tracer)
-            else jax.device_put(value, NamedSharding(self.plan.mesh, value.sharding.spec))
-            for value in values
-        ]  # fmt: skip
+        return [jax.device_put(value, NamedSharding(self.plan.mesh, value.sharding.spec)) for value in values]
+
+
+def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
+    return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
 
 
 def _abstract(leaf: Any) -> Any:

@@ -14,8 +14,9 @@ from jaxplan import _jax
 from jaxplan.cost import Modelled, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.memory import shards
+from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
-from jaxplan.graph import Cluster
+from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import VIEW
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.trace import Traced
@@ -201,8 +202,15 @@ class Plan:
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
         for index, cluster in enumerate(graph.clusters):
-            for exchange in cluster_exchanges(cluster, self.modelled.chosen(self.choices, index), setting):
+            options = self.modelled.chosen(self.choices, index)
+            for exchange in cluster_exchanges(cluster, options, setting):
                 found += self._planned(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+            for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
+                about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
+                name = self.axis_names[axis]
+                found.append(PlannedExchange(
+                    "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self._source(op)
+                ))  # fmt: skip
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
@@ -213,11 +221,8 @@ class Plan:
 
     def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
         about = self.modelled.graph.tensors[tensor]
-        op = self.modelled.graph.operators[operator]
-        source = ""
-        if op.equation is not None and any(step.kind != "slice" for step in steps):
-            file, line = _jax.source_line(op.equation)
-            source = f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
+        about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
+        source = self._source(op) if any(step.kind != "slice" for step in steps) else ""
         return [
             PlannedExchange(
                 step.kind, tuple(self.axis_names[a] for a in step.axes),
@@ -226,6 +231,13 @@ class Plan:
             )
             for step in steps if step.kind != "slice"
         ]  # fmt: skip
+
+    def _source(self, operator: Operator) -> str:
+        """The user's "file.py:line", or ""."""
+        if operator.equation is None:
+            return ""
+        file, line = _jax.source_line(operator.equation)
+        return f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
 
     # ---- cost --------------------------------------------------------------------------------------------------
 

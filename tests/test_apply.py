@@ -1,5 +1,6 @@
 """Room `apply`: planned functions return what unplanned ones return, on every mesh, for every program."""
 
+import contextlib
 import math
 import os
 import subprocess
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxplan
 from jaxplan.examples import programs
@@ -159,3 +160,65 @@ def test_the_same_plan_on_every_process_and_under_every_hash_seed(name):
         done = subprocess.run([sys.executable, "-c", PLAN_HASH, name], env=env, capture_output=True, text=True, check=True)
         outs.add(done.stdout.strip())
     assert len(outs) == 1
+
+
+FOLDS = {
+    "called": lambda run, x, w: run(x, w),
+    "inside jit": lambda run, x, w: jax.jit(lambda x, w: run(x, w) * 2)(x, w) / 2,
+    "differentiated": lambda run, x, w: jax.grad(lambda w: run(x, w).sum())(w),
+    "vmapped": lambda run, x, w: jax.vmap(lambda a: run(a, w))(jnp.stack([x, -x])),
+    "scanned": lambda run, x, w: jax.lax.scan(lambda c, _: (run(c, w) @ w.T, None), x, None, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("planned_on", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("ambient", [None, AxisType.Auto, AxisType.Explicit], ids=str)
+def test_whatever_mesh_is_set_outside_and_whatever_is_traced_around(ambient, planned_on):
+    x, w = jnp.linspace(-1, 1, 64 * 32).reshape(64, 32), jnp.linspace(-1, 1, 32 * 64).reshape(32, 64) / 8
+
+    def fn(x, w):
+        return jnp.tanh(x @ w)
+
+    want = {name: fold(fn, x, w) for name, fold in FOLDS.items()}
+    pins = {"x": P("x"), "w": P(None, "y")}
+    with contextlib.nullcontext() if ambient is None else jax.set_mesh(mesh_of((4, 2), ambient)):
+        run = jaxplan.make_plan(fn, x, w, mesh=mesh_of((4, 2), planned_on), pins=pins).jit()
+        for name, fold in FOLDS.items():
+            assert_close(want[name], fold(run, x, w))
+
+
+def test_layouts_that_the_program_asks_for_itself_are_kept():
+    mesh, x, w = mesh_of((4, 2)), jnp.ones((64, 32)), jnp.ones((32, 64))
+
+    def constrained(x, w):
+        return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P("y", None)))
+
+    plan = jaxplan.make_plan(constrained, x, w, mesh=mesh)
+    assert plan.out_specs == P("y")
+    assert plan.jit()(x, w).sharding.is_equivalent_to(NamedSharding(mesh, P("y")), 2)
+
+    def partly(x, w):  # the second dimension is left to the planner, which is pinned to something for it
+        return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P("y", P.UNCONSTRAINED)))
+
+    assert jaxplan.make_plan(partly, x, w, mesh=mesh, pins={"w": P(None, "x")}).out_specs == P("y", "x")
+
+    explicit = mesh_of((4, 2), AxisType.Explicit)
+    with jax.set_mesh(explicit):
+        plan = jaxplan.make_plan(lambda x, w: jax.sharding.reshard(x @ w, P(None, "x")) * 2, x, w, mesh=explicit)
+        assert plan.layouts[plan.modelled.graph.clusters[-1].reads[0].tensor][0] == 1
+        assert_close(x @ w * 2, plan.jit()(x, w))
+
+
+def test_a_layout_asked_for_that_cannot_be_had_is_an_error_with_the_users_line():
+    mesh, elsewhere = mesh_of((4, 2)), Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+
+    def odd(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_of((2,)), P("x")))
+
+    def foreign(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(elsewhere, P("a")))
+
+    with pytest.raises(ValueError, match=r"sharding_constraint at .*test_apply.py:\d+ lays dimension 0 of shape \(6,\)"):
+        jaxplan.make_plan(odd, jnp.ones(6), mesh=mesh)
+    with pytest.raises(ValueError, match=r"test_apply.py:\d+ asks for mesh axis 'a'; the mesh to plan for has"):
+        jaxplan.make_plan(foreign, jnp.ones(8), mesh=mesh)

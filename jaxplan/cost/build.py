@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxplan import _jax
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
 from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
-from jaxplan.graph import Cluster, Graph, Terminal
+from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
 from jaxplan.problem import Edge, Node, Problem, evaluate
@@ -90,7 +91,7 @@ def model(
         for write in cluster.writes:
             writers[write.tensor] = (index, write)
         name = graph.operators[cluster.members[-1]].name
-        pin = pinned.get(cluster.writes[0].tensor) if name == INPUT and cluster.writes else None
+        pin = _pin(graph, cluster, pinned, numbers.axis_names)
         if pin is not None:
             pinned_clusters.add(index)
         kind = _cluster_kind(cluster, graph, name, pin)
@@ -147,13 +148,40 @@ def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[
     return found
 
 
-def axis_options(cluster: Cluster, numbers: Numbers, pin: Layout | None = None) -> AxisOptions:
+Pin = tuple[tuple[int, ...], ...]
+"""Per mesh axis, the dimensions of a cluster's first result that it may shard (-1: none)."""
+
+
+def _pin(graph: Graph, cluster: Cluster, pinned: Mapping[int, Layout], axis_names: Sequence[str]) -> Pin | None:
+    """What the user insists on: a pinned input, or a layout that the program itself asks for."""
+    operator = graph.operators[cluster.members[-1]]
+    if operator.asked is not None:
+        return _asked_pin(graph, operator, axis_names)
+    layout = pinned.get(cluster.writes[0].tensor) if operator.name == INPUT and cluster.writes else None
+    return None if layout is None else tuple((dim,) for dim in layout)
+
+
+def _asked_pin(graph: Graph, operator: Operator, axis_names: Sequence[str]) -> Pin:
+    assert operator.asked is not None
+    unknown = [axis for entry in operator.asked for axis in entry or () if axis not in axis_names]
+    if unknown:
+        raise ValueError(f"{_where(operator)} asks for mesh axis {unknown[0]!r}; the mesh to plan for has {tuple(axis_names)}")
+    free = tuple(dim for dim, entry in enumerate(operator.asked) if entry is None)
+    fixed = {axis: dim for dim, entry in enumerate(operator.asked) for axis in entry or ()}
+    return tuple((fixed[axis],) if axis in fixed else (-1, *free) for axis in axis_names)
+
+
+def _where(operator: Operator) -> str:
+    file, line = _jax.source_line(operator.equation)
+    return f"{operator.name} at {file}:{line}" if file else operator.name
+
+
+def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> AxisOptions:
     """Per axis, what it may do in a cluster: nothing, split a factor it divides, or split and scatter."""
     per_axis = []
     for axis, size in enumerate(numbers.sizes):
         if pin is not None:
-            leads = cluster.writes[0].leads
-            per_axis.append((Option(leads[pin[axis]]) if pin[axis] >= 0 else Option(),))
+            per_axis.append(_pinned_options(cluster, numbers, axis, pin[axis]))
             continue
         options = [Option()]
         if size > 1:
@@ -165,6 +193,25 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Layout | None = None) 
                     options += [Option(k, m) for k in legal if k in combine.over for m in targets]
         per_axis.append(tuple(options))
     return tuple(per_axis)
+
+
+def _pinned_options(cluster: Cluster, numbers: Numbers, axis: int, dims: Sequence[int]) -> tuple[Option, ...]:
+    """The options of one axis that may shard certain dimensions only; those that do not divide fall away, if others stay."""
+    size, leads = numbers.sizes[axis], cluster.writes[0].leads
+    options = []
+    for dim in dims:
+        factor = leads[dim] if dim >= 0 else -1
+        if dim < 0 or (factor >= 0 and cluster.units[factor] % size == 0):
+            options.append(Option(factor))
+    if not options:
+        operator = numbers.graph.operators[cluster.members[-1]]
+        shape = numbers.graph.tensors[cluster.writes[0].tensor].shape
+        where = _where(operator) if operator.equation is not None else "a pin"
+        raise ValueError(
+            f"{where} lays dimension {dims[0]} of shape {shape} over mesh axis {numbers.axis_names[axis]!r}, whose size {size} "
+            "does not divide it"
+        )
+    return tuple(options)
 
 
 def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]]) -> list[Reading]:
@@ -189,7 +236,7 @@ def _sized(graph: Graph, tensor: int) -> bool:
     return any(extent > 1 for extent in graph.tensors[tensor].shape)
 
 
-def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Layout | None) -> Hashable:
+def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Pin | None) -> Hashable:
     """Everything the price of a cluster depends on."""
     sizes = tuple((graph.tensors[t.tensor].nbytes if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes))
     combines = tuple(
@@ -198,4 +245,5 @@ def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Layout | None)
     halos = tuple((h.operand.leads, h.factor, h.width, h.extent, graph.tensors[h.operand.tensor].nbytes) for h in cluster.halos)
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple((w.flops, w.factors, w.dtype) for w in cluster.work)
-    return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, cluster.moves_bytes, pin)
+    apart = cluster.apart
+    return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin)

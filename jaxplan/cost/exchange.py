@@ -66,29 +66,23 @@ def combine_steps(
     layout: Layout, scatter: Layout, partial: tuple[tuple[int, ...], ...], ndim: int, slow_first: tuple[int, ...]
 ) -> tuple[Step, ...]:
     """A partial result of layout `layout` made whole. `partial`: the axes along which it is partial, grouped by the factor
-    that they split; `scatter[a]`: the dimension that partial axis a is scattered over (-1: not at all).
+    that they split, in the order in which the compiler combines them; `scatter[a]`: the dimension that partial axis a is
+    scattered over (-1: not at all).
 
-    The compiler combines one contracted dimension after the other, each in full; only where there is a single one does the
-    result scatter directly and the slower axis see reduced data.
+    The compiler combines one contracted dimension after the other, each in full. Only the last can be scattered directly,
+    and only if all its axes are and none before; what else is to be scattered is reduced, then sliced.
     """
     walk = _Walk(layout, ndim, slow_first)
-    if len(partial) > 1:
-        for axes in partial:
-            walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
-        for axis, dim in enumerate(scatter):
-            if dim >= 0:
-                walk.move("slice", (axis,), -1, dim)
-        walk.settle(tuple(s if s >= 0 else d for s, d in zip(scatter, layout, strict=True)))
-        return tuple(walk.steps)
-    reduce_axes = tuple(axis for axes in partial for axis in axes if scatter[axis] < 0)
+    *first, last = partial
+    direct = all(scatter[axis] >= 0 for axis in last) and all(scatter[axis] < 0 for axes in first for axis in axes)
+    for axes in first if direct else partial:
+        walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
     groups: dict[int, list[int]] = {}
     for axis in reversed(slow_first):
         if scatter[axis] >= 0:
             groups.setdefault(scatter[axis], []).append(axis)
     for dim, axes in groups.items():
-        walk.move("reduce_scatter", tuple(axes), -1, dim)
-    if reduce_axes:
-        walk.steps.append(Step("all_reduce", walk.slow(reduce_axes), walk.spec(), walk.spec()))
+        walk.move("reduce_scatter" if direct else "slice", tuple(axes), -1, dim)
     walk.settle(tuple(s if s >= 0 else d for s, d in zip(scatter, layout, strict=True)))
     return tuple(walk.steps)
 

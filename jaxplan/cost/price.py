@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import Value, exchange_seconds, work_seconds
-from jaxplan.graph import Cluster, Combine, Terminal, Work
+from jaxplan.graph import Cluster, Combine, Halo, Terminal, Work
 from jaxplan.layout import Layout
 
 
@@ -107,7 +107,8 @@ def parts_steps(parts: Sequence[CombinePart], ndim: int, slow_first: tuple[int, 
     if not groups:
         return ()
     layout, scatter = tuple([part[0] for part in parts]), tuple([part[2] for part in parts])
-    return combine_steps(layout, scatter, tuple(groups.values()), ndim, slow_first)
+    partial = tuple([axes for _, axes in sorted(groups.items(), reverse=True)])
+    return combine_steps(layout, scatter, partial, ndim, slow_first)
 
 
 def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Setting) -> list[Exchange]:
@@ -174,21 +175,35 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
             value = _local_bytes(terminal, used, algebra)
             local = local + (value if share == 1.0 else share * value)
     sent, rounds = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
-    for axis, value in halo_bytes(cluster, options, algebra):
+    for _, axis, value in halo_bytes(cluster, options, setting, algebra):
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
     return Terms(tuple(work), local, sent, rounds)
 
 
-def halo_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[int, Value]]:
-    """(axis, bytes sent per device) of every slab that neighbours exchange."""
+def halo_bytes(
+    cluster: Cluster, options: Sequence[Option], setting: Setting, algebra: Algebra
+) -> list[tuple[Halo, int, Value]]:
+    """(halo, axis, bytes sent per device) of every slab that neighbours exchange.
+
+    Of several axes that cut one dimension the slowest is charged, as some neighbour lies across it. A second dimension's slab
+    takes in what the first one's brought: the corners.
+    """
     used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
-    return [
-        (axis, _local_bytes(halo.operand, used, algebra) * algebra.sizes[axis] / halo.extent * halo.width)
-        for halo in cluster.halos
-        for axis, factor in used
-        if factor == halo.factor
-    ]
+    found = []
+    widened: dict[int, Value] = {}
+    for halo in cluster.halos:
+        axes = [axis for axis, factor in used if factor == halo.factor]
+        if not axes:
+            continue
+        local: Value = halo.extent
+        for axis in axes:
+            local = local / algebra.sizes[axis]
+        slab = _local_bytes(halo.operand, used, algebra) / local * halo.width
+        before = widened.get(halo.operator, 1)
+        widened[halo.operator] = before * (local + halo.width) / local
+        found.append((halo, min(axes, key=setting.slow_first.index), slab * before))
+    return found
 
 
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:

@@ -113,7 +113,10 @@ class ClusterPrice:
             whole = np.array([numbers.nbytes(write.tensor) for write in cluster.writes])
             seconds = seconds + self._byte_price * (whole[:, None] / held).sum(0)
         units = np.array(cluster.units, dtype=np.int64)[:, None]
-        return np.where((units % given == 0).all(0), seconds, math.inf)
+        legal = (units % given == 0).all(0)
+        for one, other in cluster.apart:
+            legal &= (given[one] == 1) | (given[other] == 1)
+        return np.where(legal, seconds, math.inf)
 
     def _exchange_seconds(self, row: tuple[int, ...]) -> float:
         """Exchanges inside the cluster."""
@@ -124,7 +127,7 @@ class ClusterPrice:
                 value += self._combines.seconds(tuple([axis[i] for axis, i in zip(table, row, strict=True)]), nbytes)
             if self.cluster.halos:
                 options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
-                for axis, slab in halo_bytes(self.cluster, options, self.numbers):
+                for _, axis, slab in halo_bytes(self.cluster, options, self._combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
             self._exchanged[row] = value
         return value

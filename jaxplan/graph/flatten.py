@@ -20,6 +20,10 @@ VIEW = "shared view"
 """Names of operators that stand for no equation; no primitive bears a name with a space."""
 
 
+_ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
+"""Primitives by which a program asks for a layout itself: kept, as pins."""
+
+
 class Flat:
     """The operators of a program while they are being collected."""
 
@@ -75,6 +79,16 @@ class Flat:
             for var in equation.outvars:
                 tensor = env[var] = self.tensor(var.aval)
                 results.append(tensor)
+            asked = _jax.asked_layout(equation) if equation.primitive in _ASKING else None
+            if asked is not None:
+                name, rule = equation.primitive.name, passing_rule(self.tensors[results[0]].shape, 1, 1)
+                path = (*place.path, number)
+                self.operators.append(
+                    Operator(
+                        name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, None, asked
+                    )
+                )
+                continue
             avals = [v.aval for v in equation.invars], [v.aval for v in equation.outvars]
             rule = rule_of(equation.primitive, equation.params, *avals)
             self.operators.append(

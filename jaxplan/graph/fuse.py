@@ -48,7 +48,7 @@ class _Draft:
     """A cluster while operators join it."""
 
     __slots__ = (
-        "combines", "fusible", "halos", "members", "moves", "reads", "scope", "times", "units", "work", "writes",
+        "apart", "combines", "fusible", "halos", "members", "moves", "reads", "scope", "times", "units", "work", "writes",
     )  # fmt: skip
 
     def __init__(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> None:
@@ -61,6 +61,7 @@ class _Draft:
         self.work: list[Work] = []
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
+        self.apart: list[tuple[int, int]] = []
         self.moves = False
         self._take(index, operator, digest, {}, tensors)
 
@@ -108,6 +109,7 @@ class _Draft:
             tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()
         }
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
+        self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
         self.work = [w._replace(factors=frozenset(new(tuple(w.factors)))) for w in self.work]
         self.combines = [
             replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
@@ -160,6 +162,7 @@ class _Draft:
             over = frozenset([mapping[f] for f in digest.partial])
             for tensor, own in zip(operator.results, mapped[count:], strict=True):
                 self.combines.append(Combine(index, Terminal(tensor, own), over, digest.scatterable))
+        self.apart += [(mapping[a], mapping[b]) for a, b in digest.apart]
         for f, width in digest.halos:
             if operands and operands[0] >= 0 and mapping[f] in mapped[0]:
                 extent = tensors[operands[0]].shape[mapped[0].index(mapping[f])]
@@ -183,6 +186,7 @@ class _Draft:
             read_shares=tuple([share for _, _, (_, share) in reads]),
             write_shares=tuple([share for _, _, share in writes]),
             moves_bytes=self.moves,
+            apart=tuple(self.apart),
         )
 
 
@@ -200,6 +204,7 @@ class _Digest:
     scatterable: bool
     halos: tuple[tuple[int, int], ...]
     extents: tuple[tuple[int, int], ...]
+    apart: tuple[tuple[int, int], ...]
     flops: float
 
 
@@ -221,7 +226,8 @@ def _digest(operator: Operator, tensors: list[Tensor], known: dict[int, _Digest]
             if f >= 0 and extent and extent != rule.factors[f].size
         }
         flops = rule.points * rule.flops
-        found = _Digest(legal, leads, partial, sums and not rule.fusible, halos, tuple(extents), flops)
+        apart = tuple((a, b) for a, b in rule.apart if rule.shardable[a] and rule.shardable[b])
+        found = _Digest(legal, leads, partial, sums and not rule.fusible, halos, tuple(extents), apart, flops)
         known[id(rule)] = found
     return found
 

@@ -35,6 +35,7 @@ class Operator(NamedTuple):
     `operands`: tensor indices, -1 where the operand is a literal. `results`: tensor indices. `times`: how often it
     runs in one call. `scope`: operators of one loop body (or branch) share a number. `equation`: opaque, for source lines.
     `read_times`: how often each operand is read, where that is not `times` (the far side of a loop's boundary).
+    `asked`: per dimension of the result the mesh axes that the program itself asks for, None where it leaves a dimension open.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Operator(NamedTuple):
     path: Path
     equation: Any = None
     read_times: tuple[float, ...] | None = None
+    asked: tuple[tuple[str, ...] | None, ...] | None = None
 
 
 class Terminal(NamedTuple):
@@ -93,7 +95,8 @@ class Cluster(NamedTuple):
 
     `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
     program order; the last one names it. `read_times`: how often each of `reads` is read.
-    `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees.
+    `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
+    which only one may be given axes.
     """
 
     members: tuple[int, ...]
@@ -108,6 +111,7 @@ class Cluster(NamedTuple):
     read_shares: tuple[float, ...]
     write_shares: tuple[float, ...]
     moves_bytes: bool
+    apart: tuple[tuple[int, int], ...] = ()
 
     @property
     def scatters(self) -> bool:

@@ -58,6 +58,7 @@ class Builder:
         flops: float = 1.0,
         fusible: bool = False,
         touched: tuple[float, ...] = (),
+        apart: tuple[tuple[int, int], ...] = (),
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -67,6 +68,7 @@ class Builder:
             flops=flops,
             fusible=fusible,
             touched=touched,
+            apart=apart,
         )
 
     def points(self) -> int:

@@ -94,7 +94,10 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
 
     Groups of more than one input feature are whole in every factor: XLA gathers such a convolution however it
     is sharded (github.com/openxla/xla/issues/47945; seen with jaxlib 0.10 and 0.12). Depthwise ones it
-    splits.
+    splits. Result features and space are kept apart: where the features have an axis and space a smaller one, XLA's
+    values are wrong (seen with jaxlib 0.10 and 0.12, also for programs sharded by hand; `scripts/check_rules.py`).
+    With batch groups (the gradient of a depthwise kernel) the features are summed over whole: on a mesh with an axis
+    besides the one that cuts them, XLA adds over that too (same versions, also by hand).
 
     flops: two per multiply-add with a source element; the zeros a dilated source is filled with cost nothing.
     """
@@ -113,7 +116,8 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
 
     n = build.factor(target[result_batch], name="n")
     left[batch], result[result_batch] = (*batch_groups, *n), n
-    right[features_in] = build.factor(kernel[features_in], Kind.SUM, name="c")
+    summed = Kind.SUM if params["batch_group_count"] == 1 else Kind.WHOLE
+    right[features_in] = build.factor(kernel[features_in], summed, name="c")
     left[feature] = (*feature_groups, *right[features_in])
     o = build.factor(target[result_feature] // groups, name="o")
     right[features_out] = result[result_feature] = (*feature_groups, *batch_groups, *o)
@@ -131,7 +135,8 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
         )
     if params["feature_group_count"] > 1 and kernel[features_in] > 1:
         build.give_up()
-    return build.rule((left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])))
+    apart = tuple((f, s) for f in (*feature_groups, *batch_groups, *o) for a in left_space for s in left[a] if f != s)
+    return build.rule((left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])), apart=apart)
 
 
 def _space(
@@ -144,21 +149,16 @@ def _space(
     base: int,
     dilation: int,
 ) -> tuple[Dim, Dim, Dim]:
-    """One spatial dimension of source, kernel and target.
+    """One spatial dimension of source, kernel and target: source and target are cut alike, and neighbours exchange a slab.
 
-    As a rule source and target are cut alike, and neighbours exchange a slab. In the gradient of a kernel the
-    roles are turned: the "kernel" is the image-sized one, is cut like the source, and its partial sums are
-    added.
+    In the gradient of a kernel the "kernel" is the image-sized one and could be cut like the source, its partial sums added; but
+    where a mesh has an axis besides the one that cuts, XLA adds over that too (seen with jaxlib 0.10 and 0.12, also for programs
+    sharded by hand): such dimensions are whole.
     """
     source, taps, target = extents
     halo = halo_of(source, target, stride=stride, taps=taps, dilation=dilation, before=before, base=base)
-    if halo is None or target == 1:
-        swapped = {"stride": dilation, "dilation": stride, "taps": target}
-        turned = halo_of(source, taps, before=before, base=base, **swapped)
-        if turned is not None:
-            out = build.factor(target, Kind.WHOLE, name=name)
-            kernel = build.factor(taps, Kind.SUM, halo=turned, name=f"k{name}")
-            return kernel, kernel, out
+    if target == 1:
+        halo = None
     kind = Kind.WHOLE if halo is None else Kind.HALO if halo else Kind.PARALLEL
     out = build.factor(target, kind, halo=halo or 0, name=name)
     kernel = build.factor(taps, Kind.WHOLE, name=f"k{name}")

@@ -58,6 +58,7 @@ class Rule:
     `known`: False where nothing is known about the primitive and its operands are gathered whole.
     `touched`: the share of each operand, then of each result, that memory really sees (a gather reads a few
     rows of its table, an update in place writes only the update); () when all of everything is.
+    `apart`: pairs of factors of which only one may be given axes, because the compiler errs where both are.
     """
 
     factors: tuple[Factor, ...]
@@ -68,6 +69,7 @@ class Rule:
     free: bool = False
     known: bool = True
     touched: tuple[float, ...] = ()
+    apart: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.factors)
@@ -79,6 +81,8 @@ class Rule:
                 raise ValueError(f"one tensor cannot carry the same factor twice: {terminal} in {self}")
         if self.touched and len(self.touched) != len(self.operands) + len(self.results):
             raise ValueError(f"`touched` has {len(self.touched)} shares for {self}")
+        if any(not (0 <= a < count and 0 <= b < count and a != b) for a, b in self.apart):
+            raise ValueError(f"`apart` names a factor outside 0..{count - 1}, or one twice: {self.apart}")
 
     @cached_property
     def points(self) -> int:
