@@ -36,8 +36,16 @@ def pass_through(*prims: Primitive) -> None:
         return build.rule(dims, dims[: len(results)], flops=0.0, fusible=True)
 
 
+@register(*primitives("tie?"), reads=())
+def tie(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """i, j -> j: the last operand, once the first is there."""
+    build = Builder()
+    dims = [build.factors_of(a.shape) for a in operands]
+    return build.rule(dims, [dims[-1]], flops=0.0, fusible=True)
+
+
 def gathered(*prims: Primitive) -> None:
-    """Known to need whole operands: the host sees them, or one device does it all."""
+    """Known to need whole operands: the host sees them, one device does it all, or XLA gathers them anyhow."""
 
     @register(*prims, reads=())
     def whole(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
@@ -60,9 +68,10 @@ elementwise(
 pass_through(
     *primitives(
         """
-        copy dce_sink? device_put from_edtype? layout_constraint? name optimization_barrier relayout? reshard?
-        sharding_constraint stop_gradient tie? to_edtype?
+        copy dce_sink? device_put from_edtype? inspect_sharding? name optimization_barrier relayout? reshard?
+        sharding_constraint stage? stop_gradient to_edtype?
         """
     )
 )
 gathered(*primitives("debug_callback debug_print? io_callback pure_callback"))
+gathered(*primitives("layout_constraint?"))  # seen with jaxlib 0.10 and 0.12

@@ -49,7 +49,10 @@ def gather(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence
 def scatterer(kind: Kind, *prims: Primitive) -> None:
     """v d, i 1, i d -> v d. A device that sees all updates writes those in its own part of v: parallel.
 
-    Splitting the updates (i) is of kind `kind`. One operation per element of the updates.
+    Splitting the updates (i) is of kind `kind`: one device starts from the operand, the others from what
+    leaves everything as it is (0, 1, the least, the largest), and their results are combined. What is
+    written over what is no such operation, and XLA knows none for a difference. One operation per element
+    of the updates.
     """
 
     @register(*prims, reads=("dimension_numbers",))
@@ -86,8 +89,9 @@ def scatterer(kind: Kind, *prims: Primitive) -> None:
         return build.rule([table_dims, [*index_dims, ()], dims], [table_dims], flops=flops, touched=touched)
 
 
-scatterer(Kind.SUM, *primitives("scatter_add scatter_sub?"))
-scatterer(Kind.WHOLE, *primitives("scatter scatter_mul scatter_min scatter_max"))
+scatterer(Kind.SUM, *primitives("scatter_add"))
+scatterer(Kind.COMBINE, *primitives("scatter_mul scatter_min scatter_max"))
+scatterer(Kind.WHOLE, *primitives("scatter scatter_sub?"))
 
 
 def _interleave(rank: int, places: Sequence[int], windows: Sequence[Dim], batch: Sequence[Dim]) -> list[Dim]:

@@ -34,6 +34,7 @@ def batched(*prims: Primitive, flops: float) -> None:
 batched(*primitives("cholesky cholesky_update?"), flops=1 / 3)
 batched(*primitives("lu geqrf? geqp3? householder_product tridiagonal hessenberg"), flops=4 / 3)
 batched(*primitives("qr"), flops=8 / 3)
+batched(*primitives("ormqr?"), flops=4)
 batched(*primitives("eigh"), flops=9)
 batched(*primitives("svd"), flops=22)
 batched(*primitives("eig schur"), flops=25)
@@ -51,6 +52,29 @@ def triangular_solve(params: Mapping[str, Any], operands: Sequence[Any], results
     sides = build.factor(columns if left else rows, Kind.WHOLE, name="n")
     both = (*leading, inner, sides) if left else (*leading, sides, inner)
     return build.rule([(*leading, inner, other), both], [both])
+
+
+@register(*primitives("symmetric_product?"), reads=())
+def symmetric_product(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """b m k, b m n -> b m n: A A' + C, with m and n of one extent. On a GPU one kernel does a matrix."""
+    build = Builder()
+    *batch, rows, inner = operands[0].shape
+    leading = build.factors_of(batch, name="b")
+    m, n = (build.factor(rows, Kind.WHOLE, name=name) for name in "mn")
+    k = build.factor(inner, Kind.WHOLE, name="k")
+    square = (*leading, m, n)
+    return build.rule([(*leading, m, k), square], [square], flops=2.0)
+
+
+@register(*primitives("lu_pivots_to_permutation?"), reads=())
+def permutation(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """b k -> b n. The swaps are done one after the other."""
+    build = Builder()
+    *batch, swaps = operands[0].shape
+    leading = build.factors_of(batch, name="b")
+    k = build.factor(swaps, Kind.WHOLE, name="k")
+    n = build.factor(results[0].shape[-1], Kind.WHOLE, name="n")
+    return build.rule([(*leading, k)], [(*leading, n)], flops=1 / max(1, results[0].shape[-1]))
 
 
 @register(*primitives("tridiagonal_solve"), reads=())

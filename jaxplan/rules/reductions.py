@@ -45,6 +45,16 @@ def along(axis: str, *prims: Primitive, depth: bool = False) -> None:
         return build.rule([dims] * len(operands), [dims] * len(results), flops=flops)
 
 
+@register(*primitives("top_k"), reads=("axis",))
+def top_k(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Whole throughout: XLA gathers it however it is sharded (seen with jaxlib 0.10 and 0.12); `sort` it does not."""
+    build = Builder()
+    shape = operands[0].shape
+    dims = build.factors_of(shape, Kind.WHOLE)
+    depth = math.log2(max(2, shape[params["axis"] % len(shape)]))
+    return build.rule([dims], [dims] * len(results), flops=depth)
+
+
 reducer(Kind.SUM, *primitives("reduce_sum"))
 reducer(Kind.COMBINE, *primitives("reduce_max reduce_min reduce_prod reduce_and reduce_or"))
 # No all-reduce has exclusive or; one all-reduce combines values, not pairs of value and index; what a user's
@@ -54,5 +64,4 @@ reducer(Kind.WHOLE, *primitives("reduce"), axes="dimensions")
 
 along("axis", *primitives("cumsum cumprod cummax cummin cumlogsumexp"))
 along("dimension", *primitives("sort"), depth=True)
-along("axis", *primitives("top_k"), depth=True)
 along("reduction_dimension", *primitives("approx_top_k"))

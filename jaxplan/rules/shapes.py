@@ -128,12 +128,14 @@ def bitcast_convert_type(params: Mapping[str, Any], operands: Sequence[Any], res
 
 
 @register(
-    *primitives("iota iota_2x32_shape empty? empty2? platform_index? create_token after_all"),
+    *primitives("iota iota_2x32_shape empty? empty2? zeros_like? platform_index? create_token after_all"),
     reads=(),
     free=True,
 )
 def made_anywhere(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     """Every device can make its own part, from nothing."""
     build = Builder()
-    dims = build.factors_of(results[0].shape) if results else ()
-    return build.rule([()] * len(operands), [dims] * len(results), flops=0.0, fusible=True)
+    shape = results[0].shape if results else ()
+    dims = build.factors_of(shape)
+    sources = [dims if a.shape == shape else [()] * len(a.shape) for a in operands]
+    return build.rule(sources, [dims] * len(results), flops=0.0, fusible=True)
