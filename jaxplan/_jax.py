@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.core
-from jax._src import pjit as _pjit, source_info_util as _source_info
+from jax._src import pjit as _pjit, shard_map as _shard_map, source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
@@ -32,6 +32,7 @@ custom_jvp_call_p = _primitives.custom_jvp_call_p
 custom_vjp_call_p = _primitives.custom_vjp_call_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
+shard_map_p = _shard_map.shard_map_p
 
 
 def source_line(equation: Any) -> tuple[str, int]:
@@ -108,16 +109,31 @@ def asked_layout(equation: Any) -> Asked | None:
     sharding = equation.params.get("sharding", equation.params.get("dst_sharding"))
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return None
-    ndim = len(equation.outvars[0].aval.shape)
-    free = set(equation.params.get("unconstrained_dims") or ())
-    entries = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    return _asked(sharding.spec, len(equation.outvars[0].aval.shape), set(equation.params.get("unconstrained_dims") or ()))
+
+
+def _asked(spec: Any, ndim: int, free: set[int]) -> Asked:
+    """A spec as axes per dimension; dimensions in `free`, and those it calls unconstrained, are left open."""
     found: list[tuple[str, ...] | None] = []
-    for dim, entry in enumerate(entries):
+    for dim, entry in enumerate((*spec, *[None] * (ndim - len(spec)))):
         if dim in free or entry is jax.sharding.PartitionSpec.UNCONSTRAINED:
             found.append(None)
         else:
             found.append(() if entry is None else entry if isinstance(entry, tuple) else (entry,))
     return tuple(found)
+
+
+def shard_map_layouts(equation: Any) -> tuple[list[Asked], list[Asked]]:
+    """What a `shard_map` asks of its operands, and how it leaves its results."""
+    sides = (equation.params["in_specs"], equation.invars), (equation.params["out_specs"], equation.outvars)
+    ins, outs = ([_asked(s, len(v.aval.shape), set()) for s, v in zip(specs, vars, strict=True)] for specs, vars in sides)
+    return ins, outs
+
+
+def bind_shard_map(equation: Any, values: list[Any], mesh: Any) -> list[Any]:
+    """The same manual region on another mesh of the same axes (of other types, say)."""
+    params = {**equation.params, "mesh": mesh.abstract_mesh}
+    return list(equation.primitive.bind(*values, **equation.primitive.get_bind_params(params)))
 
 
 _TYPED = ("sharding", "out_sharding")

@@ -165,6 +165,13 @@ def _cond(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list
     return [replay.boundary_written(v, (*path, "out", k)) for k, v in enumerate(outs)]
 
 
+def _shard_map(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    marks = [(*path, "in", k) for k in range(len(values))]
+    values = [replay.boundary_written(replay.boundary_read(v, m), m) for v, m in zip(values, marks, strict=True)]
+    outs = _jax.bind_shard_map(equation, values, replay.mesh)
+    return [replay.boundary_written(out, (*path, "out", k)) for k, out in enumerate(outs)]
+
+
 def _call(parameter: str) -> Callable[[_Replay, Any, list[Any], Path], list[Any]]:
     def run(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
         jaxpr = equation.params[parameter]
@@ -195,6 +202,7 @@ _CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.cond_p: _cond,
     _jax.jit_p: _call("jaxpr"),
     _jax.remat_p: _remat,
+    _jax.shard_map_p: _shard_map,
     _jax.closed_call_p: _call("call_jaxpr"),
     _jax.custom_jvp_call_p: _custom,
     _jax.custom_vjp_call_p: _custom,
@@ -274,7 +282,7 @@ class PlannedFunction:
         if not explicit:
             return self._inside(*leaves)
         specs = [sharding.spec for sharding in self._outs]
-        return jax.sharding.auto_axes(self._inside, out_sharding=specs)(*leaves)
+        return list(jax.sharding.auto_axes(self._inside, out_sharding=specs)(*leaves))  # type: ignore[arg-type]
 
     def _home(self, values: Sequence[Any]) -> list[Any]:
         """Results on the user's own mesh (its axes may be Explicit)."""

@@ -222,3 +222,29 @@ def test_a_layout_asked_for_that_cannot_be_had_is_an_error_with_the_users_line()
         jaxplan.make_plan(odd, jnp.ones(6), mesh=mesh)
     with pytest.raises(ValueError, match=r"test_apply.py:\d+ asks for mesh axis 'a'; the mesh to plan for has"):
         jaxplan.make_plan(foreign, jnp.ones(8), mesh=mesh)
+
+
+def test_what_is_sharded_by_hand_keeps_its_layouts():
+    mesh, x, w = mesh_of((4, 2)), jnp.linspace(-1, 1, 64 * 32).reshape(64, 32), jnp.ones((32, 64)) / 32
+
+    def by_hand(x, w):
+        local = jax.shard_map(
+            lambda a, b: jax.lax.psum(a @ b, "y"), mesh=mesh, in_specs=(P("x", "y"), P("y", None)), out_specs=P("x", None)
+        )
+        return jnp.tanh(local(jnp.sin(x), w))
+
+    plan = jaxplan.make_plan(by_hand, x, w, mesh=mesh)
+    assert plan.in_specs[1] == P("y"), "an input of nobody else lies as the region asks"
+    assert_close(jax.jit(by_hand)(x, w), plan.jit()(x, w))
+
+    def trained(x, w):
+        return jax.grad(lambda w: by_hand(x, w).sum())(w)
+
+    assert_close(jax.jit(trained)(x, w), jaxplan.make_plan(trained, x, w, mesh=mesh).jit()(x, w))
+
+    def looped(x, w):
+        return jax.lax.scan(lambda c, _: (by_hand(c, w)[:, :32], None), x, None, length=3)[0]
+
+    assert_close(jax.jit(looped)(x, w), jaxplan.make_plan(looped, x, w, mesh=mesh).jit()(x, w))
+    with pytest.raises(ValueError, match=r"edge of a manual region at .*test_apply.py:\d+ asks for mesh axis 'x'"):
+        jaxplan.make_plan(by_hand, x, w, mesh=Mesh(np.array(jax.devices()[:8]), ("z",)))

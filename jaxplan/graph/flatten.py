@@ -17,6 +17,7 @@ WHILE_TRIPS = 10.0
 INPUT = "program input"
 BOUNDARY = "loop boundary"
 VIEW = "shared view"
+MANUAL = "edge of a manual region"
 """Names of operators that stand for no equation; no primitive bears a name with a space."""
 
 
@@ -54,11 +55,13 @@ class Flat:
         place: Place,
         mark: Path,
         read_times: tuple[float, ...] | None = None,
+        equation: Any = None,
+        asked: _jax.Asked | None = None,
     ) -> None:
-        """A new operator at `place` that stands for no equation."""
+        """A new operator at `place` that stands for no equation (or for one side of one)."""
         path = place.path + mark
         self.operators.append(
-            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, path, None, read_times)
+            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, read_times, asked)
         )
 
     def scope(self) -> int:
@@ -80,14 +83,9 @@ class Flat:
                 tensor = env[var] = self.tensor(var.aval)
                 results.append(tensor)
             asked = _jax.asked_layout(equation) if equation.primitive in _ASKING else None
-            if asked is not None:
-                name, rule = equation.primitive.name, passing_rule(self.tensors[results[0]].shape, 1, 1)
-                path = (*place.path, number)
-                self.operators.append(
-                    Operator(
-                        name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, None, asked
-                    )
-                )
+            if asked:
+                rule = passing_rule(self.tensors[results[0]].shape, 1, 1)
+                self.add(equation.primitive.name, rule, operands, results, place, (number,), equation=equation, asked=asked)
                 continue
             avals = [v.aval for v in equation.invars], [v.aval for v in equation.outvars]
             rule = rule_of(equation.primitive, equation.params, *avals)
@@ -304,6 +302,21 @@ def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
     return flat.call(equation.params["jaxpr"], operands, place.inside(flat.scope(), 1.0))
 
 
+def _shard_map(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    """Sharded by hand: its operands are brought to the layouts it asks for, its results are where it leaves them; what it does
+    inside is its own affair and is not priced."""
+    ins, outs = _jax.shard_map_layouts(equation)
+    for k, (operand, asked) in enumerate(zip(operands, ins, strict=True)):
+        if operand >= 0 and asked:
+            rule = passing_rule(flat.tensors[operand].shape, 1, 1)
+            flat.add(MANUAL, rule, (operand,), (flat.like(operand),), place, ("in", k), equation=equation, asked=asked)
+    results = [flat.tensor(var.aval) for var in equation.outvars]
+    for k, (result, asked) in enumerate(zip(results, outs, strict=True)):
+        rule = passing_rule(flat.tensors[result].shape, 0, 1)
+        flat.add(MANUAL, rule, (), (result,), place, ("out", k), equation=equation, asked=asked or None)
+    return results
+
+
 def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:
     def handler(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
         jaxpr = equation.params[parameter]
@@ -318,6 +331,7 @@ _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
     _jax.cond_p: _cond,
     _jax.jit_p: _inline("jaxpr"),
     _jax.remat_p: _remat,
+    _jax.shard_map_p: _shard_map,
     _jax.closed_call_p: _inline("call_jaxpr"),
     _jax.custom_jvp_call_p: _inline("call_jaxpr"),
     _jax.custom_vjp_call_p: _inline("call_jaxpr"),

@@ -40,7 +40,8 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
             draft = _Draft(index, operator, digest, tensors)
             drafts.append(draft)
         home[index] = draft
-    needed = leaves.union(*[draft.reads for draft in drafts])
+    asked = [operator.results for operator in operators if operator.asked is not None]
+    needed = leaves.union(*asked, *[draft.reads for draft in drafts])
     return [draft.close(needed) for draft in reversed(drafts)]
 
 
