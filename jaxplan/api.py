@@ -20,10 +20,11 @@ from jaxplan import plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.cost import Numbers, model
 from jaxplan.graph import Graph, build_graph
+from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.layout import Layout
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.problem import Assignment, Problem
-from jaxplan.report import describe
+from jaxplan.report import describe, show_seconds
 from jaxplan.search import search as run_search
 from jaxplan.trace import Traced, trace
 
@@ -40,13 +41,32 @@ class Request:
     memory_budget: int | float | str | None = None
     pins: Mapping[str, PartitionSpec] = field(default_factory=dict)
     static: Mapping[int | str, Any] = field(default_factory=dict)
+    while_trips: float = WHILE_TRIPS
+
+
+MOST_PADDINGS = 4
+
+
+@dataclass(frozen=True)
+class Padding:
+    """An extent that the mesh does not divide; `path`, `dim`: an input that has it. `saved`: seconds per call."""
+
+    extent: int
+    padded: int
+    path: str
+    dim: int
+    saved: float
+
+    def __str__(self) -> str:
+        where = f"{self.extent} (dimension {self.dim} of {self.path})"
+        return f"indivisible     {where}: padding it to {self.padded} would save {show_seconds(self.saved)} a call"
 
 
 class Plan(_plan.Plan):
     """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
 
     def __str__(self) -> str:
-        return describe(self)
+        return describe(self, notes=[str(padding) for padding in self.paddings])
 
     def jit(self, donate_argnums: int | Sequence[int] | None = None) -> PlannedFunction:
         """The planned function: callable, places its arguments, has `.lower(*args)`.
@@ -62,6 +82,40 @@ class Plan(_plan.Plan):
             args, _ = self.traced.unflatten_inputs(range(count))
             donated = [leaf for i, arg in enumerate(args) if i in wanted for leaf in jax.tree.leaves(arg)]
         return PlannedFunction(self, dict(self.request.static), donated)
+
+    @functools.cached_property
+    def paddings(self) -> tuple[Padding, ...]:
+        """Extents that the mesh does not divide, and what padding them would save; only those worth half a percent of a call.
+
+        Searched anew for each of the `MOST_PADDINGS` extents with the most bytes, when first asked for (or printed).
+        """
+        graph, modelled = self.modelled.graph, self.modelled
+        devices = math.prod(modelled.numbers.sizes)
+        at: dict[int, list[tuple[int, int]]] = {}
+        for tensor in dict.fromkeys(graph.inputs):
+            for dim, extent in enumerate(graph.tensors[tensor].shape):
+                if extent > devices and extent % devices:
+                    at.setdefault(extent, []).append((tensor, dim))
+        weight = {extent: sum(graph.tensors[tensor].nbytes for tensor, _ in places) for extent, places in at.items()}
+        found = []
+        for extent in sorted(at, key=lambda extent: (-weight[extent], extent))[:MOST_PADDINGS]:
+            padded = -(-extent // devices) * devices
+            clusters = [c._replace(units=tuple([padded if unit == extent else unit for unit in c.units])) for c in graph.clusters]
+            relaxed = model(replace(graph, clusters=tuple(clusters)), modelled.numbers, _request_pins(self))
+            saved = self.seconds - run_search(relaxed.problem, self.request.search).seconds
+            if saved > 0.005 * self.seconds:
+                tensor, dim = at[extent][0]
+                path = self.traced.in_paths[graph.inputs.index(tensor)]
+                found.append(Padding(extent, padded, path, dim, saved))
+        return tuple(found)
+
+    @functools.cached_property
+    def pin_prices(self) -> Mapping[str, float]:
+        """{pin: seconds per call that it costs}: what the best plan without it would save, the other pins kept. Searched anew
+        for each pin, when first asked for."""
+        pins = self.request.pins
+        free = ({p: s for p, s in pins.items() if p != path} for path in pins)
+        return {path: self.seconds - self.replan(pins=rest).seconds for path, rest in zip(pins, free, strict=True)}
 
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins` or `search`; no retrace."""
@@ -84,6 +138,7 @@ def make_plan(
     pipeline: str | None = "auto",
     microbatches: int | None = None,
     certify: bool = False,
+    while_trips: float = WHILE_TRIPS,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
@@ -95,13 +150,16 @@ def make_plan(
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
     of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
-    `pins`: {input path or pytree prefix: PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or one string per
-    positional argument. `static_*`, `donate_*`: as in `jax.jit`.
+    `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
+    one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
+    `static_*`, `donate_*`: as in `jax.jit`.
 
     Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.
     """
     if pipeline not in ("auto", None) or microbatches is not None:
         raise ValueError("pipeline parallelism cannot be asked for in this version: leave pipeline='auto' and microbatches=None")
+    if not 0 <= while_trips < math.inf:
+        raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     if certify:
         raise ValueError("certify=True is not available in this version; plan without it")
     start = time.perf_counter()
@@ -111,9 +169,9 @@ def make_plan(
     )  # fmt: skip
     traced_at = time.perf_counter()
     static = _static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static)
+    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips)
     with _collector_paused():
-        graph = build_graph(traced)
+        graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
 
@@ -253,19 +311,40 @@ def _static_values(
     return values
 
 
+def _request_pins(plan: Plan) -> dict[int, Layout]:
+    return _pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes)
+
+
 def _pinned_layouts(
     traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int]
 ) -> dict[int, Layout]:
-    """{flat input: layout} of what the user insists on; a pytree prefix pins every leaf below it."""
+    """{flat input: layout} of what the user insists on; later pins override earlier ones."""
     layouts: dict[int, Layout] = {}
     for path, spec in pins.items():
-        hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
-        if not hits:
-            near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
-            raise ValueError(f"pin {path!r}: no input of {traced.name} has that path; the closest are {near}")
-        for position in hits:
+        for position in _inputs_at(traced, "pin", path):
             layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
     return layouts
+
+
+def _inputs_at(traced: Traced, what: str, path: str) -> list[int]:
+    """Flat inputs that a path names: a leaf, every leaf below a pytree prefix, or every path that a glob matches ("blocks/*/wq",
+    where a star stays within one level and two stars cross levels)."""
+    if any(c in path for c in "*?["):
+        pattern = re.compile(_glob(path))
+        hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
+    else:
+        hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
+    if not hits:
+        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
+        raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
+    return hits
+
+
+def _glob(path: str) -> str:
+    """A glob as a regular expression; it also matches what lies below."""
+    words = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", path)
+    return "".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts) + "(/.*)?"
 
 
 def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> Layout:
@@ -302,11 +381,7 @@ def _dimension_names(
     else:
         written = {}
         for path, text in dims.items():
-            hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
-            if not hits:
-                near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
-                raise ValueError(f"dims {path!r}: no input has that path; the closest are {near}")
-            written.update(dict.fromkeys(hits, text))
+            written.update(dict.fromkeys(_inputs_at(traced, "dims", path), text))
     names = {}
     for position, text in written.items():
         words = text.split()

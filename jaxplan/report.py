@@ -47,12 +47,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
     return [line(header), *map(line, rows)]
 
 
-def describe(plan: Plan, *, most: int = 12) -> str:
-    """The whole plan: inputs, what each axis does, exchanges, totals. `most`: rows of the exchange table."""
+def describe(plan: Plan, *, most: int = 12, notes: Sequence[str] = ()) -> str:
+    """The whole plan: inputs, what each axis does, exchanges, totals. `most`: rows of the exchange table. `notes`: lines that
+    close it."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axis_sizes.items())
     machine = plan.modelled.numbers.machine.name
     lines = [f"Plan for {plan.traced.name} on mesh ({mesh}), machine {machine}", ""]
-    lines += _inputs(plan) + [""] + _axes(plan) + [""] + _exchanges(plan, most) + [""] + _totals(plan)
+    lines += _inputs(plan) + [""] + _axes(plan) + [""] + _exchanges(plan, most) + [""] + _totals(plan) + list(notes)
     return "\n".join(lines)
 
 

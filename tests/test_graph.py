@@ -91,3 +91,21 @@ def test_the_cache_of_a_decoder_goes_round():
 def test_a_transpose_of_a_square_is_no_state():
     assert graph_of(lambda x: x.T, shape(8, 8)).ties == ()
     assert graph_of(lambda x: x * 2.0, shape(8, 8)).ties == ((0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("loop", "trips"),
+    [
+        (lambda x: jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] + 1, s[1] @ x), (0, x)), 7),
+        (lambda x: jax.lax.while_loop(lambda s: s[0] <= 7, lambda s: (s[0] + 2, s[1] @ x), (0, x)), 4),
+        (lambda x: jax.lax.while_loop(lambda s: s[0] > 0, lambda s: (s[0] - 1, s[1] @ x), (5, x)), 5),
+        (lambda x: jax.lax.while_loop(lambda s: s[0] < 9, lambda s: (1 + s[0], s[1] @ x), (9, x)), 0),
+        (lambda x: jax.lax.fori_loop(0, 6, lambda i, s: s @ x, x), 6),
+        (lambda x: jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] * 2, s[1] @ x), (1, x)), 10),
+        (lambda x: jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] - 1, s[1] @ x), (1, x)), 10),
+        (lambda x: jax.lax.while_loop(lambda s: s.sum() < 7, lambda s: s @ x, x), 10),
+    ],
+)
+def test_the_rounds_of_a_loop_are_read_where_the_program_says_them(loop, trips):
+    graph = graph_of(loop, shape(8, 8))
+    assert [op.times for op in graph.operators if op.name == "dot_general"] == [trips]

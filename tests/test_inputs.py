@@ -184,3 +184,58 @@ def test_an_unknown_primitive_is_gathered_whole_priced_and_reported():
     plan = jaxplan.make_plan(lambda x: strange_p.bind(x) + 1.0, shape(8, 8), mesh=devices(4))
     assert "strange: gathered whole" in str(plan)
     np.testing.assert_allclose(plan.jit()(jnp.ones((8, 8), F32)), 3.0)
+
+
+def train(params, x):
+    def loss(params):
+        for block in params["blocks"]:
+            x_ = jnp.tanh(x @ block["wq"]) @ block["wo"]
+        return jnp.mean((x_ @ params["out"]) ** 2)
+
+    return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss)(params))
+
+
+PARAMS = {"blocks": [{"wq": shape(64, 256), "wo": shape(256, 64)} for _ in range(2)], "out": shape(64, 1003)}
+
+
+def test_pins_by_glob_and_what_they_cost():
+    pins = {"params/blocks/*/wq": P(None, "x"), "params/out": P()}
+    plan = jaxplan.make_plan(train, PARAMS, shape(512, 64), mesh=MESH, machine="v4", pins=pins)
+    specs = plan.in_specs[0]
+    assert [block["wq"] for block in specs["blocks"]] == [P(None, "x")] * 2 and specs["out"] == P()
+    assert set(plan.pin_prices) == set(pins)
+    for path, price in plan.pin_prices.items():
+        rest = {p: s for p, s in pins.items() if p != path}
+        assert price == pytest.approx(plan.seconds - plan.replan(pins=rest).seconds)
+    everything = jaxplan.make_plan(train, PARAMS, shape(512, 64), mesh=MESH, machine="v4", pins={"params/**": P()})
+    assert all(spec == P() for spec in jax.tree.leaves(everything.in_specs[0], is_leaf=lambda s: isinstance(s, P)))
+    with pytest.raises(ValueError, match=r"pin 'params/blocks/\*/wk': no input of train has that path"):
+        jaxplan.make_plan(train, PARAMS, shape(512, 64), mesh=MESH, pins={"params/blocks/*/wk": P()})
+
+
+def test_what_no_axis_divides_is_told_and_priced():
+    def step(table, x):
+        def loss(table):
+            return jnp.mean(jax.nn.logsumexp(x @ table.T, -1))
+
+        return table - jax.grad(loss)(table)
+
+    plan = jaxplan.make_plan(step, shape(50257, 512), shape(64, 512), mesh=MESH, machine="v4")
+    (padding,) = plan.paddings
+    assert (padding.extent, padding.padded, padding.path, padding.dim) == (50257, 50264, "table", 0)
+    padded = jaxplan.make_plan(step, shape(50264, 512), shape(64, 512), mesh=MESH, machine="v4")
+    assert padding.saved == pytest.approx(plan.seconds - padded.seconds, rel=0.05)
+    assert "50257 (dimension 0 of table): padding it to 50264 would save" in str(plan)
+    assert padded.paddings == () and "indivisible" not in str(padded)
+
+
+def test_rounds_of_a_while_loop_can_be_said():
+    def until(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: jnp.sin(x) @ x, x)
+
+    few, many = (
+        jaxplan.make_plan(until, shape(1024, 1024), mesh=MESH, machine="v4", while_trips=trips) for trips in (1, 100)
+    )
+    assert 50 < many.seconds / few.seconds <= 100
+    with pytest.raises(ValueError, match="while_trips must be a number of rounds, got -1"):
+        jaxplan.make_plan(until, shape(8, 8), mesh=MESH, while_trips=-1)
