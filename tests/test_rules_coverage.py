@@ -1,8 +1,14 @@
-"""Coverage: no primitive of what real programs are made of is unknown to the table."""
+"""Coverage: the table knows every primitive of the installed JAX, or says why not; and docs/primitives.md says so."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -12,6 +18,22 @@ from jax import lax
 
 from jaxplan import _jax
 from jaxplan.rules import classify, rule_of
+from jaxplan.rules.whole import DELIBERATELY_WHOLE
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module, once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+listing = load("list_primitives")
 
 
 def f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -123,3 +145,93 @@ def test_nothing_is_unknown(step: Callable[..., Any], args: tuple[Any, ...]) -> 
         for terminals, variables in ((rule.operands, equation.invars), (rule.results, equation.outvars)):
             assert [len(dims) for dims in terminals] == [v.aval.ndim for v in variables]
     assert not unknown
+
+
+# --- every primitive that the installed JAX has ----------------------------------------------------------------------
+
+
+def missing() -> list[str]:
+    return [primitive.name for primitive in listing.installed_primitives() if listing.class_of(primitive) == "missing"]
+
+
+def test_every_primitive_is_in_a_class() -> None:
+    names = missing()
+    assert not names, (
+        f"jax {jax.__version__} has primitives that nobody has thought about: {names}. Give each a rule (docs/rules.md) or a "
+        "reason (jaxplan/rules/whole.py), then run scripts/list_primitives.py."
+    )
+
+
+def test_the_listing_finds_what_programs_are_made_of() -> None:
+    found = {primitive.name for primitive in listing.installed_primitives()}
+    assert len(found) > 250
+    assert found >= {"add", "dot_general", "fft", "random_bits", "scan", "shard_map", "top_k", "custom_linear_solve", "ffi_call"}
+
+
+def test_a_primitive_that_nobody_has_thought_about_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("jax._src.brand_new")
+    module.brand_new_p = _jax.Primitive("brand_new")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert missing() == ["brand_new"]
+
+
+def test_what_has_a_rule_is_not_called_whole() -> None:
+    ruled = {primitive.name for primitive in listing.installed_primitives() if classify(primitive) != "unknown"}
+    assert not ruled & DELIBERATELY_WHOLE.keys()
+    assert {"pallas_call", "custom_partitioning", "bcoo_dot_general"} <= DELIBERATELY_WHOLE.keys()
+
+
+def test_examples_have_the_ranks_of_their_rules() -> None:
+    table = listing.examples()
+    for primitive in listing.installed_primitives():
+        if listing.class_of(primitive) in ("known", "free"):
+            worked = listing.work_out(primitive, table)
+            assert worked.rule.known and worked.rule.free == (classify(primitive) == "free")
+            for terminals, avals in ((worked.rule.operands, worked.operands), (worked.rule.results, worked.results)):
+                assert [len(dims) for dims in terminals] == [len(getattr(aval, "shape", ())) for aval in avals], primitive
+
+
+def test_a_wrong_guess_at_an_example_says_so() -> None:
+    with pytest.raises(LookupError, match="add an example of 'brand_new'"):
+        listing.example_of(_jax.Primitive("brand_new"), {})
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def script(*options: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in a process of its own: what else is imported here is in no public module."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "list_primitives.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    done = script("--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if listing.version_of(listing.PAGE.read_text(encoding="utf-8")) != jax.__version__:
+        assert "not judged" in done.stdout
+
+
+def test_a_stale_page_is_caught(tmp_path: Path) -> None:
+    page = tmp_path / "primitives.md"
+    assert script("--check", "--output", str(page)).returncode == 1
+    assert script("--output", str(page)).returncode == 0
+    page.write_text(page.read_text(encoding="utf-8").replace("dot_general", "dot_particular"), encoding="utf-8")
+    done = script("--check", "--output", str(page))
+    assert done.returncode == 1 and "is stale" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "split", "seconds"),
+    [
+        ("dot_general", "k", "max(2 B K M N/n r, (4 B K M/n + 4 B K N/n + 4 B M N) m) + 8 B M N (n-1)/n g + 2 l"),
+        ("reduce_window_sum", "j", "max(I J K/n r, 8 I J/n m) + 8 I g + l"),
+        ("exp", "i", "max(I J/n r, 8 I J/n m)"),
+        ("transpose", "i", "8 I J/n m"),
+        ("top_k", "", "max(2 I J r, (16 I + 4 I J) m)"),
+    ],
+)
+def test_costs_are_written_in_closed_form(example: str, split: str, seconds: str) -> None:
+    primitive = next(p for p in listing.installed_primitives() if p.name == example)
+    assert listing.cost_of(listing.work_out(primitive, listing.examples())) == (split, seconds)

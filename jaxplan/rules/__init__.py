@@ -13,6 +13,7 @@
     indexing.py     gather, scatter
     random.py       pseudo-random bits and keys
     linalg.py       factorizations, solves, fft
+    whole.py        primitives without a rule, and why
 
 Control flow is not here: the graph recurses into it.
 """

@@ -18,13 +18,12 @@ _REASONS: dict[str, str] = {
         unreduced_psum_start unreduced_reduce_scatter unreduced_reduce_scatter_start vary_unreduced_cast
         vary_unreduced_cast_p
     """,
-    "is sharded by hand, over a mesh and specs that are its own": "shard_map",
     "reads, writes or makes a mutable reference, whose order in time a rule cannot tell": """
         accum_grad_in_ref addupdate box_get box_set create_linear empty_ref free_ref freeze get log_extend log_read
         new_box new_log new_ref pin run_state swap unpin
     """,
     "calls a kernel that JAX cannot look into; its author can teach its rule": """
-        buffer_callback call_exported core_map cudnn_fusion ffi_call mpmd_map pallas_call rnn_bwd rnn_fwd
+        buffer_callback core_map cudnn_fusion ffi_call mpmd_map pallas_call rnn_bwd rnn_fwd
     """,
     "has a partitioner of its own, which XLA calls with layouts that jaxplan cannot foresee": """
         custom_partitioning dot_product_attention_bwd dot_product_attention_bwd_wrapper
@@ -34,27 +33,27 @@ _REASONS: dict[str, str] = {
     """,
     "may become one kernel, whose blocks of scales would have to be cut with its operands; not yet checked": "scaled_dot",
     "calls functions that may do anything, and no equation says which dimensions they keep apart": """
-        call call_hi_primitive call_hi_primitive_linearized composite custom_linear_solve custom_vmap_call eval_jaxpr
-        fused_call linear_call remat_opt
+        call call_exported call_hi_primitive call_hi_primitive_linearized composite custom_linear_solve custom_vmap_call
+        eval_jaxpr fused_call linear_call remat_opt
     """,
     "exists only while derivatives are taken; no program that is run holds one": """
         custom_jvp_call_jaxpr custom_lin unreachable
     """,
-    "an error check, which `checkify` takes out of a program before it is run": "check",
-    "what `random_bits` of this generator becomes when it is compiled; programs hold `random_bits`, which is free": """
+    "is an error check, which `checkify` takes out of a program before it is run": "check",
+    "is what `random_bits` of this generator becomes when it is compiled; programs hold `random_bits`, which is free": """
         philox2x32 philox4x32 threefry4x32
     """,
-    "scalar arithmetic on dimensions of unknown size, in exported programs alone": """
+    "is scalar arithmetic on dimensions of unknown size, in exported programs alone": """
         dim_as_value dimension_size shape_assertion
     """,
-    "only the bodies of Pallas kernels hold it": "broadcast_to with_memory_space_constraint",
+    "stands only in the bodies of Pallas kernels": "broadcast_to with_memory_space_constraint",
     "tells the compiler about operands that other equations share; a layout would be overruled": """
         compute_on shard_alike xla_metadata_call xla_metadata_value
     """,
     "moves between the arrays of one process and of all": """
         global_array_to_host_local_array host_local_array_to_global_array
     """,
-    "a sparse format (`jax.experimental.sparse`), whose rows lie where data says": """
+    "is of a sparse format (`jax.experimental.sparse`), whose rows lie where data says": """
         bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_spdot_general
         bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense
         coo_fromdense coo_matmat coo_matvec coo_spmm coo_spmv coo_todense csr_fromdense csr_matmat csr_matvec csr_spmm
