@@ -140,15 +140,25 @@ def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> lis
         inner = [replay.boundary_written(consts[k], (*path, "in", k)) for k in numbers]
         return inner + [replay.boundary_written(v, (*path, "carry", k)) for k, v in enumerate(carry)]
 
-    def cond(carry: Any) -> Any:
+    def going(carry: Any) -> Any:
         return replay.run(params["cond_jaxpr"], enter(range(split), carry), (*path, "cond"))[0]
+
+    def cond(carry: Any) -> Any:
+        return jax.numpy.any(going(carry))
 
     def body(carry: Any) -> Any:
         outs = replay.run(params["body_jaxpr"], enter(range(split, total), carry), (*path, "body"))
+        if params["cond_jaxpr"].out_avals[0].shape:  # under vmap: rows that have ended stay as they are
+            outs = [_where_rows(going(carry), new, old) for new, old in zip(outs, carry, strict=True)]
         return tuple(replay.boundary_read(v, (*path, "carry", k), 1) for k, v in enumerate(outs))
 
     finals = jax.lax.while_loop(cond, body, tuple(initial))
     return [replay.boundary_written(v, (*path, "carry", k), 1) for k, v in enumerate(finals)]
+
+
+def _where_rows(rows: Any, new: Any, old: Any) -> Any:
+    """`new` where the leading dimensions say so, `old` elsewhere."""
+    return jax.numpy.where(rows.reshape(rows.shape + (1,) * (new.ndim - rows.ndim)), new, old)
 
 
 def _cond(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:

@@ -75,7 +75,7 @@ def trace(
         error.add_note(f"(jaxplan was tracing {name!r} to plan it; the error is the function's own)")
         raise
     info = staged.args_info
-    entries, in_tree = tree_flatten_with_path(info, is_leaf=lambda x: hasattr(x, "donated"))
+    entries, in_tree = tree_flatten_with_path(info)
     names = _argument_names(fn, len(info[0]), args, static_argnums, static_argnames)
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(

@@ -248,3 +248,45 @@ def test_what_is_sharded_by_hand_keeps_its_layouts():
     assert_close(jax.jit(looped)(x, w), jaxplan.make_plan(looped, x, w, mesh=mesh).jit()(x, w))
     with pytest.raises(ValueError, match=r"edge of a manual region at .*test_apply.py:\d+ asks for mesh axis 'x'"):
         jaxplan.make_plan(by_hand, x, w, mesh=Mesh(np.array(jax.devices()[:8]), ("z",)))
+
+
+def test_a_vmapped_while_loop_keeps_rows_that_have_ended():
+    def solve(rates, starts):
+        def one(rate, start):
+            return jax.lax.while_loop(lambda s: s[0] < 3.0, lambda s: (s[0] + rate, jnp.sin(s[1]) @ jnp.eye(4)), (0.0, start))
+
+        return jax.vmap(one)(rates, starts)
+
+    rates, starts = jnp.linspace(0.2, 2.0, 16), jnp.linspace(-1, 1, 64).reshape(16, 4)
+    plan = jaxplan.make_plan(solve, rates, starts, mesh=mesh_of((4, 2)), pins={"starts": P("x")})
+    assert_close(jax.jit(solve)(rates, starts), plan.jit()(rates, starts))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Variable:
+    """A leaf's wrapper that answers for it, as Flax's variables do."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "value"), name)
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("value"), self.value)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        made = object.__new__(cls)
+        made.value = leaves[0]
+        return made
+
+
+def test_wrapped_leaves_keep_their_wrapping():
+    def step(state, x):
+        return {"w": Variable(state["w"].value - x.T @ (x @ state["w"].value))}
+
+    state, x = {"w": Variable(jnp.ones((32, 16)))}, jnp.ones((64, 32)) / 64
+    plan = jaxplan.make_plan(step, state, x, mesh=mesh_of((4, 2)))
+    assert plan.traced.in_paths[0] == "state/w/value" and plan.modelled.graph.ties == ((0, 0),)
+    assert_close(step(state, x), plan.jit()(state, x))
