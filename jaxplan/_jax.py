@@ -30,6 +30,7 @@ jit_p = _primitives.jit_p
 closed_call_p = _primitives.closed_call_p
 custom_jvp_call_p = _primitives.custom_jvp_call_p
 custom_vjp_call_p = _primitives.custom_vjp_call_p
+dynamic_update_slice_p = _primitives.dynamic_update_slice_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
 shard_map_p = _shard_map.shard_map_p
@@ -145,8 +146,18 @@ def bind(equation: Any, values: list[Any]) -> list[Any]:
     primitive, params = equation.primitive, equation.params
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
+    if primitive is dynamic_update_slice_p:
+        values = _clamped(values)
     outs = primitive.bind(*values, **primitive.get_bind_params(params))
     return list(outs) if primitive.multiple_results else [outs]
+
+
+def _clamped(values: list[Any]) -> list[Any]:
+    """The operands of a `dynamic_update_slice` with its start where JAX says it is: XLA drops an update of one row whose start is
+    out of range where the updated dimension is sharded (seen with jaxlib 0.10, also for programs sharded by hand)."""
+    operand, update, *start = values
+    room = [n - m for n, m in zip(operand.shape, update.shape, strict=True)]
+    return [operand, update, *[jax.numpy.clip(i, 0, most) for i, most in zip(start, room, strict=True)]]
 
 
 def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:

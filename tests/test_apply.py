@@ -290,3 +290,14 @@ def test_wrapped_leaves_keep_their_wrapping():
     plan = jaxplan.make_plan(step, state, x, mesh=mesh_of((4, 2)))
     assert plan.traced.in_paths[0] == "state/w/value" and plan.modelled.graph.ties == ((0, 0),)
     assert_close(step(state, x), plan.jit()(state, x))
+
+
+@pytest.mark.parametrize("start", [-100, 0, 5, 8, 100])
+def test_an_update_out_of_range_lands_where_jax_says(start):
+    def write(x, u, i):
+        return jax.lax.dynamic_update_slice(x, u, (i, 0))
+
+    x, u, i = jnp.zeros((8, 2)), jnp.ones((1, 2)), jnp.int32(start)
+    plan = jaxplan.make_plan(write, x, u, i, mesh=mesh_of((4, 2)), pins={"x": P("x")})
+    assert plan.out_specs == P("x"), "the updated dimension stays sharded"
+    assert_close(jax.jit(write)(x, u, i), plan.jit()(x, u, i))
