@@ -205,7 +205,7 @@ def _solve(
         return Plan(traced, unpriced, modelled.complete(found.choices), request.mesh, {}, found.bound, dims, request)
 
     plan = attempt(0.0)
-    if plan.peak_bytes > budget:
+    if budget < math.inf and plan.peak_bytes > budget:
         plan = _fit(attempt, plan, budget)
     return replace(plan, stages={**stages, "model and search": time.perf_counter() - start})
 

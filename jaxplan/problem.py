@@ -29,8 +29,7 @@ class Family(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One decision.
 
     `options`: how many options there are along each mesh axis. `kind`: nodes of equal kind have equal options

@@ -36,7 +36,7 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
     times = [0.0] * len(first)
     for node, colour in zip(problem.nodes, colours, strict=True):
         times[colour] += node.times
-    nodes = tuple(replace(problem.nodes[first[c]], times=times[c]) for c in range(len(first)))
+    nodes = tuple(problem.nodes[first[c]]._replace(times=times[c]) for c in range(len(first)))
     merged: dict[Hashable, Edge] = {}
     paid: dict[Hashable, float] = {}
     ends: dict[Hashable, tuple[int, int]] = {}

@@ -94,7 +94,7 @@ def model(
         pin = _pin(graph, cluster, pinned, numbers.axis_names)
         if pin is not None:
             pinned_clusters.add(index)
-        kind = _cluster_kind(cluster, graph, name, pin)
+        kind = _cluster_kind(cluster, numbers, name, pin)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
             options = interned.setdefault(options, options)
@@ -236,14 +236,13 @@ def _sized(graph: Graph, tensor: int) -> bool:
     return any(extent > 1 for extent in graph.tensors[tensor].shape)
 
 
-def _cluster_kind(cluster: Cluster, graph: Graph, name: str, pin: Pin | None) -> Hashable:
+def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None) -> Hashable:
     """Everything the price of a cluster depends on."""
-    sizes = tuple((graph.tensors[t.tensor].nbytes if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes))
-    combines = tuple(
-        (c.result.leads, graph.tensors[c.result.tensor].nbytes, c.over, c.scatterable) for c in cluster.combines
-    )
-    halos = tuple((h.operand.leads, h.factor, h.width, h.extent, graph.tensors[h.operand.tensor].nbytes) for h in cluster.halos)
+    nbytes = numbers.nbytes
+    sizes = tuple([(nbytes(t.tensor) if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes)])
+    combines = tuple([(c.result.leads, nbytes(c.result.tensor), c.over, c.scatterable) for c in cluster.combines])
+    halos = tuple([(h.operand.leads, h.factor, h.width, h.extent, nbytes(h.operand.tensor)) for h in cluster.halos])
     shares = (cluster.read_shares, cluster.write_shares)
-    work = tuple((w.flops, w.factors, w.dtype) for w in cluster.work)
+    work = tuple([(w.flops, w.factors, w.dtype) for w in cluster.work])
     apart = cluster.apart
     return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin)
