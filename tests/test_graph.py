@@ -109,3 +109,23 @@ def test_a_transpose_of_a_square_is_no_state():
 def test_the_rounds_of_a_loop_are_read_where_the_program_says_them(loop, trips):
     graph = graph_of(loop, shape(8, 8))
     assert [op.times for op in graph.operators if op.name == "dot_general"] == [trips]
+
+
+def test_unrelated_sums_are_not_laid_out_as_one():
+    """A sum of squares over several arrays, as clipping by the global norm takes, and a bias that is used twice."""
+
+    def norm(a, b):
+        return jnp.sqrt(jnp.sum(a**2) + jnp.sum(b**2))
+
+    def twice(a, b):
+        return a.sum(0) + b.sum(0)
+
+    for fn in (norm, twice):
+        graph = graph_of(fn, shape(64, 32), shape(16, 32))
+        sums = [sum(graph.operators[m].name == "reduce_sum" for m in c.members) for c in graph.clusters]
+        assert max(sums) == 1 and sum(sums) == 2
+
+    def layer_norm(x):  # two sums along one dimension of one array stay together
+        return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True))
+
+    assert len(heavy(graph_of(layer_norm, shape(64, 32)))) == 1

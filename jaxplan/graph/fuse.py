@@ -23,6 +23,7 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
             if tensor >= 0:
                 readers[tensor].append(index)
     leaves = set(outputs)
+    sources = _Sources(operators, readers, leaves)
     home: list[_Draft | None] = [None] * len(operators)
     drafts: list[_Draft] = []
     known: dict[int, _Digest] = {}
@@ -35,7 +36,7 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
                 candidate = home[readers[tensor][0]]
                 if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
                     alone = all(home[reader] is candidate for reader in readers[tensor])
-                    draft = candidate if alone and candidate.join(index, operator, digest, tensors) else None
+                    draft = candidate if alone and candidate.join(index, operator, digest, tensors, sources) else None
         if draft is None:
             draft = _Draft(index, operator, digest, tensors)
             drafts.append(draft)
@@ -43,6 +44,30 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
     asked = [operator.results for operator in operators if operator.asked is not None]
     needed = leaves.union(*asked, *[draft.reads for draft in drafts])
     return [draft.close(needed) for draft in reversed(drafts)]
+
+
+class _Sources:
+    """Which tensors a value is computed from by what will be fused with its reader."""
+
+    def __init__(self, operators: list[Operator], readers: list[list[int]], leaves: set[int]) -> None:
+        self.readers, self.leaves = readers, leaves
+        self.producer = {t: op for op in operators if op.rule.fusible and len(op.results) == 1 for t in op.results}
+        self.known: dict[int, frozenset[int]] = {}
+
+    def of(self, tensor: int) -> frozenset[int]:
+        """The tensor itself, or where a single fusible operator reads others to make it for a single reader, theirs."""
+        if tensor not in self.known:
+            found, waiting = set(), [tensor]
+            while waiting:
+                one = waiting.pop()
+                producer = self.producer.get(one)
+                operands = [t for t in producer.operands if t >= 0] if producer is not None else []
+                if operands and len(self.readers[one]) == 1 and one not in self.leaves:
+                    waiting += operands
+                else:
+                    found.add(one)
+            self.known[tensor] = frozenset(found)
+        return self.known[tensor]
 
 
 class _Draft:
@@ -66,7 +91,9 @@ class _Draft:
         self.moves = False
         self._take(index, operator, digest, {}, tensors)
 
-    def join(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> bool:
+    def join(
+        self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor], sources: _Sources
+    ) -> bool:
         """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
         tensor = operator.results[0]
         wanted = tuple(self.reads.get(tensor, ()))
@@ -89,6 +116,10 @@ class _Draft:
                         mapping[own] = mine
                     elif own in mapping and mapping[own] != mine:
                         same.append((mine, mapping[own]))
+        if self.combines and any(f not in mapping for f in digest.partial):  # of two unrelated sums an axis could split only one
+            mine = set().union(*[sources.of(read) for read in self.reads if read != tensor])
+            if not any(mine & sources.of(operand) for operand in operator.operands if operand >= 0):
+                return False
         self.reads.pop(tensor, None)
         self._take(index, operator, digest, mapping, tensors)
         for keep, drop in same:
