@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax._src import pjit as _pjit, shard_map as _shard_map, source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
@@ -30,6 +32,7 @@ jit_p = _primitives.jit_p
 closed_call_p = _primitives.closed_call_p
 custom_jvp_call_p = _primitives.custom_jvp_call_p
 custom_vjp_call_p = _primitives.custom_vjp_call_p
+dynamic_slice_p = _primitives.dynamic_slice_p
 dynamic_update_slice_p = _primitives.dynamic_update_slice_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
@@ -141,23 +144,55 @@ _TYPED = ("sharding", "out_sharding")
 """Parameters that carry the layout of a result where mesh axes are of type Explicit."""
 
 
-def bind(equation: Any, values: list[Any]) -> list[Any]:
-    """The results of one equation on given operands, its layout left to the compiler (and to constraints around it)."""
+def bind(equation: Any, values: list[Any], devices: int) -> list[Any]:
+    """The results of one equation on given operands, its layout left to the compiler (and to constraints around it).
+
+    `devices`: how many may share its work.
+    """
     primitive, params = equation.primitive, equation.params
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
-    if primitive is dynamic_update_slice_p:
-        values = _clamped(values)
+    if primitive in _STARTS:
+        values = _clamped(values, *_STARTS[primitive](equation))
+    elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:
+        values = [_held(values[0]), *values[1:]]
     outs = primitive.bind(*values, **primitive.get_bind_params(params))
     return list(outs) if primitive.multiple_results else [outs]
 
 
-def _clamped(values: list[Any]) -> list[Any]:
-    """The operands of a `dynamic_update_slice` with its start where JAX says it is: XLA drops an update of one row whose start is
-    out of range where the updated dimension is sharded (seen with jaxlib 0.10, also for programs sharded by hand)."""
-    operand, update, *start = values
-    room = [n - m for n, m in zip(operand.shape, update.shape, strict=True)]
-    return [operand, update, *[jax.numpy.clip(i, 0, most) for i, most in zip(start, room, strict=True)]]
+def _clamped(values: list[Any], first: int, room: list[int]) -> list[Any]:
+    """Operands whose starts, from number `first` on, are where JAX says they are: at most `room`, per dimension.
+
+    XLA clamps them on each shard by itself: it drops an update of one row that is out of range where the updated dimension is
+    sharded, and reads other rows where a slice's result is (seen with jaxlib 0.10, also for programs sharded by hand).
+    """
+    starts = zip(values[first:], room, strict=True)
+    return [*values[:first], *[jax.numpy.clip(i, 0, min(most, np.iinfo(i.dtype).max)) for i, most in starts]]
+
+
+def _room(operand: Any, sizes: tuple[int, ...]) -> list[int]:
+    return [n - m for n, m in zip(operand.aval.shape, sizes, strict=True)]
+
+
+_STARTS: dict[Primitive, Callable[[Any], tuple[int, list[int]]]] = {
+    dynamic_slice_p: lambda equation: (1, _room(equation.invars[0], equation.params["slice_sizes"])),
+    dynamic_update_slice_p: lambda equation: (2, _room(equation.invars[0], equation.invars[1].aval.shape)),
+}
+"""Of the operations at a place that is data: the first operand that says where, and the largest start per dimension."""
+
+
+@functools.cache
+def _scatters() -> frozenset[Primitive]:
+    return frozenset(primitives("scatter scatter_add scatter_mul scatter_min scatter_max scatter_sub?"))
+
+
+def _held(value: Any) -> Any:
+    """A scatter's operand, kept apart from the slice that made it.
+
+    Where a shard has a single index, XLA writes what it read at that index clamped; merging that read with the slice before it,
+    its simplifier forgets to clamp, and shards without the row overwrite one of theirs (seen with jaxlib 0.10, also by hand).
+    """
+    return jax.lax.optimization_barrier(value)
 
 
 def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:

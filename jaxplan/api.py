@@ -329,11 +329,10 @@ def _pinned_layouts(
 def _inputs_at(traced: Traced, what: str, path: str) -> list[int]:
     """Flat inputs that a path names: a leaf, every leaf below a pytree prefix, or every path that a glob matches ("blocks/*/wq",
     where a star stays within one level and two stars cross levels)."""
-    if any(c in path for c in "*?["):
+    hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
+    if not hits and any(c in path for c in "*?["):
         pattern = re.compile(_glob(path))
         hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
-    else:
-        hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
     if not hits:
         near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
         raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")

@@ -89,7 +89,7 @@ class _Replay:
                             value = moved[key][1]
                         values[slot] = value
                     asks = operator is not None and self.operators[operator].asked is not None
-                    outs = values if asks else _jax.bind(equation, values)  # what is asked for is among the constraints
+                    outs = values if asks else _jax.bind(equation, values, self.mesh.size)  # what is asked for is constrained
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))
         return [read(var) for var in jaxpr.outvars]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,7 +172,7 @@ class Plan:
                 writes[(exchange.operator, slot)] = _reduced_then_moved(exchange.steps)
         for reading in self.modelled.readings:
             src, dst, ndim = self.modelled.edge_layouts(self.choices, reading)
-            specs = tuple(step.after for step in reshard_steps(src, dst, ndim, self.modelled.setting.slow_first))
+            specs = self._way(src, dst, graph.tensors[reading.tensor].shape)
             cluster = graph.clusters[reading.reader]
             if graph.operators[cluster.members[-1]].name == VIEW:
                 views[graph.operators[cluster.members[-1]].results[0]] = specs
@@ -185,9 +187,9 @@ class Plan:
         for position, tensor in enumerate(graph.outputs):
             if tensor >= 0:
                 src, dst = self.layouts.get(tensor, self._replicated), self.output_layouts[position]
-                steps = reshard_steps(src, dst, len(graph.tensors[tensor].shape), self.modelled.setting.slow_first)
-                if steps:
-                    outputs[position] = tuple(step.after for step in steps)
+                specs = self._way(src, dst, graph.tensors[tensor].shape)
+                if specs:
+                    outputs[position] = specs
         entries = {
             path: tuple(
                 spec_of(self.layouts[t], len(graph.tensors[t].shape)) if t in self.layouts else () for t in operands
@@ -195,6 +197,14 @@ class Plan:
             for path, operands in graph.calls.items()
         }
         return Constraints(reads, writes, outputs, entries, {op.path: i for i, op in enumerate(graph.operators)})
+
+    def _way(self, src: Layout, dst: Layout, shape: Sequence[int]) -> tuple[Spec, ...]:
+        """The layouts that lead from one to another. A stop whose parts would be unequal is left out: there the compiler finds
+        its own way, and may send more than was priced."""
+        sizes = self.modelled.numbers.sizes
+        stops = [step.after for step in reshard_steps(src, dst, len(shape), self.modelled.setting.slow_first)]
+        even = [all(n % math.prod(sizes[a] for a in axes) == 0 for n, axes in zip(shape, spec)) for spec in stops[:-1]]
+        return (*compress(stops, even), *stops[-1:])
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:

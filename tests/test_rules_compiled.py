@@ -46,7 +46,7 @@ def run(jaxpr: Any, consts: list[Array], args: list[Array]) -> Iterator[tuple[An
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     for equation in jaxpr.eqns:
         values = [v.val if isinstance(v, _jax.Literal) else env[v] for v in equation.invars]
-        outs = _jax.bind(equation, values)
+        outs = _jax.bind(equation, values, 8)
         env.update(zip(equation.outvars, outs, strict=True))
         if equation.primitive is _jax.jit_p:
             yield from run(equation.params["jaxpr"].jaxpr, equation.params["jaxpr"].consts, values)
@@ -78,7 +78,7 @@ def check(equation: Any, values: list[Array], results: list[Array]) -> None:
     rule = rule_of(equation.primitive, equation.params, *([v.aval for v in side] for side in (equation.invars, equation.outvars)))
     for f in splits(rule):
         ins, outs = laid_out(rule.operand_leads, f), laid_out(rule.result_leads, f)
-        split = jax.jit(lambda *values: _jax.bind(equation, list(values)), in_shardings=ins, out_shardings=outs)
+        split = jax.jit(lambda *values: _jax.bind(equation, list(values), 8), in_shardings=ins, out_shardings=outs)
         compiled = split.lower(*values).compile()
         said = f"{equation.primitive}: {rule} cut along {rule.factors[f].name}"
         assert set(COLLECTIVE.findall(compiled.as_text())) == EXCHANGES[rule.factors[f].kind], said

@@ -97,7 +97,8 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     splits. Result features and space are kept apart: where the features have an axis and space a smaller one, XLA's
     values are wrong (seen with jaxlib 0.10 and 0.12, also for programs sharded by hand; `scripts/check_rules.py`).
     With batch groups (the gradient of a depthwise kernel) the features are summed over whole: on a mesh with an axis
-    besides the one that cuts them, XLA adds over that too (same versions, also by hand).
+    besides the one that cuts them, XLA adds over that too (same versions, also by hand). With feature groups and
+    the result's batch or features in another place than the source's, values are wrong when features are cut (also by hand).
 
     flops: two per multiply-add with a source element; the zeros a dilated source is filled with cost nothing.
     """
@@ -110,7 +111,9 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     (batch, feature, *left_space) = numbers.lhs_spec
     (features_out, features_in, *right_space) = numbers.rhs_spec
     (result_batch, result_feature, *space) = numbers.out_spec
-    feature_groups = build.factor(params["feature_group_count"], name="g")
+    moved = params["feature_group_count"] > 1 and (batch, feature) != (result_batch, result_feature)
+    outer = Kind.WHOLE if moved else Kind.PARALLEL
+    feature_groups = build.factor(params["feature_group_count"], outer, name="g")
     batch_groups = build.factor(params["batch_group_count"], name="q")
     groups = params["feature_group_count"] * params["batch_group_count"]
 
@@ -119,7 +122,7 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     summed = Kind.SUM if params["batch_group_count"] == 1 else Kind.WHOLE
     right[features_in] = build.factor(kernel[features_in], summed, name="c")
     left[feature] = (*feature_groups, *right[features_in])
-    o = build.factor(target[result_feature] // groups, name="o")
+    o = build.factor(target[result_feature] // groups, outer, name="o")
     right[features_out] = result[result_feature] = (*feature_groups, *batch_groups, *o)
 
     for axis, (a, k, t) in enumerate(zip(left_space, right_space, space, strict=True)):
