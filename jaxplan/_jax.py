@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,12 @@ from typing import Any
 import jax
 import jax.core
 import numpy as np
-from jax._src import pjit as _pjit, shard_map as _shard_map, source_info_util as _source_info
+from jax._src import (
+    custom_batching as _custom_batching,
+    pjit as _pjit,
+    shard_map as _shard_map,
+    source_info_util as _source_info,
+)
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
@@ -32,8 +37,10 @@ jit_p = _primitives.jit_p
 closed_call_p = _primitives.closed_call_p
 custom_jvp_call_p = _primitives.custom_jvp_call_p
 custom_vjp_call_p = _primitives.custom_vjp_call_p
+linear_solve_p = _primitives.linear_solve_p
 dynamic_slice_p = _primitives.dynamic_slice_p
 dynamic_update_slice_p = _primitives.dynamic_update_slice_p
+custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
 shard_map_p = _shard_map.shard_map_p
@@ -69,6 +76,7 @@ _HOMES = (
     "jax._src.pjit",
     "jax._src.debugging",
     "jax._src.callback",
+    "jax._src.custom_partitioning",
     "jax._src.random",
     "jax._src.random.core",
     "jax._src.random.prng",
@@ -199,6 +207,20 @@ def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:
     """The same call with derivatives of its own (`custom_jvp`, `custom_vjp`), with another body for its value."""
     params = {**equation.params, "call_jaxpr": jax.make_jaxpr(body)(*values)}
     return list(equation.primitive.bind(*values, **equation.primitive.get_bind_params(params)))
+
+
+def solve_operands(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """Of the operands of a `custom_linear_solve`, those of the function that solves."""
+    lengths = equation.params["const_lengths"]
+    first = lengths.matvec + lengths.vecmat
+    return [*operands[first : first + lengths.solve], *operands[sum(lengths) :]]
+
+
+def rebind_solve(equation: Any, body: Any, values: list[Any]) -> list[Any]:
+    """The same linear solve (its transpose and derivatives too), with another body for its value."""
+    jaxprs = equation.params["jaxprs"]
+    solve = jax.make_jaxpr(body)(*solve_operands(equation, values))
+    return list(equation.primitive.bind(*values, **{**equation.params, "jaxprs": jaxprs._replace(solve=solve)}))
 
 
 def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:

@@ -197,6 +197,13 @@ def _custom(replay: _Replay, equation: Any, values: list[Any], path: Path) -> li
     return _jax.rebind_custom(equation, body, values)
 
 
+def _linear_solve(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    def body(*inputs: Any) -> list[Any]:
+        return replay.run(equation.params["jaxprs"].solve, inputs, path)
+
+    return _jax.rebind_solve(equation, body, values)
+
+
 def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
         entries = replay.found.entries.get(path, ((),) * len(inputs))
@@ -214,8 +221,10 @@ _CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.remat_p: _remat,
     _jax.shard_map_p: _shard_map,
     _jax.closed_call_p: _call("call_jaxpr"),
+    _jax.custom_vmap_p: _call("call"),
     _jax.custom_jvp_call_p: _custom,
     _jax.custom_vjp_call_p: _custom,
+    _jax.linear_solve_p: _linear_solve,
 }
 """The same control flow that the graph recursed into, replayed."""
 

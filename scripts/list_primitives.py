@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxplan import _jax
@@ -110,6 +111,20 @@ def _identity(x: Any) -> Any:
     return x
 
 
+def partitioned_softmax() -> Callable[..., Any]:
+    """A softmax that says by itself how it is partitioned: by rows."""
+
+    def softmax(x: Any) -> Any:
+        return jax.nn.softmax(x, axis=-1)
+
+    def partition(mesh: Any, operands: Any, result: Any) -> Any:
+        return mesh, softmax, result.sharding, tuple(operand.sharding for operand in operands)
+
+    partitioned = custom_partitioning(softmax)
+    partitioned.def_partition(partition=partition, sharding_rule="i j -> i j", need_replication_factors=("j",))
+    return partitioned
+
+
 def examples() -> dict[str, Callable[[], Example]]:
     """Examples that cannot be guessed. Made when asked for: some arguments are arrays of keys."""
     f, line, cube = data(8, 4), data(16), data(2, 8, 4)
@@ -135,6 +150,7 @@ def examples() -> dict[str, Callable[[], Example]]:
         "conv_general_dilated": (lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"), image, data(6, 4, 3, 3)),
         "convert_element_type": (lambda x: lax.convert_element_type(x, np.float16), f),
         "copy": (lambda x: bind("copy")(x), f),
+        "custom_partitioning": (partitioned_softmax(), f),
         "cumlogsumexp": (lambda x: lax.cumlogsumexp(x, 1), f),
         "cummax": (lambda x: lax.cummax(x, 1), f),
         "cummin": (lambda x: lax.cummin(x, 1), f),

@@ -178,7 +178,7 @@ def test_a_primitive_that_nobody_has_thought_about_is_caught(monkeypatch: pytest
 def test_what_has_a_rule_is_not_called_whole() -> None:
     ruled = {primitive.name for primitive in listing.installed_primitives() if classify(primitive) != "unknown"}
     assert not ruled & DELIBERATELY_WHOLE.keys()
-    assert {"pallas_call", "custom_partitioning", "bcoo_dot_general"} <= DELIBERATELY_WHOLE.keys()
+    assert {"pallas_call", "ffi_call", "bcoo_dot_general"} <= DELIBERATELY_WHOLE.keys()
 
 
 def test_examples_have_the_ranks_of_their_rules() -> None:

@@ -353,6 +353,11 @@ def _shard_map(flat: Flat, equation: Any, operands: list[int], place: Place) -> 
     return results
 
 
+def _linear_solve(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
+    """What solves is computed; the products with the matrix stand by for derivatives."""
+    return flat.call(equation.params["jaxprs"].solve.jaxpr, _jax.solve_operands(equation, operands), place)
+
+
 def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:
     def handler(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
         jaxpr = equation.params[parameter]
@@ -369,7 +374,9 @@ _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
     _jax.remat_p: _remat,
     _jax.shard_map_p: _shard_map,
     _jax.closed_call_p: _inline("call_jaxpr"),
+    _jax.custom_vmap_p: _inline("call"),
     _jax.custom_jvp_call_p: _inline("call_jaxpr"),
     _jax.custom_vjp_call_p: _inline("call_jaxpr"),
+    _jax.linear_solve_p: _linear_solve,
 }
 """Control flow: the primitives whose rule is to recurse."""

@@ -13,6 +13,7 @@
     indexing.py     gather, scatter
     random.py       pseudo-random bits and keys
     linalg.py       factorizations, solves, fft
+    partitioned.py  functions with a partitioner of their own
     whole.py        primitives without a rule, and why
 
 Control flow is not here: the graph recurses into it.
@@ -23,6 +24,7 @@ from jaxplan.rules import (
     indexing as _indexing,
     linalg as _linalg,
     linear as _linear,
+    partitioned as _partitioned,
     pieces as _pieces,
     random as _random,
     reductions as _reductions,
@@ -33,7 +35,7 @@ from jaxplan.rules.nouns import Factor, Kind, Rule, einsum_rule
 from jaxplan.rules.table import classify, register, rule_of
 from jaxplan.rules.teach import RuleError, rule
 
-FAMILIES = (_elementwise, _indexing, _linalg, _linear, _pieces, _random, _reductions, _shapes, _windows)
+FAMILIES = (_elementwise, _indexing, _linalg, _linear, _partitioned, _pieces, _random, _reductions, _shapes, _windows)
 """Imported for what they register."""
 
 __all__ = ["Factor", "Kind", "Rule", "RuleError", "classify", "einsum_rule", "register", "rule", "rule_of"]

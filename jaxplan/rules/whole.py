@@ -26,14 +26,14 @@ _REASONS: dict[str, str] = {
         buffer_callback core_map cudnn_fusion ffi_call mpmd_map pallas_call rnn_bwd rnn_fwd
     """,
     "has a partitioner of its own, which XLA calls with layouts that jaxplan cannot foresee": """
-        custom_partitioning dot_product_attention_bwd dot_product_attention_bwd_wrapper
+        dot_product_attention_bwd dot_product_attention_bwd_wrapper
         dot_product_attention_fp8_bwd dot_product_attention_fp8_bwd_wrapper dot_product_attention_fp8_fwd
         dot_product_attention_fp8_fwd_wrapper dot_product_attention_fwd dot_product_attention_fwd_wrapper
         scaled_matmul scaled_matmul_wrapper
     """,
     "may become one kernel, whose blocks of scales would have to be cut with its operands; not yet checked": "scaled_dot",
     "calls functions that may do anything, and no equation says which dimensions they keep apart": """
-        call call_exported call_hi_primitive call_hi_primitive_linearized composite custom_linear_solve custom_vmap_call
+        call call_exported call_hi_primitive call_hi_primitive_linearized composite
         eval_jaxpr fused_call linear_call remat_opt
     """,
     "exists only while derivatives are taken; no program that is run holds one": """
