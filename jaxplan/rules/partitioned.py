@@ -23,7 +23,7 @@ def partitioned(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     Without a rule, or with one that a function makes from mesh and MLIR types, it is unknown. One operation per point of the
     iteration space: what it really does, no rule says.
     """
-    given = params.get("sharding_rule")
+    given: Any = params.get("sharding_rule")
     if not hasattr(given, "operand_mappings"):
         return replace(whole_rule(operands, results), known=False)
     kinds = dict.fromkeys(given.reduction_factors, Kind.COMBINE)
