@@ -24,6 +24,7 @@ from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.layout import Layout
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.problem import Assignment, Problem
+from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.report import describe, show_seconds
 from jaxplan.search import search as run_search
 from jaxplan.trace import Traced, trace
@@ -116,6 +117,26 @@ class Plan(_plan.Plan):
         pins = self.request.pins
         free = ({p: s for p, s in pins.items() if p != path} for path in pins)
         return {path: self.seconds - self.replan(pins=rest).seconds for path, rest in zip(pins, free, strict=True)}
+
+    def explain(self, path_or_line: str) -> Explanation:
+        """Why something is laid out as it is: an input by path, pytree prefix or glob ("blocks/*/wq"), or the operators that a
+        source line wrote ("model.py:41", ":41").
+
+        For an input: the layout, what moving it costs in closed form, who reads it, the runners-up (the problem solved again with
+        each) and why an axis does not shard it. For operators: what each axis splits, the closed-form cost, the next best choice.
+
+        Raises ValueError, naming the closest paths or lines, where there is no such thing.
+        """
+        if re.search(r":\d+$", path_or_line):
+            return explain_line(self, path_or_line)
+        return explain_inputs(self, self, path_or_line, _inputs_at(self.traced, "explain", path_or_line))
+
+    def why_not(self, pins: Mapping[str, PartitionSpec]) -> WhyNot:
+        """The best plan with some inputs pinned (paths as in `pins=`), beside this one: what it costs more, why, what else moves.
+
+        Raises ValueError where a pin cannot be honoured, saying why.
+        """
+        return why_not(self, self, pins)
 
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins` or `search`; no retrace."""

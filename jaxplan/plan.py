@@ -219,7 +219,7 @@ class Plan:
                 about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
                 name = self.axis_names[axis]
                 found.append(PlannedExchange(
-                    "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self._source(op)
+                    "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
                 ))  # fmt: skip
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
@@ -232,7 +232,7 @@ class Plan:
     def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
         about = self.modelled.graph.tensors[tensor]
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
-        source = self._source(op) if any(step.kind != "slice" for step in steps) else ""
+        source = self.source(op) if any(step.kind != "slice" for step in steps) else ""
         return [
             PlannedExchange(
                 step.kind, tuple(self.axis_names[a] for a in step.axes),
@@ -242,7 +242,8 @@ class Plan:
             for step in steps if step.kind != "slice"
         ]  # fmt: skip
 
-    def _source(self, operator: Operator) -> str:
+    def source(self, operator: Operator) -> str:
+        """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
         """The user's "file.py:line", or ""."""
         if operator.equation is None:
             return ""

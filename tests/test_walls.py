@@ -25,6 +25,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "hlo_work": ("hlo_text",),
     "hlo": ("hlo_text", "hlo_work"),
     "report": (),
+    "reasons": ("report",),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
