@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.cost import Numbers, model
+from jaxplan.cost import Numbers, frugal, model
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.layout import Layout
@@ -222,8 +222,11 @@ def _solve(
     def attempt(byte_price: float) -> Plan:
         modelled = model(graph, numbers, pins, byte_price=byte_price)
         found = run_search(modelled.problem, request.search)
-        unpriced = modelled if not byte_price else model(graph, numbers, pins)
-        return Plan(traced, unpriced, modelled.complete(found.choices), request.mesh, {}, found.bound, dims, request)
+        if byte_price:
+            unpriced, choices = model(graph, numbers, pins), found.choices
+        else:
+            unpriced, choices = modelled, frugal(modelled, found.choices, found.seconds)
+        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, found.bound, dims, request)
 
     plan = attempt(0.0)
     if budget < math.inf and plan.peak_bytes > budget:

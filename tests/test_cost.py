@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,14 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan.cost import Numbers, model
+from jaxplan.cost import Numbers, frugal, model
 from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
 from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, terms_seconds
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
 from jaxplan.layout import layout_of, spec_of
 from jaxplan.machine import machine
-from jaxplan.problem import all_rows
+from jaxplan.problem import all_rows, evaluate
 from jaxplan.search import alpa
 from jaxplan.trace import trace
 
@@ -144,3 +145,24 @@ def test_prices_for_whole_arrays_are_those_of_the_terms(name):
             terms = cluster_terms(graph.clusters[index], options, modelled.setting, numbers)
             if math.isfinite(seconds):
                 assert seconds == pytest.approx(float(terms_seconds(terms, numbers)), rel=1e-9, abs=1e-15)
+
+
+def test_an_input_lies_on_more_devices_where_that_costs_nothing():
+    """Slicing is free: read sharded by two operators, a replicated input costs the same and holds eight times the bytes."""
+
+    def two_readers(x, w):
+        return jnp.sin(x) @ w, jnp.cumsum(x * 2.0, axis=1)
+
+    shapes = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    plan = jaxplan.make_plan(two_readers, *shapes, mesh=AbstractMesh((8,), ("x",)), machine="v4")
+    modelled = plan.modelled
+    writes = [modelled.graph.clusters[cluster].writes for cluster in modelled.kept]
+    (node,) = [n for n, own in enumerate(writes) if any(w.tensor == modelled.graph.inputs[0] for w in own)]
+    replicated = plan.choices[list(modelled.kept)].copy()
+    assert plan.input_layouts[0] == (0,)
+    replicated[node] = 0
+    seconds = evaluate(modelled.problem, replicated)
+    assert seconds == pytest.approx(plan.seconds, rel=1e-12)
+    again = frugal(modelled, replicated, seconds)
+    assert replace(plan, choices=modelled.complete(again)).input_layouts[0] == (0,)
+    assert evaluate(modelled.problem, again) == pytest.approx(seconds, rel=1e-12)

@@ -6,6 +6,7 @@ from jaxplan.cost.memory import peak_bytes
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.symbols import symbolic_cost
+from jaxplan.cost.ties import frugal
 
 __all__ = [
     "Exchange",
@@ -15,6 +16,7 @@ __all__ = [
     "Reading",
     "Step",
     "cluster_exchanges",
+    "frugal",
     "model",
     "peak_bytes",
     "reshard_steps",
