@@ -84,7 +84,7 @@ class _Draft:
         self.units: list[int] = []
         self.reads: dict[int, dict[Leads, tuple[float, float]]] = {}  # by tensor: how often, which share of the bytes
         self.writes: dict[tuple[int, Leads], float] = {}  # which share of the bytes
-        self.work: list[Work] = []
+        self.work: dict[tuple[Leads, str], tuple[float, list[int]]] = {}  # by factors and dtype: operations, operators
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
         self.apart: list[tuple[int, int]] = []
@@ -142,7 +142,9 @@ class _Draft:
         }
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
         self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
-        self.work = [w._replace(factors=frozenset(new(tuple(w.factors)))) for w in self.work]
+        work, self.work = self.work, {}
+        for (factors, dtype), (flops, members) in work.items():
+            self._works(new(factors), dtype, flops, members)
         self.combines = [
             replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
             for c in self.combines
@@ -156,23 +158,21 @@ class _Draft:
     ) -> None:
         units = self.units
         for factor, size in digest.legal:
-            if factor in mapping:
-                units[mapping[factor]] = math.gcd(units[mapping[factor]], size)
-            else:
+            mine = mapping.get(factor)
+            if mine is None:
                 mapping[factor] = len(units)
                 units.append(size)
+            elif units[mine] != size:
+                units[mine] = math.gcd(units[mine], size)
         base = not self.members
         self.members.append(index)
         operands, count = operator.operands, len(operator.operands)
         times, touched = operator.read_times, operator.rule.touched
-        renamed: dict[Leads, Leads] = {}
-        mapped: list[Leads] = []
-        for slot, leads in enumerate(digest.leads):
+        mapping[-1] = -1
+        renamed = {leads: tuple([mapping[f] for f in leads]) for leads in digest.distinct}
+        mapped = [renamed[leads] for leads in digest.leads]
+        for slot, own in enumerate(mapped if base else mapped[:count]):  # only this cluster reads what a joining operator writes
             tensor = operands[slot] if slot < count else operator.results[slot - count]
-            own = renamed.get(leads)
-            if own is None:
-                own = renamed[leads] = tuple([mapping[f] if f >= 0 else -1 for f in leads])
-            mapped.append(own)
             if tensor < 0 or not own:
                 continue
             share = touched[slot] if touched else 1.0
@@ -181,24 +181,30 @@ class _Draft:
                 often = times[slot] if times else operator.times
                 before = reads.get(own)
                 reads[own] = (often, share) if before is None else (max(often, before[0]), max(share, before[1]))
-            elif base:  # only this cluster reads what a joining operator writes
+            else:
                 self.writes[(tensor, own)] = share
         for factor, extent in digest.extents:  # strided windows: the extent must divide too
             units[mapping[factor]] = math.gcd(units[mapping[factor]], extent)
         if digest.flops:
             first = next((t for t in (*operands, *operator.results) if t >= 0), -1)
-            factors = frozenset([mapping[f] for f, _ in digest.legal])
-            self.work.append(Work(digest.flops, factors, tensors[first].dtype if first >= 0 else "float32", (index,)))
+            factors = tuple([mapping[f] for f, _ in digest.legal])
+            self._works(factors, tensors[first].dtype if first >= 0 else "float32", digest.flops, [index])
         self.moves |= not operator.rule.free
         if digest.partial:
             over = frozenset([mapping[f] for f in digest.partial])
             for tensor, own in zip(operator.results, mapped[count:], strict=True):
                 self.combines.append(Combine(index, Terminal(tensor, own), over, digest.scatterable))
-        self.apart += [(mapping[a], mapping[b]) for a, b in digest.apart]
+        if digest.apart:
+            self.apart += [(mapping[a], mapping[b]) for a, b in digest.apart]
         for f, width in digest.halos:
             if operands and operands[0] >= 0 and mapping[f] in mapped[0]:
                 extent = tensors[operands[0]].shape[mapped[0].index(mapping[f])]
                 self.halos.append(Halo(index, Terminal(operands[0], mapped[0]), mapping[f], width, extent))
+
+    def _works(self, factors: Leads, dtype: str, flops: float, members: list[int]) -> None:
+        """Operations that members do, whichever factors split them."""
+        before = self.work.get((factors, dtype))
+        self.work[factors, dtype] = (flops, members) if before is None else (before[0] + flops, before[1] + members)
 
     def close(self, needed: set[int]) -> Cluster:
         """The finished cluster; only values somebody else needs are written."""
@@ -210,7 +216,7 @@ class _Draft:
             units=tuple(self.units),
             reads=tuple([Terminal(tensor, leads) for tensor, leads, _ in reads]),
             writes=tuple([Terminal(tensor, leads) for tensor, leads, _ in writes]),
-            work=_merge_work(self.work),
+            work=_merged(self.work),
             combines=tuple(self.combines),
             halos=tuple(self.halos),
             times=self.times,
@@ -232,6 +238,7 @@ class _Digest:
 
     legal: tuple[tuple[int, int], ...]
     leads: tuple[Leads, ...]
+    distinct: tuple[Leads, ...]
     partial: tuple[int, ...]
     scatterable: bool
     halos: tuple[tuple[int, int], ...]
@@ -259,19 +266,16 @@ def _digest(operator: Operator, tensors: list[Tensor], known: dict[int, _Digest]
         }
         flops = rule.points * rule.flops
         apart = tuple((a, b) for a, b in rule.apart if rule.shardable[a] and rule.shardable[b])
-        found = _Digest(legal, leads, partial, sums and not rule.fusible, halos, tuple(extents), apart, flops)
+        distinct, scatterable = tuple(dict.fromkeys(leads)), sums and not rule.fusible
+        found = _Digest(legal, leads, distinct, partial, scatterable, halos, tuple(extents), apart, flops)
         known[id(rule)] = found
     return found
 
 
-def _merge_work(items: list[Work]) -> tuple[Work, ...]:
-    """Equal factors and dtype add up."""
-    if len(items) < 2:
-        return tuple(items)
-    alike: dict[tuple[frozenset[int], str], list[Work]] = {}
-    for item in items:
-        alike.setdefault((item.factors, item.dtype), []).append(item)
-    return tuple(
-        Work(sum(w.flops for w in works), factors, dtype, tuple(m for w in works for m in w.members))
-        for (factors, dtype), works in alike.items()
-    )
+def _merged(work: dict[tuple[Leads, str], tuple[float, list[int]]]) -> tuple[Work, ...]:
+    """One piece of work per set of factors and dtype."""
+    merged: dict[tuple[frozenset[int], str], tuple[float, list[int]]] = {}
+    for (factors, dtype), (flops, members) in work.items():
+        before = merged.get(key := (frozenset(factors), dtype))
+        merged[key] = (flops, members) if before is None else (before[0] + flops, [*before[1], *members])
+    return tuple([Work(flops, factors, dtype, tuple(members)) for (factors, dtype), (flops, members) in merged.items()])
