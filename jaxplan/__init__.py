@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine
     from jaxplan.rules import rule as rule
+    from jaxplan.state import LayoutError as LayoutError
 
 __version__ = "0.1.0"
 
@@ -20,11 +21,12 @@ _HOMES = {
     "audit": "jaxplan.hlo",
     "Audit": "jaxplan.hlo",
     "rule": "jaxplan.rules",
+    "LayoutError": "jaxplan.state",
     "Machine": "jaxplan.machine",
     "Link": "jaxplan.machine",
 }
 
-__all__ = ["Audit", "Link", "Machine", "Plan", "audit", "auto_shard", "make_plan", "rule"]
+__all__ = ["Audit", "LayoutError", "Link", "Machine", "Plan", "audit", "auto_shard", "make_plan", "rule"]
 
 
 def __getattr__(name: str) -> Any:

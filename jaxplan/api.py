@@ -27,6 +27,7 @@ from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.report import describe, show_seconds
 from jaxplan.search import search as run_search
+from jaxplan.state import check, init
 from jaxplan.trace import Traced, trace
 
 Search = str | Callable[[Problem], Assignment]
@@ -137,6 +138,21 @@ class Plan(_plan.Plan):
         Raises ValueError where a pin cannot be honoured, saying why.
         """
         return why_not(self, self, pins)
+
+    def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.
+
+        The result, or sub-trees of it, must have the structure, shapes and dtypes of arguments of the planned function: `params`,
+        say, or `(params, opt_state)`. Raises ValueError, naming the path, for a part that stands for no argument.
+        """
+        return init(self, init_fn, args, kwargs)
+
+    def check(self, state: Any) -> None:
+        """Raise `LayoutError`, naming paths, where live arrays lie otherwise than planned (silent replication, say).
+
+        `state`: arrays in the structure of one or more arguments of the planned function.
+        """
+        check(self, state)
 
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins` or `search`; no retrace."""

@@ -134,6 +134,10 @@ class Plan:
         """PartitionSpecs, structured like the result."""
         return self.traced.unflatten_outputs(self._specs(self.output_layouts, self.traced.out_avals))
 
+    def partition_spec_of(self, position: int) -> PartitionSpec:
+        """The spec of one flat input."""
+        return self._specs([self.input_layouts[position]], [self.traced.in_avals[position]])[0]
+
     def _specs(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[PartitionSpec]:
         return [self.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
 

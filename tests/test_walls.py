@@ -26,6 +26,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "hlo": ("hlo_text", "hlo_work"),
     "report": (),
     "reasons": ("report",),
+    "state": ("report",),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
