@@ -27,6 +27,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "report": (),
     "reasons": ("report",),
     "state": ("report",),
+    "measure": (),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
