@@ -104,7 +104,7 @@ def calibrate(mesh: Mesh, name: str = "measured") -> Calibration:
             links[axis] = Link(max(g, 1e-15), latency, "measured by jaxplan calibrate")
     by_speed = sorted(links.values(), key=lambda link: link.seconds_per_byte) or [taken.inner]
     memory = (device.memory_stats() or {}).get("bytes_limit", taken.memory_bytes)
-    machine = Machine(name, rates, per_byte, float(memory), by_speed[0], by_speed[-1], mesh.size, links)
+    machine = Machine(name, rates, per_byte, float(memory), by_speed[0], by_speed[-1], mesh.size, links, taken.materialises)
     return Calibration(machine, tuple(samples), time.perf_counter() - start)
 
 

@@ -13,14 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.cost import Modelled, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost import Memory, Modelled, Step, cluster_exchanges, memory, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.memory import shards
 from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import VIEW
-from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.layout import Layout, Spec, shards, spec_of
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
@@ -294,9 +293,17 @@ class Plan:
         return total
 
     @cached_property
+    def memory(self) -> Memory:
+        """Modelled bytes per device of one call: arguments, outputs, temporaries, and what lives at the worst moment. Arguments
+        that the function was traced to donate are updated in place."""
+        return memory(
+            self.modelled, self.choices, self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
+        )
+
+    @property
     def peak_bytes(self) -> float:
-        """Modelled peak of live bytes per device."""
-        return peak_bytes(self.modelled.graph, self.layouts, self.modelled.numbers.sizes)
+        """Modelled peak of live bytes per device: arguments + outputs that are no argument's own buffer + temporaries."""
+        return self.memory.peak
 
     @property
     def gap(self) -> float | None:

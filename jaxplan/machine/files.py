@@ -74,6 +74,7 @@ def load_machine(path: str | Path) -> Machine:
             reader.link(found.get("outer"), "outer"),
             reader.of(found, "node", int),
             {k: reader.link(v, f"axis_links.{k}") for k, v in reader.of(found, "axis_links", dict).items()},
+            found.get("materialises") is True,
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -93,6 +94,7 @@ def _to_json(machine: Machine) -> dict[str, Any]:
         "inner": link(machine.inner),
         "outer": link(machine.outer),
         "node": machine.node,
+        "materialises": machine.materialises,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 

@@ -38,6 +38,8 @@ class Machine:
     `seconds_per_flop`: by dtype name ("bfloat16", "float32", ...); a dtype without an entry runs at float32's rate.
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
     slice of a pod, a node of GPUs), `outer`: the link beyond. `axis_links`: mesh axes whose link the user states.
+    `materialises`: its compiler keeps intermediate values in memory and reorders work freely (XLA on CPU), rather than fusing
+    and recomputing them (TPU, GPU); what lives when depends on it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Machine:
     outer: Link
     node: int
     axis_links: Mapping[str, Link] = field(default_factory=dict)
+    materialises: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))

@@ -48,7 +48,7 @@ PRESETS: dict[str, Machine] = {
     # simulated devices share one host: orders of magnitude only, there is no hardware to quote
     "cpu": Machine(
         "cpu", {"float32": 1 / 2e10}, 1 / 5e9, 4 * GIB, inner=Link(1 / 2e9, 2e-5, "memory copies of one host"),
-        outer=Link(1 / 2e9, 2e-5, "memory copies of one host"), node=1 << 20,
+        outer=Link(1 / 2e9, 2e-5, "memory copies of one host"), node=1 << 20, materialises=True,
     ),
 }  # fmt: skip
 
