@@ -93,6 +93,16 @@ def test_depthwise_convolutions_whose_result_is_laid_out_anew(source, result, mu
     assert ("g" in offered) == (source == result)
 
 
+def test_a_batch_of_transforms_gathered_later():
+    """The compiler laid the transforms out in memory as the gather wanted it, and its CPU runtime refused them."""
+
+    def transform(hold, x):
+        return hold(hold(jnp.fft.fft(x), "cut") * 2.0, "whole")
+
+    x = np.random.default_rng(0).normal(size=(4, 8, 4)).astype(np.float32)
+    as_planned(transform, x, shape=(2,), pins={0: P(None, "x")}, cut=P(None, "x"), whole=P())
+
+
 def test_exchanges_pass_through_even_layouts_only():
     """Swapping two axes between two dimensions of extent 2 would put both on one of them on the way."""
 
