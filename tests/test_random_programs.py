@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from random_programs import Program, Type, build, draw_program, shrink
 
 import jaxplan
+from jaxplan import _jax
 from jaxplan.machine import PRESETS, Machine
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.search import hsm2dl
@@ -272,3 +273,36 @@ def test_plans_do_not_hang_on_the_order_of_hashes(count: int) -> None:
     found = specs_elsewhere(count, 1)
     assert found == specs_elsewhere(count, 2)
     assert found.count("'x'") >= count
+
+
+# --- the tests can fail ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"), [(("x", "x"), (8, 8)), (("y", "x"), (8, 6)), ((("x", "y"),), (4,)), ((None, "x"), (4,))]
+)
+def test_an_illegal_spec_is_caught(spec, shape):
+    with pytest.raises(AssertionError):
+        assert_legal(spec, shape, {"x": 4, "y": 2})
+
+
+@pytest.mark.parametrize(("grain", "off"), [(3, 2.0**-20), (None, 1e-3)])
+def test_a_wrong_value_is_caught(grain, off):
+    value = np.linspace(0, 1, 4, dtype=np.float32)
+    assert not differences([value], [value], [Type((4,), "float32", 2.0, grain)])
+    assert "output 0" in differences([value], [value + np.float32(off)], [Type((4,), "float32", 2.0, grain)])
+
+
+@pytest.mark.slow
+def test_a_wrong_operation_is_found_and_made_small(monkeypatch):
+    bind = _jax.bind
+
+    def wrong(equation: Any, values: list[Any], devices: int) -> list[Any]:
+        outs = bind(equation, values, devices)
+        return [out + out for out in outs] if equation.primitive.name == "dot_general" else outs
+
+    monkeypatch.setattr(_jax, "bind", wrong)
+    program, setting = next(case for case in map(random_case, range(100)) if failure_of(*case))
+    small = shrunk(program, setting, failure_of(program, setting))
+    assert len(small.steps) < len(program.steps) and len(small.outputs) == 1
+    assert "dot_general" in str(jax.make_jaxpr(build(small)[0])(*build(small)[1]))

@@ -1,4 +1,4 @@
-"""Contractions, convolutions, attention, linear algebra and Fourier transforms."""
+"""Contractions, convolutions, linear algebra and Fourier transforms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from random_programs.scope import LARGEST, Scope, const, drawn
+from random_programs.scope import LARGEST, Scope, drawn
 from random_programs.values import FLOATS
 
 
@@ -83,24 +83,6 @@ def draw_convolution(s: Scope) -> Any:
     )  # fmt: skip
 
 
-def attention(q: Any, k: Any, v: Any, causal: bool) -> Any:
-    """Of one head."""
-    scores = jnp.einsum("bqd,bkd->bqk", q, k) * const(q, 0.25)
-    if causal:
-        mask = lax.broadcasted_iota(jnp.int32, scores.shape, 1) >= lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-        scores = jnp.where(mask, scores, const(q, -1e9))
-    return jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores, -1), v)
-
-
-@drawn(2)
-def draw_attention(s: Scope) -> Any:
-    q = s.any(("float32",), ranks=(3,))
-    b, _, d = q.type.shape
-    k = s.random.choice(s.dims)
-    keys, values = s.want((b, k, d), "float32"), s.want((b, k, d), "float32")
-    return s.emit(attention, [q, keys, values], (values.type.bound, None), causal=s.chance(0.5))
-
-
 LINEAR: dict[str, Callable[..., Any]] = {
     "cholesky": lambda m, b: jnp.linalg.cholesky(m), "solve": jnp.linalg.solve, "inverse": lambda m, b: jnp.linalg.inv(m),
     "triangular": lambda m, b: jax.scipy.linalg.solve_triangular(jnp.tril(m), b, lower=True),
@@ -122,16 +104,14 @@ def draw_linear(s: Scope) -> Any:
     return s.emit(linear, [x, b], (1.0, None), how=s.random.choice(list(LINEAR)))
 
 
-def fourier(x: Any, how: str) -> Any:
-    """Real parts of a transform."""
-    if how == "rfft":
+def fourier(x: Any, real: bool) -> Any:
+    """A transform along the last dimension, or of the last two and half-way back."""
+    if real:
         return jnp.real(jnp.fft.rfft(x))
-    if how == "fft2":
-        return jnp.imag(jnp.fft.fft2(x))
-    return jnp.real(jnp.fft.ifft(jnp.fft.fft(x) * lax.complex(jnp.cos(x), jnp.sin(x))))
+    return jnp.real(jnp.fft.ifft(jnp.fft.fft2(x) * lax.complex(jnp.cos(x), jnp.sin(x))))
 
 
 @drawn(1)
 def draw_fourier(s: Scope) -> Any:
     x = s.any(("float32",), ranks=(2, 3))
-    return s.emit(fourier, [x], (x.type.bound * math.prod(x.type.shape[-2:]), None), how=s.random.choice(("rfft", "fft", "fft2")))
+    return s.emit(fourier, [x], (x.type.bound * math.prod(x.type.shape[-2:]), None), real=s.chance(0.5))
