@@ -99,8 +99,8 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     With batch groups (the gradient of a depthwise kernel) the features are summed over whole: on a mesh with an axis
     besides the one that cuts them, XLA adds over that too (same versions, also by hand). With feature groups and
     the result's batch or features in another place than the source's, values are wrong when features are cut (also by hand);
-    with feature groups and a window of one element, cutting them along some of the mesh's axes aborts the process (jaxlib 0.10,
-    also by hand).
+    with feature groups and a window of one element, cutting them along some of the mesh's axes aborts the process (jaxlib
+    0.10 and 0.12, also by hand).
 
     flops: two per multiply-add with a source element; the zeros a dilated source is filled with cost nothing.
     """
