@@ -10,8 +10,16 @@ from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
 from jaxplan.search.hsm2dl import hsm2dl
+from jaxplan.search.optcnn import optcnn
+from jaxplan.search.tofu import tofu
 
-SEARCHES: dict[str, Callable[[Problem], Assignment]] = {"hsm2dl": hsm2dl, "alpa": alpa, "brute": brute}
+SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
+    "hsm2dl": hsm2dl,
+    "optcnn": optcnn,
+    "tofu": tofu,
+    "alpa": alpa,
+    "brute": brute,
+}
 
 
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
@@ -46,4 +54,4 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     return Assignment(choices, seconds, found.bound, found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "hsm2dl", "search"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "hsm2dl", "optcnn", "search", "tofu"]

@@ -24,7 +24,9 @@ def brute(problem: Problem) -> Assignment:
     for (i, j), matrix in tables.pairs.items():
         price += matrix[grids[i], grids[j]]
     best = grids[:, int(np.argmin(price))]
-    choices = np.array([row[o] for row, o in zip(rows, best, strict=True)]).reshape(len(counts), len(problem.axes))
-    return Assignment(choices, evaluate(problem, choices), float(price.min()))
+    chosen = np.array([row[o] for row, o in zip(rows, best, strict=True)], dtype=np.int64)
+    choices = chosen.reshape(len(counts), len(problem.axes))
+    seconds = evaluate(problem, choices)
+    return Assignment(choices, seconds, seconds)
 
 

@@ -17,6 +17,12 @@ from jaxplan.reduce import Tables
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
 
+
+def option_weights(counts: Iterable[int]) -> list[int]:
+    """What `min_fill_order` wants, from how many options each variable has."""
+    return [round(16 * math.log2(count)) for count in counts]
+
+
 def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[int]:
     """An order of elimination that greedily adds the lightest edges (weighted min-fill); ties by number.
 
