@@ -98,6 +98,13 @@ def test_bucket_elimination_is_exact_where_it_fits_and_never_worse_than_its_incu
     assert tables.price(bounded) >= best - 1e-9
 
 
+def test_many_neighbours_without_a_choice_are_no_dimensions_of_a_table():
+    hub, leaves = 0, range(1, 81)
+    edges = [(hub, leaf, np.ones((1, 1))) for leaf in leaves]
+    problem = from_tables([[0.0], *[[0.0]] * len(leaves), [1.0, 2.0]], [*edges, (hub, 81, np.array([[5.0, 1.0]]))])
+    assert search(problem).seconds == len(leaves) + 3.0
+
+
 def test_hsm2dl_is_near_the_optimum_on_random_layout_problems():
     ratios = []
     for seed in range(200):
