@@ -165,8 +165,6 @@ def test_a_smaller_budget_gives_a_smaller_peak():
 def test_what_is_not_there_yet_is_said():
     with pytest.raises(ValueError, match="pipeline"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, pipeline="x")
-    with pytest.raises(ValueError, match="certify"):
-        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, certify=True)
     plan = jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH)
     with pytest.raises(TypeError, match="replan does not take"):
         plan.replan(sizes={"B": 1})

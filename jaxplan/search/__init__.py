@@ -9,6 +9,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
+from jaxplan.search.certify import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
 from jaxplan.search.optcnn import optcnn
 from jaxplan.search.tofu import tofu
@@ -17,15 +18,19 @@ SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
     "hsm2dl": hsm2dl,
     "optcnn": optcnn,
     "tofu": tofu,
+    "trws": trws,
     "alpa": alpa,
     "brute": brute,
 }
+
+CLAIM = 1e-6
+"""By what fraction a solver's bound may exceed the price of its own assignment: HiGHS's tolerance."""
 
 
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
     """Solve a problem by a search's name or by the user's own callable, whose answer is checked.
 
-    Raises ValueError for an unknown name, and for an answer that is no legal assignment.
+    Raises ValueError for an unknown name, for an answer that is no legal assignment, and for a bound above its price.
     """
     if isinstance(method, str):
         if method not in SEARCHES:
@@ -51,7 +56,9 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     seconds = evaluate(problem, choices)
     if not np.isfinite(seconds):
         raise ValueError(f"search {name!r} returned an assignment that is not legal: its price is {seconds}")
-    return Assignment(choices, seconds, found.bound, found.notes)
+    if found.bound is not None and not found.bound <= seconds + CLAIM * abs(seconds):
+        raise ValueError(f"search {name!r} claims a bound of {found.bound} s, but its own assignment costs {seconds} s")
+    return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "hsm2dl", "optcnn", "search", "tofu"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "optcnn", "search", "tofu", "trws"]

@@ -22,9 +22,11 @@ TIME_LIMIT = 60.0
 
 
 def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None = FINE_ROUNDS) -> Assignment:
-    """The best assignment found in `time_limit` seconds, and a lower bound for the (folded) problem.
+    """The best assignment found in `time_limit` seconds, and, if nothing was folded, the solver's lower bound.
 
-    `rounds`: of folding; None solves the problem as it is. Raises ValueError if no legal assignment was found in time.
+    `rounds`: of folding look-alikes; None solves the problem as it is. `notes["folded_bound"]`: the bound of the folded problem,
+    which is none of the problem itself: there look-alikes may decide differently, and cost less. Raises ValueError if no legal
+    assignment was found in time.
     """
     folded, expand = (problem, lambda choices: choices) if rounds is None else fold(problem, rounds)
     tables, rows = Pricer(folded).whole()
@@ -37,7 +39,8 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
-    return Assignment(choices, evaluate(problem, choices), bound, {"status": status, "variables": len(folded.nodes)})
+    notes: dict[str, object] = {"status": status, "variables": len(folded.nodes), "folded_bound": bound}
+    return Assignment(choices, evaluate(problem, choices), bound if len(folded.nodes) == len(problem.nodes) else None, notes)
 
 
 def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -> tuple[np.ndarray | None, float, str]:

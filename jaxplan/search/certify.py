@@ -12,6 +12,7 @@ from jaxplan.reduce import dominance, eliminate
 from jaxplan.search.alpa import integer_program
 from jaxplan.search.dual import Relaxation
 from jaxplan.search.elimination import lower_bound, min_fill_order, option_weights
+from jaxplan.search.hsm2dl import hsm2dl
 
 TOLERANCE = 2e-4
 """Relative gap at which nothing more is done."""
@@ -31,11 +32,12 @@ CAP = 1 << 20
 def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, program_seconds: float = 0.0) -> Assignment:
     """The cheapest assignment known, `found` or better, with a `bound`: no assignment of the problem costs less.
 
-    Messages raise a dual bound (`dual.py`); options that cost more above the bound than the cheapest assignment known are struck
-    out; what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
-    `seconds`: after which it makes do with the bound reached. `program_seconds`: how long the integer program may work on the rest
-    after that. `notes`: the sweeps, the options struck out, what ended it. Raises ValueError if `found` is no legal assignment,
-    or if the problem is too large for a bound.
+    Messages raise a dual bound (`dual.py`); options that cost more above it than the cheapest assignment known are struck out;
+    what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
+
+    `seconds`: after which it makes do with the bound reached. `program_seconds`: how long the integer program may work on the
+    rest after that. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if `found`
+    is no legal assignment, or if the problem is too large for a bound.
     """
     best = _Best(problem, found.choices)
     if not problem.nodes:
@@ -59,6 +61,15 @@ def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, progr
             break
     notes = {"sweeps": sweeps, "struck out": relaxation.dropped, "table entries left": relaxation.entries()}
     return Assignment(best.choices, best.seconds, best.bound(), {**found.notes, **notes})
+
+
+def trws(problem: Problem) -> Assignment:
+    """Message passing as a search: starts from `hsm2dl`, strikes out what cannot be cheaper, and solves the rest where it can.
+
+    Sequential tree-reweighted message passing (Kolmogorov, TPAMI 2006) with what `certify` adds to it; nothing is folded, and the
+    assignment has a bound. Takes longer than `hsm2dl`, in proportion to the operators before folding.
+    """
+    return certify(problem, hsm2dl(problem))
 
 
 class _Best:

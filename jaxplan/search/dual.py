@@ -1,9 +1,9 @@
 """Lower bounds by message passing: the dual of the linear relaxation over joint choices, with nothing folded.
 
-Sequential tree-reweighted message passing (Kolmogorov, TPAMI 2006; in the form that moves whole prices, 2015): nodes are visited
-in order and back again; each takes from its edges what they certainly cost, and hands on shares of what it holds to those after it.
-Any state of the messages re-writes the same problem, so the sum of all smallest prices is a lower bound, which never falls.
-Edges see a choice only through the layout it implies: messages are per class of equal choices, and tables stay small.
+Sequential tree-reweighted message passing (Kolmogorov, TPAMI 2006; in the form that moves whole prices, TPAMI 2015): nodes are
+visited in order and back again; each takes from its edges what they certainly cost, and gives shares of what it holds to those
+after it. Any state of the messages re-writes the same problem, so the sum of all smallest prices is a lower bound, which never
+falls. Edges see a choice only through the layout it implies: messages are per class of equal choices, and tables stay small.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Relaxation:
     """
 
     def __init__(self, problem: Problem, ceiling: float) -> None:
-        """`ceiling`: seconds to which prices of pairs are cut; above any sensible assignment's. Cutting lowers prices, so the bound
-        holds. Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries."""
+        """`ceiling`: seconds to which prices of pairs are cut, above any sensible assignment's; cutting lowers prices, so the
+        bound holds. Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries."""
         self.problem = problem
         self.rows, self.options, self.held = _legal(problem)
         self.links: list[Link] = []
@@ -168,7 +168,7 @@ class Relaxation:
         return sum(counts) + sum([counts[i] * counts[j] for i, j in pairs])
 
     def tables(self) -> Tables:
-        """The re-written prices of the open options: the same sum for every assignment as the problem's (where nothing was cut)."""
+        """The re-written prices of the open options: every assignment costs the same as before (where nothing was cut)."""
         pairs: dict[tuple[int, int], np.ndarray] = {}
         for link in self.links:
             tail, head = link.seen

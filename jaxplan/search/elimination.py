@@ -94,8 +94,8 @@ def solve(
 
 
 def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float, np.ndarray, bool]:
-    """(a price that no assignment goes below, an option per variable, whether these reach it): elimination, and mini-buckets where
-    a table would grow beyond `cap` entries."""
+    """(a price that no assignment goes below, an option per variable, whether these reach it): elimination, with mini-buckets
+    where a table would grow beyond `cap` entries."""
     buckets = _Buckets(tables, cap)
     options, exact = buckets.run(order, None, [0] * len(tables.costs))
     return buckets.bound, options, exact
@@ -142,7 +142,7 @@ class _Buckets:
         sizes, exact = self.sizes, True
         trail: list[tuple[int, list[_Table]]] = []
         options = [0] * len(sizes)
-        fixed = {v for v, size in enumerate(sizes) if size == 1}  # they would only add dimensions to tables, of which NumPy has 64
+        fixed = {v for v, size in enumerate(sizes) if size == 1}  # only dimensions of tables, of which NumPy has 64
         for v in fixed:
             self._condition(v, 0)
             self.bound += float(self.costs[v][0])
