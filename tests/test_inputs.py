@@ -99,7 +99,7 @@ def test_a_plan_refuses_other_shapes_and_structures():
 def test_an_unknown_machine_or_search_lists_the_names():
     with pytest.raises(ValueError, match="no machine is called 'v9'; there are v4, v5e"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, machine="v9")
-    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl'\]"):
+    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl', "):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, search="best")
 
 

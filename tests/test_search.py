@@ -142,7 +142,7 @@ def test_folding_does_not_grow_with_depth_and_expands_to_a_legal_assignment(roun
 
 def test_a_search_that_is_no_search_is_caught_and_named():
     problem = random_tables(0)
-    with pytest.raises(ValueError, match=r"called 'magic'; there are \['alpa', 'brute', 'hsm2dl', 'optcnn', 'tofu'\]"):
+    with pytest.raises(ValueError, match=r"called 'magic'; there are \['alpa', 'brute', 'hsm2dl', 'optcnn', 'tofu', 'trws'\]"):
         search(problem, "magic")
 
     def short(problem):

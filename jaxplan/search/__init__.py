@@ -9,7 +9,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
-from jaxplan.search.certify import certify, trws
+from jaxplan.search.certificate import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
 from jaxplan.search.optcnn import optcnn
 from jaxplan.search.tofu import tofu

@@ -18,6 +18,8 @@ from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
 """Table entries above which a problem is refused."""
+CUT = 0.01
+"""How far above a known assignment a pair's price is cut, as a fraction: what is cut stays dearer."""
 
 
 class Classes(NamedTuple):
@@ -57,9 +59,11 @@ class Relaxation:
     `options[node]`: what is still open to it. `held[node]`: its prices now.
     """
 
-    def __init__(self, problem: Problem, ceiling: float) -> None:
-        """`ceiling`: seconds to which prices of pairs are cut, above any sensible assignment's; cutting lowers prices, so the
-        bound holds. Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries."""
+    def __init__(self, problem: Problem, seconds: float) -> None:
+        """`seconds`: the price of a known assignment; pairs that no cheaper one can contain are cut to a finite price.
+
+        Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries.
+        """
         self.problem = problem
         self.rows, self.options, self.held = _legal(problem)
         self.links: list[Link] = []
@@ -86,11 +90,15 @@ class Relaxation:
                     raise ValueError(f"the relaxation takes more than {LIMIT:,} table entries: too large for a bound")
                 asked = self.rows[edge.tail][some_tails], self.rows[edge.head][some_heads]
                 tables[key] = edge.price(*asked)
-            priced = np.minimum(edge.times * tables[key], ceiling)
+            priced = edge.times * tables[key]
             if edge.tail == edge.head:
                 self.held[edge.tail] = self.held[edge.tail] + priced[tail.of, head.of]
             else:
                 self.links.append(Link((edge.tail, edge.head), [tail, head], priced))
+        # An assignment costs at least the bound plus what one of its pairs costs above its link's cheapest.
+        room = (1 + CUT) * (seconds - self.bound())
+        for link in self.links:
+            link.rest = np.minimum(link.rest, link.rest.min() + room)
         self.around: list[list[tuple[Link, int, int]]] = [[] for _ in problem.nodes]
         for link in self.links:
             for end, (node, other) in enumerate((link.ends, link.ends[::-1])):
@@ -168,7 +176,7 @@ class Relaxation:
         return sum(counts) + sum([counts[i] * counts[j] for i, j in pairs])
 
     def tables(self) -> Tables:
-        """The re-written prices of the open options: every assignment costs the same as before (where nothing was cut)."""
+        """The re-written prices of the open options: every assignment costs the same as before (if nothing was cut)."""
         pairs: dict[tuple[int, int], np.ndarray] = {}
         for link in self.links:
             tail, head = link.seen

@@ -43,7 +43,7 @@ def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, progr
     if not problem.nodes:
         return Assignment(best.choices, 0.0, 0.0, found.notes)
     start, sweeps, dual = time.perf_counter(), 0, -math.inf
-    relaxation = Relaxation(problem, ceiling=2 * abs(best.seconds))
+    relaxation = Relaxation(problem, best.seconds)
     next_look = 2 * ROUND
     while True:
         slack = max(0.0, best.seconds + ROUNDING * abs(best.seconds) - dual)
@@ -79,7 +79,7 @@ class _Best:
         self.problem, self.choices, self.seconds = problem, choices, evaluate(problem, choices)
         self._floor = -math.inf
         if not math.isfinite(self.seconds):
-            raise ValueError("only a legal assignment can be certified: the price of this one is infinite")
+            raise ValueError("the assignment is not legal (its price is infinite): only a legal one can be certified")
 
     def meet(self, choices: np.ndarray) -> None:
         """Keep an assignment if it is cheaper."""
