@@ -15,7 +15,7 @@ def brute(problem: Problem) -> Assignment:
     counts = [int(np.prod(node.options)) for node in problem.nodes]
     total = float(np.prod([float(c) for c in counts]))
     if total > LIMIT:
-        raise ValueError(f"brute force would price {total:,.0f} assignments; the limit is {LIMIT:,}")
+        raise ValueError(f"brute force would price {total:.3g} assignments; the limit is {LIMIT:,}")
     tables, rows = Pricer(problem).whole()
     grids = np.indices(counts).reshape(len(counts), -1) if counts else np.zeros((0, 1), dtype=int)
     price = np.zeros(grids.shape[1])
