@@ -1,5 +1,6 @@
 """The certificate: no assignment costs less than the bound, whatever the search. Oracles: brute force, the integer program."""
 
+import importlib
 import itertools
 import math
 
@@ -261,3 +262,15 @@ def test_a_bound_above_the_searchs_own_assignment_is_caught():
 
     with pytest.raises(ValueError, match=r"'boastful' claims a bound of 1000000000.0 s, but its own assignment costs"):
         search(random_tables(0), boastful)
+
+
+def test_a_solver_without_a_bound_proves_nothing(monkeypatch):
+    """A negative optimum: 0 would be no bound."""
+    problem = below_zero(0)
+    monkeypatch.setattr("jaxplan.search.certificate.CAP", 2)
+    monkeypatch.setattr("jaxplan.search.certificate.integer_program", lambda *_: (None, -math.inf, "out of time"))
+    best = brute(problem)
+    assert best.seconds < 0 and certify(problem, at_random(problem), program_seconds=1.0).bound <= best.seconds
+    room = importlib.import_module("jaxplan.search.alpa")  # whose name in the package is the search's
+    monkeypatch.setattr(room, "integer_program", lambda *_: (np.zeros(6, dtype=int), -math.inf, "out of time"))
+    assert alpa(problem).bound is None

@@ -8,7 +8,7 @@ import pytest
 from jaxplan.problem import Assignment, Edge, Node, Problem, evaluate, from_tables
 from jaxplan.reduce import ILLEGAL, Pricer, dominance, eliminate, fold
 from jaxplan.search import brute, search
-from jaxplan.search.elimination import min_fill_order, solve
+from jaxplan.search.elimination import lower_bound, min_fill_order, solve
 
 
 def random_tables(seed, nodes=6, illegal=0.1):
@@ -96,6 +96,20 @@ def test_bucket_elimination_is_exact_where_it_fits_and_never_worse_than_its_incu
     assert tables.price(kept) <= tables.price(start) < ILLEGAL
     bounded, _ = solve(tables, order, cap=6)
     assert tables.price(bounded) >= best - 1e-9
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4, 9, 30, 1000])
+@pytest.mark.parametrize("seed", range(10))
+def test_mini_buckets_bound_from_below_whatever_the_cap(seed, cap):
+    rng = np.random.default_rng(seed)
+    pairs = [(i, j, rng.integers(-20, 20, (3, 3)).astype(float)) for i in range(6) for j in range(i) if rng.random() < 0.7]
+    problem = from_tables([rng.integers(-20, 20, 3).astype(float) for _ in range(7)], pairs)
+    tables, _ = Pricer(problem).whole()
+    bound, options, exact = lower_bound(tables, min_fill_order([1] * 7, tables.pairs), cap)
+    best = brute(problem).seconds
+    assert bound <= best + 1e-9 <= tables.price(options) + 2e-9
+    assert not exact or bound == pytest.approx(best) == tables.price(options)
+    assert exact or cap < 1000
 
 
 def test_many_neighbours_without_a_choice_are_no_dimensions_of_a_table():

@@ -7,6 +7,7 @@ relaxation. Choices that are illegal are left out, and look-alikes are folded be
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,23 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
+    seconds = evaluate(problem, choices)
+    bound, whole = min(bound, seconds), len(folded.nodes) == len(problem.nodes)
     notes: dict[str, object] = {"status": status, "variables": len(folded.nodes), "folded_bound": bound}
-    return Assignment(choices, evaluate(problem, choices), bound if len(folded.nodes) == len(problem.nodes) else None, notes)
+    return Assignment(choices, seconds, bound if whole and bound > -math.inf else None, notes)
 
 
-def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -> tuple[np.ndarray | None, float, str]:
-    """(an option per variable or None, lower bound, the solver's words), each variable choosing among `kept`."""
+def integer_program(
+    tables: Tables, kept: list[np.ndarray], time_limit: float, scale: float | None = None
+) -> tuple[np.ndarray | None, float, str]:
+    """(an option per variable or None, lower bound or -infinity, the solver's words), each variable choosing among `kept`.
+
+    `scale`: seconds that count as 1 for the solver, whose tolerances (1e-6) are absolute; None: the largest price of a node.
+    """
     start = np.cumsum([0, *[len(options) for options in kept]])
     costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
     blocks, width = [], int(start[-1])
-    scale = max(1e-30, max(float(cost.max()) for cost in costs))  # a solver's tolerances are absolute
+    scale = scale or max(1e-30, max(float(cost.max()) for cost in costs))
     rows, columns, values = [], [], []
     lower: list[np.ndarray] = []
     height = 0
@@ -85,7 +93,7 @@ def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
     )  # fmt: skip
     bound = solved.mip_dual_bound
-    bound = float(bound) * scale if bound is not None and np.isfinite(bound) else 0.0
+    bound = float(bound) * scale if bound is not None and np.isfinite(bound) else -math.inf
     if solved.x is None:
         return None, bound, solved.message
     chosen = [int(options[solved.x[start[v] : start[v + 1]].argmax()]) for v, options in enumerate(kept)]

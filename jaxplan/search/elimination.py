@@ -163,7 +163,7 @@ class _Buckets:
                 entries //= sizes[hub]
             if v in fixed:
                 continue
-            if entries > self.cap:
+            if entries > self.cap and len(scope) > 1:
                 exact = False
                 trail.append((v, self._split(v, tables)))
             else:
