@@ -149,7 +149,7 @@ def test_a_bound_of_the_folded_problem_is_none_of_the_problem():
 def test_the_bound_is_below_the_integer_programs_optimum_on_the_examples(name, shape):
     problem = modelled(name, shape)
     exact = alpa(problem, rounds=None)
-    assert exact.bound >= exact.seconds * (1 - 1e-6), "not proven: no oracle"
+    assert exact.bound >= exact.seconds * (1 - 1e-5), "not proven: no oracle"
     proven = certify(problem, hsm2dl(problem))
     assert proven.bound <= exact.seconds * (1 + 1e-9)
     assert proven.seconds >= exact.seconds * (1 - 1e-6)

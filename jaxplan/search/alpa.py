@@ -21,6 +21,9 @@ from jaxplan.search.hsm2dl import FINE_ROUNDS
 TIME_LIMIT = 60.0
 """Seconds after which the best solution so far is returned, with the bound reached."""
 
+TOLERANCE = 1e-6
+"""Absolute gap at which HiGHS takes an assignment for optimal, and its price for the bound (`mip_abs_gap`)."""
+
 
 def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None = FINE_ROUNDS) -> Assignment:
     """The best assignment found in `time_limit` seconds, and, if nothing was folded, the solver's lower bound.
@@ -51,12 +54,14 @@ def integer_program(
 ) -> tuple[np.ndarray | None, float, str]:
     """(an option per variable or None, lower bound or -infinity, the solver's words), each variable choosing among `kept`.
 
-    `scale`: seconds that count as 1 for the solver, whose tolerances (1e-6) are absolute; None: the largest price of a node.
+    `scale`: seconds that count as 1 for the solver, whose tolerances are absolute and are taken off the bound; None: what the
+    nodes cost at least.
     """
     start = np.cumsum([0, *[len(options) for options in kept]])
     costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
     blocks, width = [], int(start[-1])
-    scale = scale or max(1e-30, max(float(cost.max()) for cost in costs))
+    largest = max(float(cost.max()) for cost in costs)
+    scale = scale or max(1e-30, 1e-3 * largest, sum(float(cost.min()) for cost in costs))
     rows, columns, values = [], [], []
     lower: list[np.ndarray] = []
     height = 0
@@ -93,7 +98,7 @@ def integer_program(
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
     )  # fmt: skip
     bound = solved.mip_dual_bound
-    bound = float(bound) * scale if bound is not None and np.isfinite(bound) else -math.inf
+    bound = (float(bound) - TOLERANCE) * scale if bound is not None and np.isfinite(bound) else -math.inf
     if solved.x is None:
         return None, bound, solved.message
     chosen = [int(options[solved.x[start[v] : start[v + 1]].argmax()]) for v, options in enumerate(kept)]

@@ -28,9 +28,7 @@ DENSE = 500_000
 CAP = 1 << 20
 """Entries of a table that eliminating a variable may build."""
 PROGRAM_SCALE = 0.01
-"""What fraction of an assignment's price counts as 1 for the integer program's solver."""
-PROGRAM_TOLERANCE = 1e-6
-"""By how much of that its bound may be wrong: HiGHS's largest tolerance."""
+"""What fraction of an assignment's price counts as 1 for the integer program's solver, whose tolerances are absolute."""
 
 
 def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, program_seconds: float = 0.0) -> Assignment:
@@ -119,6 +117,6 @@ def _solve_rest(relaxation: Relaxation, best: _Best, program_seconds: float) -> 
     if not exact and program_seconds > 0 and not best.proven:
         scale = PROGRAM_SCALE * abs(best.seconds)
         answer, floor, _ = integer_program(core, [np.arange(len(cost)) for cost in core.costs], program_seconds, scale)
-        best.rise(floor - PROGRAM_TOLERANCE * scale + eliminated)
+        best.rise(floor + eliminated)
         if answer is not None:
             best.meet(relaxation.choices(undo_dominance(undo_elimination(answer))))
