@@ -4,7 +4,8 @@
 
 Every example program on every mesh. "above optimum" compares with the integer program's solution where it is proven optimal
 (gap at most 1e-5, ten times its tolerance), else with its lower bound. "folding" is what reducing costs: the optimum of the
-folded problem above that of the problem itself, where it could be proven too. Problems with more table entries than `--entries` are listed and left out.
+folded problem above that of the problem itself, where it could be proven too. Problems with more table entries than
+`--entries` are listed and left out.
 """
 
 from __future__ import annotations

@@ -37,15 +37,15 @@ def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, progr
     Messages raise a dual bound (`dual.py`); options that cost more above it than the cheapest assignment known are struck out;
     what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
 
-    `seconds`: after which it makes do with the bound reached. `program_seconds`: how long the integer program may work on the
+    `seconds`: of sweeps after which it makes do with the bound reached. `program_seconds`: how long the integer program may work on the
     rest after that. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if `found`
     is no legal assignment, or if the problem is too large for a bound.
     """
     best = _Best(problem, found.choices)
     if not problem.nodes:
         return Assignment(best.choices, 0.0, 0.0, found.notes)
-    start, sweeps, dual = time.perf_counter(), 0, -math.inf
     relaxation = Relaxation(problem, best.seconds)
+    start, sweeps, dual = time.perf_counter(), 0, -math.inf
     next_look = 2 * ROUND
     while True:
         slack = max(0.0, best.seconds + ROUNDING * abs(best.seconds) - dual)
