@@ -37,9 +37,9 @@ def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, progr
     Messages raise a dual bound (`dual.py`); options that cost more above it than the cheapest assignment known are struck out;
     what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
 
-    `seconds`: of sweeps after which it makes do with the bound reached. `program_seconds`: how long the integer program may work on the
-    rest after that. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if `found`
-    is no legal assignment, or if the problem is too large for a bound.
+    `seconds`: of sweeps, after which it makes do with the bound reached. `program_seconds`: how long the integer program may work
+    on the rest after that. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if
+    `found` is no legal assignment, or if the problem is too large for a bound.
     """
     best = _Best(problem, found.choices)
     if not problem.nodes:
