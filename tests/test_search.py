@@ -168,6 +168,23 @@ def test_a_search_that_is_no_search_is_caught_and_named():
     def illegal(problem):
         return Assignment(np.array([[1], [0]]), 0.0)
 
+    def ragged(problem):
+        return Assignment([[0], [0, 1]], 0.0)
+
+    def halves(problem):
+        return Assignment(np.full((len(problem.nodes), 1), 0.5), 0.0)
+
+    def nothing(problem):
+        return None
+
+    with pytest.raises(ValueError, match="or a callable Problem -> Assignment, not 3"):
+        search(problem, 3)
+    with pytest.raises(ValueError, match="'ragged' returned choices that are no array"):
+        search(problem, ragged)
+    with pytest.raises(ValueError, match=r"'halves' returned choices of shape .* and dtype float64"):
+        search(problem, halves)
+    with pytest.raises(ValueError, match="'nothing' returned a NoneType; wanted an Assignment"):
+        search(problem, nothing)
     with pytest.raises(ValueError, match="'short' returned choices of shape"):
         search(problem, short)
     with pytest.raises(ValueError, match="'outside' chose option 99 of node 0"):

@@ -30,16 +30,24 @@ CLAIM = 1e-6
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
     """Solve a problem by a search's name or by the user's own callable, whose answer is checked.
 
-    Raises ValueError for an unknown name, for an answer that is no legal assignment, and for a bound above its price.
+    Raises ValueError for an unknown name or what is no callable, for an answer that is no legal assignment, and for a bound above
+    its price.
     """
     if isinstance(method, str):
         if method not in SEARCHES:
             raise ValueError(f"no search is called {method!r}; there are {sorted(SEARCHES)}, or pass a callable")
         found = SEARCHES[method](problem)
-    else:
+    elif callable(method):
         found = method(problem)
+    else:
+        raise ValueError(f"a search is one of {sorted(SEARCHES)} or a callable Problem -> Assignment, not {method!r}")
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    choices = np.asarray(found.choices)
+    if not isinstance(found, Assignment):
+        raise ValueError(f"search {name!r} returned a {type(found).__name__}; wanted an Assignment")
+    try:
+        choices = np.asarray(found.choices)
+    except ValueError as ragged:
+        raise ValueError(f"search {name!r} returned choices that are no array: {ragged}") from ragged
     if choices.shape != (len(problem.nodes), len(problem.axes)) or choices.dtype.kind not in "iu":
         raise ValueError(
             f"search {name!r} returned choices of shape {choices.shape} and dtype {choices.dtype}; "
