@@ -112,12 +112,13 @@ class Relaxation:
             around = self.around[node]
             held = self.held[node]
             for link, end, _ in around:  # take what an edge certainly costs
-                sure = link.rest.min(1 - end)
+                sure = np.minimum.reduce(link.rest, 1 - end)
                 link.rest -= sure[:, None] if end == 0 else sure
                 held = held + sure[link.seen[end].of]
-            least = held.min()
-            if slack < np.inf and held.max() - least > slack:
-                held = self._drop(node, held, held - least <= slack)
+            if slack < np.inf:
+                kept = held <= held.min() + slack
+                if not kept.all():
+                    held = self._drop(node, held, kept)
             after = [(link, end) for link, end, other in around if (other > node) == forward]
             if after:
                 share = 1.0 / max(len(after), len(around) - len(after))
