@@ -307,8 +307,11 @@ class Plan:
 
     @property
     def gap(self) -> float | None:
-        """How far `seconds` may be above the optimum, as a fraction; None without a bound."""
-        return None if self.bound is None else (self.seconds - self.bound) / self.bound if self.bound else 0.0
+        """How far `seconds` may be above the optimum, as a fraction of the bound: (seconds - bound) / bound. None without
+        a bound; infinite if the bound is 0 and the plan is not free."""
+        if self.bound is None:
+            return None
+        return (self.seconds - self.bound) / self.bound if self.bound > 0 else math.inf if self.seconds > 0 else 0.0
 
     def input_bytes(self, position: int) -> float:
         """Bytes per device of one flat input."""

@@ -99,7 +99,7 @@ def test_a_plan_refuses_other_shapes_and_structures():
 def test_an_unknown_machine_or_search_lists_the_names():
     with pytest.raises(ValueError, match="no machine is called 'v9'; there are v4, v5e"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, machine="v9")
-    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl'\]"):
+    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl', "):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, search="best")
 
 
@@ -165,8 +165,6 @@ def test_a_smaller_budget_gives_a_smaller_peak():
 def test_what_is_not_there_yet_is_said():
     with pytest.raises(ValueError, match="pipeline"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, pipeline="x")
-    with pytest.raises(ValueError, match="certify"):
-        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, certify=True)
     plan = jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH)
     with pytest.raises(TypeError, match="replan does not take"):
         plan.replan(sizes={"B": 1})
