@@ -146,7 +146,7 @@ class WhyNot:
 
 def why_not(plan: Plan, replannable: Replannable, pins: Mapping[str, PartitionSpec]) -> WhyNot:
     """Solve again with `pins` on top of those that the plan was made with. ValueError where a pin cannot be honoured."""
-    return WhyNot(plan, replannable.replan(pins={**plan.request.pins, **pins}), dict(pins))
+    return WhyNot(plan, replannable.replan(pins={**plan.request.pins, **pins}, certify=False), dict(pins))
 
 
 # --- explanations ----------------------------------------------------------------------------------------------------
