@@ -95,7 +95,7 @@ def test_an_attempt_that_works_and_one_that_does_not(monkeypatch):
     assert not different.failed and not different.right and different.difference > 0.1
 
 
-def outcome(program="mlp", size="small", mesh="4x2", tool="jaxplan", **rest):
+def outcome(program="mlp_sgd", size="small", mesh="4x2", tool="jaxplan", **rest):
     return Outcome(program, size, mesh, tool, **rest)
 
 
@@ -113,10 +113,13 @@ def test_words_for_outcomes():
 def test_page():
     full = outcome(size="full", plan_seconds=0.5, sent=12345.0, sent_as_compiled=20000.0, flops=2e6, peak=3e6)
     failed = outcome(tool="parallax jit", failed="planning", error="ValueError: no (in f)")
-    text = compare_tools.page([outcome(difference=0.0), failed, full], dict.fromkeys(("jax", "flax", "google-parallax"), "1"))
-    assert "| mlp | yes | no: fails in planning | not a model |" in text
-    assert "| mlp | 4x2 | jaxplan | 0.500 | 12,345 | 20,000 | 2.00 | 3.00 | not run |" in text
-    assert "- mlp (small), parallax jit, planning: `ValueError: no (in f)`" in text
+    loop = outcome(program="stencil", tool="parallax jit", failed="planning", error="ValueError: loop (in f)")
+    rows = [outcome(difference=0.0), failed, outcome(program="stencil", difference=0.0), loop, full]
+    text = compare_tools.page(rows, {"jax": "0.10.2", "flax": "0.12.8", "google-parallax": "0.0.2"})
+    assert "| mlp_sgd | yes | no: fails in planning | not a model |" in text
+    assert "| stencil | yes | no: fails in planning (not designed for it) | not a model |" in text
+    assert "| mlp_sgd | 4x2 | jaxplan | 0.500 | 12,345 | 20,000 | 2.00 | 3.00 | not run |" in text
+    assert "- mlp_sgd (small), parallax jit, planning: `ValueError: no (in f)`" in text
 
 
 def test_a_process_that_takes_too_long_is_recorded(monkeypatch):
