@@ -552,6 +552,6 @@ def test_audit_takes_jitted_lowered_and_compiled_and_explains_itself():
         hlo.audit(lowered.compile(), mesh={"x": 4, "y": 2}),
     ]
     assert found[0] == found[1] == found[2]
-    assert re.search(r"all-reduce +x +3,072 +1 +test_hlo\.py:\d+\n", str(found[0]))
+    assert re.search(r"all-reduce +x +2,048 +3,072 +1 +test_hlo\.py:\d+ +jit.*dot_general\n", str(found[0]))
     with pytest.raises(TypeError, match=r"not jitted: pass jax\.jit"):
         hlo.audit(lambda x: x, 1.0)
