@@ -208,7 +208,11 @@ class Plan:
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
-        """Every collective of one call, costliest first."""
+        """Every collective of one call, costliest first.
+
+        What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest. (In
+        `seconds` each reader that is not heavy pays for itself: prices there are per pair.)
+        """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
         for index, cluster in enumerate(graph.clusters):
@@ -221,30 +225,40 @@ class Plan:
                 found.append(PlannedExchange(
                     "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
                 ))  # fmt: skip
+        moved: dict[tuple[int, Step], float] = {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
-            found += self._planned(steps, reading.tensor, reader, reading.times)
+            for step in steps:
+                already = moved.get((reading.tensor, step), 0.0)
+                if reading.times > already:
+                    moved[reading.tensor, step] = reading.times
+                    found += self._planned((step,), reading.tensor, reader, reading.times - already)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
 
     def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
-        about = self.modelled.graph.tensors[tensor]
+        """The exchanges of some steps. Scatters of several dimensions are one: so the compiler does it."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
-        source = self.source(op) if any(step.kind != "slice" for step in steps) else ""
+        runs: list[list[Step]] = []
+        for step in steps:
+            if step.kind == "reduce_scatter" and runs and runs[-1][0].kind == step.kind:
+                runs[-1].append(step)
+            elif step.kind != "slice":
+                runs.append([step])
+        sizes, source = self.modelled.numbers.sizes, self.source(op) if runs else ""
         return [
             PlannedExchange(
-                step.kind, tuple(self.axis_names[a] for a in step.axes),
-                {self.axis_names[a]: float(h) for a, h in step_bytes(step, about.nbytes, self.modelled.numbers.sizes)},
+                run[0].kind, tuple(self.axis_names[a] for step in run for a in step.axes),
+                {self.axis_names[a]: float(h) for step in run for a, h in step_bytes(step, about.nbytes, sizes)},
                 times, about.shape, about.dtype, op.name, source,
             )
-            for step in steps if step.kind != "slice"
+            for run in runs
         ]  # fmt: skip
 
     def source(self, operator: Operator) -> str:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
-        """The user's "file.py:line", or ""."""
         if operator.equation is None:
             return ""
         file, line = _jax.source_line(operator.equation)
