@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -195,7 +196,9 @@ def match(planned: Iterable[PlannedExchange], compiled: Iterable[Collective]) ->
         _Side(_COMPILED_AS[e.kind], frozenset(e.axes), math.fsum(e.wire_bytes.values()), e.times, _shown(e), e.source)
         for e in planned if e.total_bytes
     ]  # fmt: skip
-    right = [_Side(c.kind, frozenset(c.axes), c.wire_bytes, c.times, c.shape, c.source) for c in compiled if c.total_bytes]
+    right = [
+        _Side(c.kind, frozenset(c.axes), c.wire_bytes, c.times, _short(c.shape), c.source) for c in compiled if c.total_bytes
+    ]
     rows: list[Comparison] = []
     for key in (_at_a_line, _anywhere):
         for mine, theirs in _both(left, right, key):
@@ -263,6 +266,12 @@ def _row(status: str, mine: Sequence[_Side], theirs: Sequence[_Side]) -> Compari
 
 def _shown(exchange: PlannedExchange) -> str:
     return f"{exchange.dtype}[{','.join(map(str, exchange.shape))}]"
+
+
+def _short(shape: str) -> str:
+    """A result type; of a tuple (the slices for the peers) the first, and how many there are."""
+    parts = re.findall(r"\w+\[[^\]]*\]", shape)
+    return f"{len(parts)} x {parts[0]}" if len(parts) > 1 else shape
 
 
 def _finite(value: float) -> float | None:

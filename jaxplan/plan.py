@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.cost import Modelled, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost import Modelled, Reading, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.memory import shards
 from jaxplan.cost.price import halo_bytes
@@ -210,8 +210,9 @@ class Plan:
     def exchanges(self) -> tuple[PlannedExchange, ...]:
         """Every collective of one call, costliest first.
 
-        What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest. (In
-        `seconds` each reader that is not heavy pays for itself: prices there are per pair.)
+        What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
+        rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy
+        pays for itself: prices there are per pair.)
         """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
@@ -225,18 +226,26 @@ class Plan:
                 found.append(PlannedExchange(
                     "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
                 ))  # fmt: skip
-        moved: dict[tuple[int, Step], float] = {}
+        moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
+            inside = self._rematerialised(reading)
             for step in steps:
-                already = moved.get((reading.tensor, step), 0.0)
+                already = moved.get((reading.tensor, step, inside), 0.0)
                 if reading.times > already:
-                    moved[reading.tensor, step] = reading.times
+                    moved[reading.tensor, step, inside] = reading.times
                     found += self._planned((step,), reading.tensor, reader, reading.times - already)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
+
+    def _rematerialised(self, reading: Reading) -> tuple[Any, ...]:
+        """The path of the innermost rematerialised call in which a tensor is read; () for none."""
+        graph = self.modelled.graph
+        members = [graph.operators[member] for member in graph.clusters[reading.reader].members]
+        path = next((op.path for op in members if reading.tensor in op.operands), ())
+        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
 
     def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
         """The exchanges of some steps. Scatters of several dimensions are one: so the compiler does it."""

@@ -118,8 +118,11 @@ def table(rows: Sequence[Row], markdown: bool) -> list[str]:
         rule = ("---", "---", "---", "---", "---:", "---:", "---:", "---:")
         return ["| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    places = [str.ljust] * 4 + [str.rjust] * 4
-    return ["  ".join(place(*cell) for place, *cell in zip(places, line, widths, strict=True)) for line in cells]
+    rows_shown = []
+    for line in cells:
+        padded = [cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        rows_shown.append("  ".join(padded))
+    return rows_shown
 
 
 def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:

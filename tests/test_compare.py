@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxplan
 from jaxplan.compare import UNKNOWN, PlanAudit, compare, match, relative_error, sent_by_axis
@@ -106,6 +106,41 @@ def test_a_loop_that_does_not_say_how_long_it_runs_counts_as_planned():
         found = made.audit()
         assert found.predicted_bytes > 0 and found.compiled == pytest.approx(found.predicted)
         assert any(f"counted as {trips}" in note for note in found.audit.unread)
+
+
+@pytest.mark.parametrize("prevent_cse", [True, False])
+def test_what_several_readers_ask_for_alike_is_one_exchange(prevent_cse):
+    """Laid out in rows, read in columns three times; in the backward pass once more, in a rematerialised call."""
+    mesh = mesh_of(8)
+
+    def columns(x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "x")))
+
+    def block(x):
+        return jnp.sin(columns(jnp.tanh(columns(x))))
+
+    def fn(x, w):
+        def loss(w):
+            rows = jax.lax.with_sharding_constraint(w * 2.0, NamedSharding(mesh, P("x", None)))
+            again = jax.checkpoint(block, prevent_cse=prevent_cse)(rows)
+            return (jnp.cos(columns(rows)) + jnp.exp(columns(rows)) + again).sum()
+
+        value, gradient = jax.value_and_grad(loss)(w)
+        return value, gradient * x
+
+    found = planned(fn, jnp.ones((16, 64)), jnp.ones((16, 64)), pins={"x": P("x", None), "w": P("x", None)})
+    assert statuses(found) == {"matched"}
+    moves = [row.compiled_times for row in found.exchanges if row.kind == "all-to-all"]
+    assert sum(moves) == 3  # forward, again for the call, and the gradient back
+
+
+def test_a_partial_sum_scattered_over_two_dimensions_is_one_exchange():
+    w, x, g = jnp.ones((16, 8)), jnp.ones((64, 16)), jnp.ones((64, 8))
+    pins = {"w": P("x", "y"), "x": P(("x", "y"), None), "g": P(("x", "y"), None)}
+    found = planned(lambda w, x, g: jnp.sin(w) * (x.T @ g), w, x, g, pins=pins, sizes=(4, 2))
+    (row,) = found.exchanges
+    assert (row.status, row.kind, row.axes) == ("matched", "reduce-scatter", ("x", "y"))
+    assert row.compiled_bytes == 7 / 8 * 16 * 8 * 4
 
 
 # --- false predictions --------------------------------------------------------------------------------------
