@@ -38,7 +38,6 @@ from jaxplan.examples import Program, programs
 from jaxplan.machine import Machine, machine as find_machine
 
 GOALS = {"median": 0.02, "worst": 0.10, "unplanned": 0.01}
-DEVICES = 16
 FASTER = 1000.0
 TRIPS_UNKNOWN = "trip count of"
 """A loop of which nobody can say how often it runs: counted as was planned, so not a thing that could not be read."""
@@ -108,7 +107,7 @@ def percent(value: float) -> str:
 def table(rows: Sequence[Row], markdown: bool) -> list[str]:
     """One line per row, the numbers to the right."""
     header = ("program", "mesh", "machine", "axis", "kB predicted", "kB compiled", "error", "unplanned")
-    cells = [header]
+    cells: list[tuple[str, ...]] = [header]
     for row in rows:
         found, mesh = row.audit, "x".join(map(str, row.mesh))
         for axis, error in row.errors.items() or {"-": 0.0}.items():
@@ -130,7 +129,7 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     errors = {(row.program, row.mesh, row.machine, axis): error for row in rows for axis, error in row.errors.items()}
     silent = sum(not row.errors for row in rows)
     if not errors:
-        return [f"{len(rows)} programs and meshes, none of which sends anything"], ["nothing was compared"]
+        return [f"{len(rows)} rows, none of which sends anything"], ["nothing was compared"]
     worst, unplanned = max(errors, key=lambda key: errors[key]), max(rows, key=lambda row: row.audit.largest_unplanned)
     found = {
         "median": statistics.median(errors.values()),
@@ -182,8 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no program is called {', '.join(unknown)}; there are {', '.join(known)}")
     meshes = [tuple(map(int, shape.split("x"))) for shape in given.meshes.split(",")]
-    if any(math.prod(shape) > DEVICES for shape in meshes):
-        parser.error(f"there are {DEVICES} simulated devices")
+    devices = len(jax.devices())
+    if any(math.prod(shape) > devices for shape in meshes):
+        parser.error(f"there are {devices} devices, too few for a mesh of {given.meshes}")
     chosen = [program for name, program in known.items() if not given.only or name in given.only]
     rows = list(rows_of(chosen, machines_of(given.machines), meshes))
     lines, missed = summary(rows)
