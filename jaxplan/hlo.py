@@ -20,6 +20,8 @@ of one backend (CPU above all) into what the program means, by these rules and n
 3. An f32 collective that was widened counts the bytes of the narrow type: a data movement whose operand
    is a convert from it and whose every use converts back to it; a reduction with both, or with one of the
    two when its reducer is one XLA marks `_promoted` (which it does for bf16 only).
+4. An all-reduce (a sum) of zeros into which each member of the group wrote its own, different n-th becomes an
+   all-gather (the TPU writes small ones so).
 
 What cannot be read is listed in `Audit.unread` and left out of the sums, never guessed.
 """
@@ -252,7 +254,7 @@ class _Reader:
             computation, instruction = callers[0]
         return self.module.source(instruction), instruction.attribute(r'op_name="([^"]*)"') or ""
 
-    # --- the three rewritings ---------------------------------------------------------------------------
+    # --- the rewritings ---------------------------------------------------------------------------
 
     def normalise(self, site: tuple[str, str]) -> list[Collective]:
         """The records that a compiled collective stands for, by the rules in the module's docstring."""
@@ -288,11 +290,17 @@ class _Reader:
     ) -> Collective:
         rules = [record.rewritten] if record.rewritten else []
         if record.kind == "all-reduce" and record.group_size > 1:
+            instruction = self.module.find(*site)
+            operand = instruction.operands[indices[0][0] if indices[0] else 0] if instruction else ""
             part = self._scattered((*site, indices[0]), self.groups[site])
             if part:
                 wire = _wire_bytes("reduce-scatter", record.payload_bytes, self.groups[site])
                 record = replace(record, kind="reduce-scatter", wire_bytes=wire, shape=_bare(part))
                 rules.append("all-reduce then slice")
+            elif instruction and self._sums(instruction) and self._gathered((site[0], operand, ()), self.groups[site]):
+                wire = _wire_bytes("all-gather", record.payload_bytes, self.groups[site])
+                record = replace(record, kind="all-gather", wire_bytes=wire)
+                rules.append("all-reduce of zeros and a part")
         narrow = self._narrow(site, record.kind, indices) if record.dtype == "f32" else ""
         if narrow:
             payload, wire = record.payload_bytes / 2, record.wire_bytes / 2
@@ -308,25 +316,47 @@ class _Reader:
         for computation, use in uses:
             if use is None or use.opcode != "dynamic-slice":
                 return ""
-            tilings.add(self._tiling(computation, use, groups))
+            whole = self._type(computation, use.operands[0])
+            tilings.add(self._tiling(computation, use.name, use.operands[1:], whole, use.type, groups))
         return uses[0][1].type if len(tilings) == 1 and None not in tilings and uses[0][1] else ""
 
-    def _tiling(self, computation: str, use: Instruction, groups: Groups) -> tuple[Any, ...] | None:
-        """Which block each partition takes, if the members of every group take all different blocks."""
-        whole = _array(self._type(computation, use.operands[0]))[1]
-        part = _array(use.type)[1]
+    def _sums(self, reduction: Instruction) -> bool:
+        reducer = self.module.computations.get(reduction.attribute(r"\bto_apply=%?([\w.\-]+)") or "")
+        return reducer is not None and getattr(reducer.instructions.get(reducer.root), "opcode", "") == "add"
+
+    def _gathered(self, value: Value, groups: Groups) -> bool:
+        """Is this value zeros but for each device's own part, and are the parts of a group all there is?"""
+        computation, name, _ = self.module.resolve(value)
+        update = self.module.find(computation, name)
+        if update is None or update.opcode != "dynamic-update-slice" or len(update.operands) < 3:
+            return False
+        inner, base, _ = self.module.resolve((computation, update.operands[0], ()), PLUMBING | {"broadcast", "convert"})
+        zero = self.module.find(inner, base)
+        if zero is None or zero.opcode != "constant" or zero.literal.strip("{} ") not in ("0", "false"):
+            return False
+        part = self._type(computation, update.operands[1])
+        return self._tiling(computation, name, update.operands[2:], update.type, part, groups) is not None
+
+    def _tiling(
+        self, computation: str, name: str, offsets: tuple[str, ...], all_of: str, part_of: str, groups: Groups
+    ) -> tuple[Any, ...] | None:
+        """Which block each partition takes (or gives), if the members of every group have all different blocks.
+
+        `name`: the instruction that slices; `all_of`, `part_of`: the types of the whole and of a block.
+        """
+        whole, part = _array(all_of)[1], _array(part_of)[1]
         n = len(groups[0])
-        if math.prod(whole) != n * math.prod(part) or len(use.operands) != len(whole) + 1:
+        if math.prod(whole) != n * math.prod(part) or len(offsets) != len(whole):
             return None
         block = np.zeros((self.module.partitions, 1), int)
-        for operand, size, kept in zip(use.operands[1:], whole, part, strict=True):
+        for operand, size, kept in zip(offsets, whole, part, strict=True):
             if size == kept:
                 continue
             offset = self.module.evaluate((computation, operand, ()))
             if offset is None and computation.startswith("all-reduce-scatter"):
                 return whole, part
             if offset is None:
-                self.unread(f"offsets of %{use.name}: its all-reduce is not read as a reduce-scatter")
+                self.unread(f"offsets of %{name}: its all-reduce is read as no more than that")
                 return None
             if not kept or size % kept or offset.shape[1] != 1 or (offset % kept).any():
                 return None

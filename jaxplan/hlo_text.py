@@ -342,6 +342,8 @@ class Module:
             return np.array([[int(n == "true") if n.isalpha() else int(n) for n in numbers]])
         if instruction.opcode == "partition-id":
             return np.arange(self.partitions)[:, None]
+        if instruction.opcode == "replica-id" and self.replicas == 1:
+            return np.zeros((1, 1), int)
         if instruction.opcode not in ("dynamic-slice", "broadcast", *_ARITHMETIC):
             return None
         operands = [self.evaluate((computation, operand, ())) for operand in instruction.operands]
