@@ -18,9 +18,11 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import plan as _plan
 from jaxplan.apply import PlannedFunction
+from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Numbers, frugal, model
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
+from jaxplan.hlo import audit
 from jaxplan.layout import Layout
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.problem import Assignment, Problem
@@ -85,6 +87,20 @@ class Plan(_plan.Plan):
             args, _ = self.traced.unflatten_inputs(range(count))
             donated = [leaf for i, arg in enumerate(args) if i in wanted for leaf in jax.tree.leaves(arg)]
         return PlannedFunction(self, dict(self.request.static), donated)
+
+    def audit(self) -> PlanAudit:
+        """What was predicted beside what XLA compiles, per exchange and per axis; printing it gives a table.
+
+        Compiles the planned function for the shapes that were planned, donating what it donates; runs nothing. Loops whose trip
+        count the program does not say count as often as was planned. Raises ValueError for a plan made for an AbstractMesh.
+        """
+        if not isinstance(self.mesh, jax.sharding.Mesh):
+            raise ValueError(
+                "this plan was made for an AbstractMesh, and there is nothing to compile for: audit plan.replan(mesh=...) with a "
+                "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16)"
+            )
+        trips = self.request.while_trips
+        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))
 
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:

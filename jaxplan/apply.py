@@ -270,6 +270,10 @@ class PlannedFunction:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
         return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs)])
 
+    def lower_planned(self) -> Any:
+        """Lowered for the shapes that were planned for."""
+        return self._jitted.lower(*[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plan.traced.in_avals])
+
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         for key, planned in self._static.items():
             given = kwargs.get(key, planned) if isinstance(key, str) else args[key] if key < len(args) else planned

@@ -5,6 +5,8 @@ model, so the compiler can serve as its oracle. All numbers are per device and p
 bytes in bytes, `times` in executions (loop trip counts multiplied out, of a conditional the branch that
 moves most), FLOPs counting a multiply and an add as two.
 
+`Audit.warnings` (`hlo_findings`) lists what the program does and need not.
+
 Two views are kept. `Audit.collectives` is the program as compiled. `Audit.normalised` rewrites the habits
 of one backend (CPU above all) into what the program means, by these rules and no other:
 
@@ -18,6 +20,8 @@ of one backend (CPU above all) into what the program means, by these rules and n
 3. An f32 collective that was widened counts the bytes of the narrow type: a data movement whose operand
    is a convert from it and whose every use converts back to it; a reduction with both, or with one of the
    two when its reducer is one XLA marks `_promoted` (which it does for bf16 only).
+4. An all-reduce (a sum) of zeros into which each member of the group wrote its own, different n-th becomes an
+   all-gather (the TPU writes small ones so).
 
 What cannot be read is listed in `Audit.unread` and left out of the sums, never guessed.
 """
@@ -34,118 +38,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from .hlo_findings import Site, Walked, find_warnings
+from .hlo_records import Audit, Collective, Finding, Kernel
 from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, type_bytes
 from .hlo_work import flops_of, traffic_of
 
-__all__ = ["Audit", "Collective", "audit", "read_hlo"]
+__all__ = ["Audit", "Collective", "Finding", "Kernel", "audit", "read_hlo"]
 
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
 _KINDS = (*_REDUCTIONS, "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
 _NOT_UNDERSTOOD = ("ragged-all-to-all", "send", "recv", "ragged-dot")
+_GROUPED = re.compile(r"\b(?:replica_groups|source_target_pairs)=")
+_DEEPEST = 8  # calls within calls, to where metadata may be
 _MOVES = PLUMBING | {"slice", "dynamic-slice", "concatenate"}
-
-
-# --- the nouns --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of the program. Bytes are per device and execution; multiply by `times` for a call.
-
-    `payload_bytes` is the full tensor: an all-reduce's, reduce-scatter's, all-to-all's or permute's operand,
-    an all-gather's result. `wire_bytes` is what a device sends in a ring over its group of n: all-reduce
-    2(n-1)/n of the payload, a permute the payload, every other kind (n-1)/n of it.
-    """
-
-    kind: str
-    payload_bytes: float
-    wire_bytes: float
-    times: int
-    group_size: int  # of a permute: the devices in its longest chain of source-target pairs
-    axes: tuple[str, ...]  # mesh axes the groups span, in mesh order; () if unknown
-    dtype: str  # element types, comma separated if several
-    shape: str  # the result type as printed, less layouts
-    source: str  # "file.py:123", or ""
-    op_name: str
-    exact: bool  # False: within a loop whose trip count is unknown, counted as 1
-    name: str = ""  # the HLO instruction
-    rewritten: str = ""  # in `Audit.normalised`: the rules applied
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One instruction that is not part of another: what it computes, and what it reads and writes in memory, per execution."""
-
-    name: str  # the HLO instruction
-    opcode: str
-    flops: float
-    memory_bytes: float
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Collectives, FLOPs and memory of one compiled program, per device. Printing it gives a table."""
-
-    collectives: tuple[Collective, ...]  # as compiled
-    normalised: tuple[Collective, ...]  # dialects rewritten: see the module's docstring
-    flops: float  # of dots and convolutions
-    kernels: tuple[tuple[Kernel, int], ...] = ()  # and how often each runs
-    argument_bytes: int = 0
-    output_bytes: int = 0
-    temp_bytes: int = 0
-    alias_bytes: int = 0
-    peak_bytes: int = 0  # arguments + outputs - aliased + temporaries
-    unread: tuple[str, ...] = ()
-
-    def wire_bytes(self, normalised: bool = False) -> dict[str | tuple[str, ...], float]:
-        """Bytes sent per device and call, by mesh axis (by a tuple of axes where groups span several)."""
-        return self._sum(lambda c: c.axes[0] if len(c.axes) == 1 else c.axes, normalised)
-
-    def by_kind(self, normalised: bool = False) -> dict[str, float]:
-        """Bytes sent per device and call, by kind of collective."""
-        return self._sum(lambda c: c.kind, normalised)
-
-    @property
-    def memory_bytes(self) -> float:
-        """Bytes that kernels read and write per device and call."""
-        return math.fsum(kernel.memory_bytes * times for kernel, times in self.kernels)
-
-    @property
-    def total_wire_bytes(self) -> float:
-        """Bytes sent per device and call, as compiled."""
-        return math.fsum(c.wire_bytes * c.times for c in self.collectives)
-
-    def _sum(self, key: Any, normalised: bool) -> dict[Any, float]:
-        totals: dict[Any, float] = {}
-        for c in self.normalised if normalised else self.collectives:
-            totals[key(c)] = totals.get(key(c), 0.0) + c.wire_bytes * c.times
-        return totals
-
-    def __str__(self) -> str:
-        rows: dict[tuple[str, str, str], list[float]] = {}
-        for c in self.normalised:
-            row = rows.setdefault(
-                (c.kind, ",".join(c.axes) or "?", c.source or c.op_name or c.name), [0.0, 0, 1]
-            )
-            row[0] += c.wire_bytes * c.times
-            row[1] += c.times
-            row[2] *= c.exact
-        lines = [f"{'collective':<20} {'axes':<12} {'bytes sent':>12} {'times':>8}  source"]
-        for (kind, axes, source), (total, times, exact) in sorted(
-            rows.items(), key=lambda r: (-r[1][0], r[0])
-        ):
-            lines.append(
-                f"{kind:<20} {axes:<12} {total:>12,.0f} {times:>7,.0f}{' ' if exact else '+'}  {source}"
-            )
-        meant = math.fsum(self.by_kind(normalised=True).values())
-        lines.append(
-            f"sent per device and call: {meant:,.0f} bytes (as compiled {self.total_wire_bytes:,.0f})"
-        )
-        lines.append(
-            f"per device: flops {self.flops:.4g}, memory traffic {self.memory_bytes:.4g} bytes, peak {self.peak_bytes:,} bytes"
-        )
-        lines += [f"not read: {note}" for note in self.unread]
-        return "\n".join(lines)
 
 
 # --- mesh axes and wire bytes -----------------------------------------------------------------------------
@@ -196,10 +101,10 @@ class _Tally:
     """What one run of a computation does: how often each collective and each kernel within it runs, and its FLOPs."""
 
     flops: float = 0.0
-    sites: dict[tuple[str, str], tuple[int, bool]] = field(default_factory=dict)  # (times, exact)
-    kernels: dict[Kernel, int] = field(default_factory=dict)  # times
+    sites: dict[tuple[str, str], tuple[float, bool]] = field(default_factory=dict)  # (times, exact)
+    kernels: dict[Kernel, float] = field(default_factory=dict)  # times
 
-    def include(self, other: _Tally, times: int, exact: bool) -> None:
+    def include(self, other: _Tally, times: float, exact: bool) -> None:
         self.flops += other.flops * times
         for kernel, count in other.kernels.items():
             self.kernels[kernel] = self.kernels.get(kernel, 0) + count * times
@@ -211,9 +116,13 @@ class _Tally:
 class _Reader:
     """Walks a module from its entry and turns the collectives it meets into records."""
 
-    def __init__(self, module: Module, mesh_shape: Mapping[str, int] | None) -> None:
+    def __init__(self, module: Module, mesh_shape: Mapping[str, int] | None, while_trips: float = 1) -> None:
         self.module = module
         self.mesh_shape = mesh_shape
+        self.while_trips = while_trips
+        self.flops: dict[tuple[str, str], float] = {}  # of each dot and convolution, per run
+        self.calls: dict[str, list[tuple[str, float]]] = {}  # what each computation runs, and how often
+        self.order: list[str] = []  # callees before their callers
         self.records: dict[tuple[str, str], Collective] = {}
         self.groups: dict[tuple[str, str], Groups] = {}
         self.tallies: dict[str, _Tally | None] = {}
@@ -229,10 +138,27 @@ class _Reader:
         computation = self.module.computations.get(name)
         if computation is None:
             self.unread(f"computation %{name} is missing")
-        for instruction in computation.instructions.values() if computation else ():
+        known = computation.instructions if computation else {}
+        for instruction in known.values():
+            lost = [operand for operand in instruction.operands if operand not in known]
+            if lost:
+                self.unread(f"operand %{lost[0]} of %{instruction.name}: it is not there")
             self._count(name, instruction, tally)
         self.tallies[name] = tally
+        self.order.append(name)
         return tally
+
+    def _include(self, caller: str, callee: str, tally: _Tally, times: float = 1, exact: bool = True) -> None:
+        tally.include(self.visit(callee), times, exact)
+        self.calls.setdefault(caller, []).append((callee, times))
+
+    def runs(self) -> dict[str, float]:
+        """How often each computation runs in one call of the program."""
+        found = {self.module.entry: 1.0}
+        for caller in reversed(self.order):
+            for callee, times in self.calls.get(caller, ()):
+                found[callee] = found.get(callee, 0.0) + found.get(caller, 0.0) * times
+        return found
 
     def _count(self, computation: str, instruction: Instruction, tally: _Tally) -> None:
         opcode = instruction.opcode
@@ -244,14 +170,15 @@ class _Reader:
             times = self.module.trip_count(computation, instruction)
             body = instruction.attribute(r"\bbody=%?([\w.\-]+)") or ""
             for callee in instruction.callees():
-                runs = 1 if times is None else times + (callee != body)
-                tally.include(self.visit(callee), runs, times is not None)
+                runs = self.while_trips if times is None else times + (callee != body)
+                self._include(computation, callee, tally, runs, times is not None)
             if times is None:
-                self.unread(f"trip count of %{instruction.name}, counted as 1")
+                self.unread(f"trip count of %{instruction.name}, counted as {self.while_trips:g}")
         elif opcode == "conditional":
-            branches = [self.visit(callee) for callee in instruction.callees()]
-            tally.include(max(branches, key=self._weight, default=_Tally()), 1, True)
-        elif opcode in _NOT_UNDERSTOOD:
+            branches = instruction.callees()
+            if branches:
+                self._include(computation, max(branches, key=lambda branch: self._weight(self.visit(branch))), tally)
+        elif opcode in _NOT_UNDERSTOOD or (_GROUPED.search(instruction.attributes) and not opcode.endswith(("-done", "-update"))):
             self.unread(f"{opcode} %{instruction.name}")
         else:
             operands = [self._type(computation, operand) for operand in instruction.operands]
@@ -259,8 +186,10 @@ class _Reader:
             if flops is None:
                 self.unread(f"FLOPs of {opcode} %{instruction.name}")
             inner = _Tally(flops or 0.0)
+            if flops:
+                self.flops[computation, instruction.name] = flops
             for callee in instruction.callees():
-                inner.include(self.visit(callee), 1, True)
+                self._include(computation, callee, inner)
             if opcode != "call":  # what a fusion or a library call does inside is one kernel
                 moved = traffic_of(self.module, computation, instruction)
                 inner.kernels = {Kernel(instruction.name, opcode, inner.flops, moved): 1} if inner.flops or moved else {}
@@ -299,9 +228,7 @@ class _Reader:
         axes = _mesh_axes(kind, groups, self.mesh_shape) if self.mesh_shape else ()
         if axes is None:
             self.unread(f"axes of {kind} %{name}: its groups are not spanned by axes of the mesh")
-        callers = module.callers.get(computation, [])
-        told = "metadata=" in instruction.attributes or len(callers) != 1
-        teller = instruction if told else callers[0][1]  # XLA may leave the metadata on the fusion around it
+        source, stack = self.tell(computation, instruction)
         self.groups[computation, name] = groups
         self.records[computation, name] = Collective(
             kind=kind,
@@ -312,13 +239,22 @@ class _Reader:
             axes=axes or (),
             dtype=",".join(dict.fromkeys(leaf[0] for kind in types for leaf in leaves(kind))),
             shape=_result(instruction),
-            source=module.source(teller),
-            op_name=teller.attribute(r'op_name="([^"]*)"') or "",
+            source=source,
+            op_name=stack,
             exact=True,
             name=name,
         )
 
-    # --- the three rewritings ---------------------------------------------------------------------------
+    def tell(self, computation: str, instruction: Instruction) -> tuple[str, str]:
+        """The user's source line and name stack; XLA may leave them on the fusion (or call) around an instruction."""
+        for _ in range(_DEEPEST):
+            callers = self.module.callers.get(computation, [])
+            if "metadata=" in instruction.attributes or len(callers) != 1 or callers[0][1].opcode == "while":
+                break
+            computation, instruction = callers[0]
+        return self.module.source(instruction), instruction.attribute(r'op_name="([^"]*)"') or ""
+
+    # --- the rewritings ---------------------------------------------------------------------------
 
     def normalise(self, site: tuple[str, str]) -> list[Collective]:
         """The records that a compiled collective stands for, by the rules in the module's docstring."""
@@ -354,11 +290,17 @@ class _Reader:
     ) -> Collective:
         rules = [record.rewritten] if record.rewritten else []
         if record.kind == "all-reduce" and record.group_size > 1:
+            instruction = self.module.find(*site)
+            operand = instruction.operands[indices[0][0] if indices[0] else 0] if instruction else ""
             part = self._scattered((*site, indices[0]), self.groups[site])
             if part:
                 wire = _wire_bytes("reduce-scatter", record.payload_bytes, self.groups[site])
                 record = replace(record, kind="reduce-scatter", wire_bytes=wire, shape=_bare(part))
                 rules.append("all-reduce then slice")
+            elif instruction and self._sums(instruction) and self._gathered((site[0], operand, ()), self.groups[site]):
+                wire = _wire_bytes("all-gather", record.payload_bytes, self.groups[site])
+                record = replace(record, kind="all-gather", wire_bytes=wire)
+                rules.append("all-reduce of zeros and a part")
         narrow = self._narrow(site, record.kind, indices) if record.dtype == "f32" else ""
         if narrow:
             payload, wire = record.payload_bytes / 2, record.wire_bytes / 2
@@ -374,25 +316,47 @@ class _Reader:
         for computation, use in uses:
             if use is None or use.opcode != "dynamic-slice":
                 return ""
-            tilings.add(self._tiling(computation, use, groups))
+            whole = self._type(computation, use.operands[0])
+            tilings.add(self._tiling(computation, use.name, use.operands[1:], whole, use.type, groups))
         return uses[0][1].type if len(tilings) == 1 and None not in tilings and uses[0][1] else ""
 
-    def _tiling(self, computation: str, use: Instruction, groups: Groups) -> tuple[Any, ...] | None:
-        """Which block each partition takes, if the members of every group take all different blocks."""
-        whole = _array(self._type(computation, use.operands[0]))[1]
-        part = _array(use.type)[1]
+    def _sums(self, reduction: Instruction) -> bool:
+        reducer = self.module.computations.get(reduction.attribute(r"\bto_apply=%?([\w.\-]+)") or "")
+        return reducer is not None and getattr(reducer.instructions.get(reducer.root), "opcode", "") == "add"
+
+    def _gathered(self, value: Value, groups: Groups) -> bool:
+        """Is this value zeros but for each device's own part, and are the parts of a group all there is?"""
+        computation, name, _ = self.module.resolve(value)
+        update = self.module.find(computation, name)
+        if update is None or update.opcode != "dynamic-update-slice" or len(update.operands) < 3:
+            return False
+        inner, base, _ = self.module.resolve((computation, update.operands[0], ()), PLUMBING | {"broadcast", "convert"})
+        zero = self.module.find(inner, base)
+        if zero is None or zero.opcode != "constant" or zero.literal.strip("{} ") not in ("0", "false"):
+            return False
+        part = self._type(computation, update.operands[1])
+        return self._tiling(computation, name, update.operands[2:], update.type, part, groups) is not None
+
+    def _tiling(
+        self, computation: str, name: str, offsets: tuple[str, ...], all_of: str, part_of: str, groups: Groups
+    ) -> tuple[Any, ...] | None:
+        """Which block each partition takes (or gives), if the members of every group have all different blocks.
+
+        `name`: the instruction that slices; `all_of`, `part_of`: the types of the whole and of a block.
+        """
+        whole, part = _array(all_of)[1], _array(part_of)[1]
         n = len(groups[0])
-        if math.prod(whole) != n * math.prod(part) or len(use.operands) != len(whole) + 1:
+        if math.prod(whole) != n * math.prod(part) or len(offsets) != len(whole):
             return None
         block = np.zeros((self.module.partitions, 1), int)
-        for operand, size, kept in zip(use.operands[1:], whole, part, strict=True):
+        for operand, size, kept in zip(offsets, whole, part, strict=True):
             if size == kept:
                 continue
             offset = self.module.evaluate((computation, operand, ()))
             if offset is None and computation.startswith("all-reduce-scatter"):
                 return whole, part
             if offset is None:
-                self.unread(f"offsets of %{use.name}: its all-reduce is not read as a reduce-scatter")
+                self.unread(f"offsets of %{name}: its all-reduce is read as no more than that")
                 return None
             if not kept or size % kept or offset.shape[1] != 1 or (offset % kept).any():
                 return None
@@ -435,12 +399,12 @@ def _array(kind: str) -> tuple[str, tuple[int, ...]]:
 def _result(instruction: Instruction) -> str:
     """The result's type; of an async start, which returns (operand, result, ...), the result's alone."""
     printed = _bare(instruction.type)
-    if (
-        instruction.opcode in ("all-gather-start", "collective-permute-start")
-        and len(instruction.operands) == 1
-    ):
-        parts = re.findall(r"\w+\[[^\]]*\]", printed)
-        return parts[1] if len(parts) > 1 else printed
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == instruction.opcode or kind == "all-reduce":
+        return printed
+    if len(instruction.operands) == 1 or printed.startswith("(("):
+        _, *parts = re.findall(r"\([^()]*\)|\w+\[[^\]]*\]", printed[1:-1]) or [""]
+        return parts[0] if parts else printed
     return printed
 
 
@@ -452,14 +416,15 @@ def _bare(kind: str) -> str:
 # --- the public verbs -------------------------------------------------------------------------------------
 
 
-def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None) -> Audit:
+def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None, *, while_trips: float = 1) -> Audit:
     """Read the collectives, FLOPs and memory traffic out of optimized HLO text. Memory is not in the text and stays 0.
 
     `mesh_shape` gives the sizes of the mesh axes in order; partition i is taken to be the i-th device of
-    `mesh.devices.flat`. Without it `Collective.axes` is empty. Raises nothing on damaged text: see `unread`.
+    `mesh.devices.flat`. Without it `Collective.axes` is empty. `while_trips`: how often a loop runs that does not say.
+    Raises nothing on damaged text: see `unread`.
     """
     module = Module(text)
-    reader = _Reader(module, mesh_shape)
+    reader = _Reader(module, mesh_shape, while_trips)
     tally = reader.visit(module.entry) if module.entry else _Tally()
     compiled: list[Collective] = []
     meant: list[Collective] = []
@@ -467,16 +432,31 @@ def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None) -> Audit:
         compiled.append(replace(reader.records[site], times=times, exact=exact))
         meant += [replace(record, times=times, exact=exact) for record in reader.normalise(site)]
     kernels = tuple(tally.kernels.items())
-    return Audit(tuple(compiled), tuple(meant), tally.flops, kernels, unread=tuple(module.unread))
+    warnings = find_warnings(_walked(reader, dict(zip(tally.sites, compiled, strict=True))))
+    return Audit(tuple(compiled), tuple(meant), tally.flops, kernels, unread=tuple(module.unread), warnings=warnings)
 
 
-def audit(fn: Any, *args: Any, mesh: Any = None, **kwargs: Any) -> Audit:
+def _walked(reader: _Reader, records: Mapping[tuple[str, str], Collective]) -> Walked:
+    """What the search for findings needs. Where the mesh is unknown, one axis without a name stands for all devices."""
+    devices = reader.module.partitions
+    known = reader.mesh_shape if reader.mesh_shape and math.prod(reader.mesh_shape.values()) == devices else None
+    mesh_shape = known or {"": devices}
+    sites = {}
+    for place, record in records.items():
+        axes = _mesh_axes(record.kind, reader.groups[place], mesh_shape)
+        mask = None if axes is None else sum(1 << i for i, axis in enumerate(mesh_shape) if axis in axes)
+        sites[place] = Site(record, reader.groups[place], mask)
+    return Walked(reader.module, mesh_shape, known is not None, reader.runs(), sites, reader.flops, reader.tell)
+
+
+def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwargs: Any) -> Audit:
     """Compile a jitted function for these arguments and read what it moves, computes and stores per device.
 
     `fn` is a function from `jax.jit` (or anything with its `.lower`), or already a `jax.stages.Lowered` or
     `Compiled`; arguments may be `jax.ShapeDtypeStruct`s. `mesh` (a Mesh, an AbstractMesh or a mapping from
     axis to size) names the axes; if None it is taken from the shardings of the arguments, then of the
-    compiled program. Raises TypeError for a function that was never jitted.
+    compiled program. `while_trips`: how often a loop is taken to run whose trip count the program does not say.
+    Raises TypeError for a function that was never jitted.
     """
     if isinstance(fn, jax.stages.Compiled):
         compiled = fn
@@ -489,7 +469,7 @@ def audit(fn: Any, *args: Any, mesh: Any = None, **kwargs: Any) -> Audit:
     if mesh is None:
         shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((args, kwargs))]
         mesh = _mesh_of([*shardings, *jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))])
-    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh))
+    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh), while_trips=while_trips)
     memory = compiled.memory_analysis()
     if memory is None:
         return replace(found, unread=(*found.unread, "memory_analysis: this backend has none"))

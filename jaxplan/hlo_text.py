@@ -342,6 +342,8 @@ class Module:
             return np.array([[int(n == "true") if n.isalpha() else int(n) for n in numbers]])
         if instruction.opcode == "partition-id":
             return np.arange(self.partitions)[:, None]
+        if instruction.opcode == "replica-id" and self.replicas == 1:
+            return np.zeros((1, 1), int)
         if instruction.opcode not in ("dynamic-slice", "broadcast", *_ARITHMETIC):
             return None
         operands = [self.evaluate((computation, operand, ())) for operand in instruction.operands]
@@ -518,3 +520,36 @@ def device_groups(kind: str, attributes: str, replicas: int, partitions: int) ->
     if channel:
         return tuple(tuple(r * partitions + p for r in group for p in range(partitions)) for group in groups)
     return tuple(tuple(r * partitions + p for r in group) for p in range(partitions) for group in groups)
+
+
+def tile_ids(sharding: str, devices: int) -> np.ndarray | None:
+    """Per device, the tile that it holds under a printed sharding, `{devices=[4,1,2]<=[8] ...}`; None if unreadable."""
+    if sharding.startswith("{replicated"):
+        return np.zeros(devices, int)
+    if sharding.startswith("{mesh"):
+        found = re.match(r"\{(mesh\[[^\]]*\](?:, device_ids=\([^{}]*\))?), \[(.*?)\](?:[,} ]|$)", sharding)
+        names = re.findall(r"'[\w.\-]+'(?::\(\d+\)\d+)?", found.group(2)) if found else []
+        groups = _mesh_groups(f"{found.group(1)} {{{','.join(names)}}}") if found else None
+        return _places(np.array(groups), devices) if groups else None
+    found = re.match(r"\{devices=\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))([^{}]*)", sharding)
+    if not found:
+        return None
+    shape, ids, order, listed, rest = found.groups()
+    devices_in_tiles = _iota(ids, order) if ids else np.array(numbers(listed))
+    tiles = numbers(shape)
+    if devices_in_tiles.size != devices or math.prod(tiles) != devices:
+        return None
+    kinds = re.findall(r"manual|replicated|unreduced", (re.search(r"last_tile_dims=\{([^}]*)\}", sharding) or [""] * 2)[1])
+    held = tiles[: len(tiles) - (len(kinds) or ("last_tile_dim_replicate" in rest))]
+    if set(kinds) - {"replicated"}:
+        return None
+    return _places(devices_in_tiles.reshape(math.prod(held), -1).T, devices)
+
+
+def _places(rows: np.ndarray, devices: int) -> np.ndarray | None:
+    """Per device, the column in which it stands."""
+    if rows.size != devices or sorted(rows.ravel().tolist()) != list(range(devices)):
+        return None
+    places = np.zeros(devices, int)
+    places[rows] = np.arange(rows.shape[1])
+    return places

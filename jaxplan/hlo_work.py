@@ -19,6 +19,13 @@ _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier",
     "copy-done", "domain", "add-dependency",
 ))  # fmt: skip
+_CUDNN = {
+    "__cudnn$convForward": (0, 1, 2),
+    "__cudnn$convBiasActivationForward": (0, 1, 2),
+    "__cudnn$convBackwardInput": (2, 1, 0),
+    "__cudnn$convBackwardFilter": (0, 2, 1),
+}
+"""Which of (operand 0, operand 1, result) are image, kernel and output of the forward convolution whose window is printed."""
 _SLICING = ("dynamic-slice", "slice", "gather")
 
 
@@ -74,15 +81,17 @@ def flops_of(instruction: Instruction, operands: list[str]) -> float | None:
     opcode, attributes = instruction.opcode, instruction.attributes
     target = (instruction.attribute(r'custom_call_target="([^"]*)"') or "") if opcode == "custom-call" else ""
     matmul = re.search(r"\$(matmul|gemm)", target)
-    if opcode not in ("dot", "convolution") and not matmul and target != "__cudnn$convForward":
+    library = _CUDNN.get(target)
+    if opcode not in ("dot", "convolution") and not matmul and not library:
         return None if re.search(r"gemm|matmul|conv(?!ert)|fmha|attention", target, re.I) else 0.0
     shapes = [leaves(kind)[0][1] for kind in operands if leaves(kind)]
     if len(shapes) < 2 or not leaves(instruction.type):
         return None
     out = leaves(instruction.type)[0][1]
-    if opcode == "convolution" or target == "__cudnn$convForward":
+    if opcode == "convolution" or library:
+        lhs, rhs, result = ((shapes[0], shapes[1], out)[i] for i in library or (0, 1, 2))
         try:
-            return _convolution_flops(shapes[0], shapes[1], out, attributes)
+            return _convolution_flops(lhs, rhs, result, attributes)
         except (ValueError, IndexError, ZeroDivisionError):  # damaged labels or window
             return None
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions\\?":\[)([^\]}]*)', attributes)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.cost import Memory, Modelled, Step, cluster_exchanges, memory, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost import Memory, Modelled, Reading, Step, cluster_exchanges, memory, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
@@ -211,7 +211,12 @@ class Plan:
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
-        """Every collective of one call, costliest first."""
+        """Every collective of one call, costliest first.
+
+        What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
+        rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy
+        pays for itself: prices there are per pair.)
+        """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
         for index, cluster in enumerate(graph.clusters):
@@ -224,30 +229,48 @@ class Plan:
                 found.append(PlannedExchange(
                     "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
                 ))  # fmt: skip
+        moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
-            found += self._planned(steps, reading.tensor, reader, reading.times)
+            inside = self._rematerialised(reading)
+            for step in steps:
+                already = moved.get((reading.tensor, step, inside), 0.0)
+                if reading.times > already:
+                    moved[reading.tensor, step, inside] = reading.times
+                    found += self._planned((step,), reading.tensor, reader, reading.times - already)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
 
+    def _rematerialised(self, reading: Reading) -> tuple[Any, ...]:
+        """The path of the innermost rematerialised call in which a tensor is read; () for none."""
+        graph = self.modelled.graph
+        members = [graph.operators[member] for member in graph.clusters[reading.reader].members]
+        path = next((op.path for op in members if reading.tensor in op.operands), ())
+        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
+
     def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
-        about = self.modelled.graph.tensors[tensor]
+        """The exchanges of some steps. Scatters of several dimensions are one: so the compiler does it."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
-        source = self.source(op) if any(step.kind != "slice" for step in steps) else ""
+        runs: list[list[Step]] = []
+        for step in steps:
+            if step.kind == "reduce_scatter" and runs and runs[-1][0].kind == step.kind:
+                runs[-1].append(step)
+            elif step.kind != "slice":
+                runs.append([step])
+        sizes, source = self.modelled.numbers.sizes, self.source(op) if runs else ""
         return [
             PlannedExchange(
-                step.kind, tuple(self.axis_names[a] for a in step.axes),
-                {self.axis_names[a]: float(h) for a, h in step_bytes(step, about.nbytes, self.modelled.numbers.sizes)},
+                run[0].kind, tuple(self.axis_names[a] for step in run for a in step.axes),
+                {self.axis_names[a]: float(h) for step in run for a, h in step_bytes(step, about.nbytes, sizes)},
                 times, about.shape, about.dtype, op.name, source,
             )
-            for step in steps if step.kind != "slice"
+            for run in runs
         ]  # fmt: skip
 
     def source(self, operator: Operator) -> str:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
-        """The user's "file.py:line", or ""."""
         if operator.equation is None:
             return ""
         file, line = _jax.source_line(operator.equation)

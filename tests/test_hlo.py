@@ -414,6 +414,42 @@ def test_reduce_scatter_needs_every_device_to_take_another_part():
         assert only(hlo.read_hlo(other).normalised).kind == "all-reduce"
 
 
+def parts_text(offsets: str = "0, 1, 2, 3, 4, 5, 6, 7", zero: str = "0", base: str = "", operator: str = "add") -> str:
+    text = module(
+        "%p = f32[2,8]{1,0} parameter(0)",
+        f"%zero.f = f32[] constant({zero})",
+        base or "%zeros = f32[16,8]{1,0} broadcast(%zero.f), dimensions={}",
+        f"%table = s32[8]{{0}} constant({{{offsets}}})",
+        "%id = u32[] partition-id()",
+        "%replica = u32[] replica-id()",
+        "%eight = u32[] constant(8)",
+        "%before = u32[] multiply(%replica, %eight)",
+        "%device = u32[] add(%before, %id)",
+        "%row = s32[1]{0} dynamic-slice(%table, %device), dynamic_slice_sizes={1}",
+        "%two = s32[] constant(2)",
+        "%place = s32[] bitcast(%row)",
+        "%at = s32[] multiply(%place, %two)",
+        "%zero = s32[] constant(0)",
+        "%wide = f32[16,8]{1,0} dynamic-update-slice(%zeros, %p, %at, %zero)",
+        "ROOT %ar = f32[16,8]{1,0} all-reduce(%wide), channel_id=1, replica_groups=[1,8]<=[8], "
+        f"use_global_device_ids=true, to_apply=%{operator}",
+    )
+    return text.replace(ADD, ADD + ADD.replace("%add", "%max").replace(" add(", " maximum("))
+
+
+def test_an_all_reduce_of_zeros_and_a_part_is_an_all_gather():
+    c = only(hlo.read_hlo(parts_text(), {"x": 8}).normalised)
+    assert (c.kind, c.payload_bytes, c.wire_bytes, c.shape) == ("all-gather", 512, 448, "f32[16,8]")
+    assert c.rewritten == "all-reduce of zeros and a part"
+    for other in (
+        parts_text("0, 1, 2, 3, 4, 5, 6, 6"),  # two write the same part
+        parts_text(zero="1"),
+        parts_text(base="%zeros = f32[16,8]{1,0} parameter(1)"),
+        parts_text(operator="max"),
+    ):
+        assert only(hlo.read_hlo(other, {"x": 8}).normalised).kind == "all-reduce"
+
+
 METADATA = """HloModule m, num_partitions=8
 
 FileNames
@@ -552,6 +588,6 @@ def test_audit_takes_jitted_lowered_and_compiled_and_explains_itself():
         hlo.audit(lowered.compile(), mesh={"x": 4, "y": 2}),
     ]
     assert found[0] == found[1] == found[2]
-    assert re.search(r"all-reduce +x +3,072 +1 +test_hlo\.py:\d+\n", str(found[0]))
+    assert re.search(r"all-reduce +x +2,048 +3,072 +1 +test_hlo\.py:\d+ +jit.*dot_general\n", str(found[0]))
     with pytest.raises(TypeError, match=r"not jitted: pass jax\.jit"):
         hlo.audit(lambda x: x, 1.0)
