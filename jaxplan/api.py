@@ -178,6 +178,7 @@ class Plan(_plan.Plan):
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         _check_certify(changes.get("certify", False))
+        _check_mesh(changes.get("mesh", self.mesh))
         with _collector_paused():
             return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
 
@@ -219,6 +220,7 @@ def make_plan(
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
+    _check_mesh(mesh)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
@@ -291,6 +293,22 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
         if better.peak_bytes <= budget:
             return better
     return plan
+
+
+def _check_mesh(mesh: Any) -> None:
+    """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {type(mesh).__name__}: write jax.make_mesh((4, 2), "
+            "('data', 'model')), or without devices AbstractMesh((4, 2), ('data', 'model'))"
+        )
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = [name for name, kind in kinds if kind == jax.sharding.AxisType.Manual]
+    if manual:
+        raise ValueError(
+            f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan along "
+            "it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
+        )
 
 
 def _check_certify(certify: bool | float) -> None:
@@ -451,7 +469,11 @@ def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_sh
             layout[axes.index(name)] = dim
             parts *= mesh_shape[name]
         if list(names) != sorted(names, key=axes.index):
-            raise ValueError(f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}")
+            wanted = tuple(sorted(names, key=axes.index))
+            raise ValueError(
+                f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}, here as {wanted}; another "
+                "order of blocks is reached by a mesh with its axes in that order"
+            )
         if shape[dim] % parts:
             raise ValueError(f"pin {path!r}: dimension {dim} of {tuple(shape)} is not divisible by {parts} ({spec})")
     return tuple(layout)

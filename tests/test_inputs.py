@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
+from conftest import mesh_of
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxplan
 
@@ -237,3 +238,95 @@ def test_rounds_of_a_while_loop_can_be_said():
     assert 50 < many.seconds / few.seconds <= 100
     with pytest.raises(ValueError, match="while_trips must be a number of rounds, got -1"):
         jaxplan.make_plan(until, shape(8, 8), mesh=MESH, while_trips=-1)
+
+
+@pytest.mark.parametrize("mesh", [None, (4, 2), {"x": 4}])
+def test_what_is_no_mesh_is_told(mesh):
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh or AbstractMesh, got .*make_mesh"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=mesh)
+
+
+@pytest.mark.parametrize("kinds", [("Manual", "Auto"), ("Explicit", "Manual")])
+def test_a_manual_axis_cannot_be_planned_along(kinds):
+    types = tuple(getattr(AxisType, kind) for kind in kinds)
+    with pytest.raises(ValueError, match=r"mesh axis '[xy]' is of type Manual.*Auto or Explicit"):
+        jaxplan.make_plan(lambda x: x, shape(8), mesh=AbstractMesh((4, 2), ("x", "y"), axis_types=types))
+
+
+@pytest.mark.parametrize("kinds", [("Auto", "Explicit"), ("Explicit", "Auto")])
+def test_meshes_that_mix_auto_and_explicit_axes(kinds):
+    devices = np.array(jax.devices()[:8]).reshape(4, 2)
+    mesh = Mesh(devices, ("x", "y"), axis_types=tuple(getattr(AxisType, kind) for kind in kinds))
+    x = jnp.arange(64.0).reshape(8, 8)
+    run = jaxplan.make_plan(lambda x: jnp.tanh(x @ x.T), x, mesh=mesh, pins={"x": P("x", "y")}).jit()
+    np.testing.assert_allclose(run(x), jnp.tanh(x @ x.T), rtol=1e-6)
+
+
+def test_an_axis_of_size_one_changes_nothing():
+    args = shape(512, 64), shape(64, 64)
+    with_one = jaxplan.make_plan(lambda x, w: jnp.tanh(x @ w), *args, mesh=AbstractMesh((8, 1), ("x", "one")), machine="v4")
+    without = jaxplan.make_plan(lambda x, w: jnp.tanh(x @ w), *args, mesh=AbstractMesh((8,), ("x",)), machine="v4")
+    assert with_one.in_specs == without.in_specs and with_one.seconds == without.seconds
+
+
+def test_weak_types_stay_weak():
+    def scale(x, s):
+        return x * s, s * 2
+
+    x = jnp.ones((8, 8), jnp.bfloat16)
+    scaled, doubled = jaxplan.make_plan(scale, x, 2.0, mesh=mesh_of((8,))).jit()(x, 2.0)
+    assert scaled.dtype == jnp.bfloat16 and doubled.weak_type
+
+
+@pytest.mark.parametrize("leaf", ["name", jnp.sin, object()])
+def test_leaves_that_are_no_arrays_keep_jaxs_error(leaf):
+    with pytest.raises(TypeError, match="as an abstract array") as caught:
+        jaxplan.make_plan(lambda d: d["x"] * 2.0, {"x": shape(8), "s": leaf}, mesh=MESH)
+    assert any("jaxplan was tracing" in note for note in caught.value.__notes__)
+
+
+def test_nothing_and_static_values_are_no_arrays():
+    x = jnp.ones((8, 8))
+    run = jaxplan.make_plan(lambda d, f: f(d["x"]), {"x": x, "none": None}, jnp.sin, mesh=mesh_of((8,)), static_argnums=1).jit()
+    np.testing.assert_allclose(run({"x": x, "none": None}, jnp.sin), jnp.sin(x), rtol=1e-6)
+
+
+def test_side_effects_happen_once_while_tracing_and_leaks_are_jaxs_error():
+    seen = []
+
+    def leaky(x):
+        seen.append(x)
+        return x * 2.0
+
+    run = jaxplan.make_plan(leaky, jnp.ones(8), mesh=mesh_of((8,))).jit()
+    run(jnp.ones(8))
+    run(jnp.ones(8))
+    assert len(seen) == 1
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        seen[0] + 1.0
+
+
+def test_an_array_donated_twice_gives_the_right_values_once():
+    def both(a, b):
+        return a + b, a - b
+
+    x = jnp.arange(64.0).reshape(8, 8)
+    total, zero = jaxplan.make_plan(both, x, x, mesh=mesh_of((8,)), donate_argnums=(0, 1)).jit()(x, x)
+    np.testing.assert_array_equal(total, 2 * jnp.arange(64.0).reshape(8, 8))
+    np.testing.assert_array_equal(zero, jnp.zeros((8, 8)))
+
+
+@pytest.mark.parametrize("where", ["one device", "another mesh"])
+def test_arrays_committed_elsewhere_are_moved(where):
+    devices, x = jax.devices(), jnp.arange(64.0).reshape(8, 8)
+    there = devices[7] if where == "one device" else NamedSharding(Mesh(np.array(devices[4:8]), ("q",)), P("q"))
+    placed = jax.device_put(x, there)
+    run = jaxplan.make_plan(lambda a: a + 1.0, placed, mesh=mesh_of((4,))).jit()
+    np.testing.assert_array_equal(run(placed), x + 1.0)
+    assert placed.sharding.device_set == (set(devices[4:8]) if where == "another mesh" else {devices[7]})
+
+
+def test_arrays_that_lie_as_planned_are_not_copied():
+    plan = jaxplan.make_plan(lambda a: a, jnp.ones((8, 8)), mesh=mesh_of((8,)), pins={"a": P("x")})
+    placed = jax.device_put(jnp.ones((8, 8)), plan.in_shardings[0])
+    assert plan.jit()._place(placed, plan.in_shardings[0], False) is placed
