@@ -306,8 +306,8 @@ def _check_mesh(mesh: Any) -> None:
     manual = [name for name, kind in kinds if kind == jax.sharding.AxisType.Manual]
     if manual:
         raise ValueError(
-            f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan along "
-            "it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
+            f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
+            "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
 
 
