@@ -48,6 +48,10 @@ class Request:
     certify: bool | float = False
 
 
+class NothingFits(ValueError):
+    """No plan stays within the memory budget. The message says what the smallest peak found is, and what makes it."""
+
+
 MOST_PADDINGS = 4
 
 
@@ -348,7 +352,7 @@ def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:
     if smallest.peak_bytes > budget:
         sizes = sorted(((smallest.input_bytes(i), path) for i, path in enumerate(smallest.traced.in_paths)), reverse=True)
         largest = ", ".join(f"{path} ({size:,.0f})" for size, path in sizes[:5])
-        raise ValueError(
+        raise NothingFits(
             f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device, the budget is {budget:,.0f}. "
             f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help."
         )

@@ -16,9 +16,10 @@ from jaxplan import __version__
 from jaxplan.cost import Modelled, Option
 from jaxplan.cost.formulas import ROUNDS, exchange_seconds
 from jaxplan.cost.memory import shards
+from jaxplan.files.compare import primitive_changes
 from jaxplan.files.fingerprint import program_of
 from jaxplan.files.fold import unique_paths
-from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, PlanFileError, Program, SavedExchange, SavedPlan, Split
+from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, PlanFileError, SavedExchange, SavedPlan, Split
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout
 from jaxplan.plan import Plan
@@ -148,7 +149,7 @@ def check_program(saved: SavedPlan, traced: Traced) -> None:
     ]
     program = program_of(traced.jaxpr)
     if program.fingerprint != saved.program.fingerprint:
-        changes += _primitive_changes(saved.program, program)
+        changes += primitive_changes(saved.program, program)
         if not changes:
             changes = ["the same inputs, outputs and operations, put together in another way"]
     if changes:
@@ -182,18 +183,6 @@ def _leaf_changes(what: str, saved: Mapping[str, Leaf], paths: Sequence[str], av
 def _some(texts: Sequence[str], count: int) -> str:
     more = count - MOST_NAMED
     return ", ".join(texts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _primitive_changes(saved: Program, now: Program) -> list[str]:
-    counts, other = [], []
-    for name in sorted({*saved.primitives, *now.primitives}):
-        before, after = saved.primitives.get(name), now.primitives.get(name)
-        if before is None or after is None or before.count != after.count:
-            counts.append(f"{name} {before.count if before else 0} -> {after.count if after else 0}")
-        elif before.digest != after.digest:
-            other.append(name)
-    changes = [f"equations: {', '.join(counts)}"] if counts else []
-    return changes + ([f"as many as before, but of other shapes or with other parameters: {', '.join(other)}"] if other else [])
 
 
 def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, int], str]:
