@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -525,3 +527,33 @@ def test_help_and_reading_a_file_start_no_backend(folder, saved):
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+
+
+def commands(text):
+    return [shlex.split(line) for line in re.findall(r"^\s*\$? ?jaxplan ([^|\n]*)", text, re.M)]
+
+
+def test_every_command_of_the_page_works(tmp_path, monkeypatch, capsys):
+    assert len(jax.devices()) == 16
+    (tmp_path / "train.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in commands(block)]
+    for line in lines:
+        assert cli.main(line) == 0, (line, capsys.readouterr().err)
+        assert capsys.readouterr().out
+    assert {line[0] for line in lines} == set(cli.COMMANDS) - {"demo"}
+    sys.modules.pop("train", None)
+    (snippet,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    (line,) = commands(snippet)
+    assert line[0] == "check" and cli.main(line) == 0
+    (tmp_path / "train.py").write_text((tmp_path / "train.py").read_text().replace("4096", "65536"))
+    del sys.modules["train"]
+    assert cli.main(line) == 1
+    sys.modules.pop("train", None)
