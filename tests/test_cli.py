@@ -459,7 +459,7 @@ def test_every_command_has_help_and_json(capsys):
         assert cli.main([name, "--help"]) == 0
         shown = capsys.readouterr().out
         assert f"usage: jaxplan {name}" in shown
-        assert ("--json" in shown) == (name not in ("demo", "completion"))
+        assert ("--json" in shown) == (name != "completion")
 
 
 # --- completion ------------------------------------------------------------------------------------------------------

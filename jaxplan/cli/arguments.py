@@ -14,7 +14,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-from jaxplan.cli.output import Trouble
+from jaxplan.cli.output import Trouble, progress
 
 DTYPES = {
     "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "c64": "complex64", "c128": "complex128",
@@ -113,7 +113,8 @@ def imported(text: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(module_name)
+        with progress(f"importing {module_name}"):
+            found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise Trouble(f"there is no module {error.name!r} here ({folder}) or among the installed packages") from None

@@ -13,6 +13,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=positive, help="simulated devices (default: the mesh's, or 8)")
     parser.add_argument("--mesh", type=mesh_shape, help="such as data=4,model=2, the default")
     parser.add_argument("--steps", type=positive, default=5, help="training steps to compare (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, and the page to stderr")
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -23,4 +24,4 @@ def demo(arguments: argparse.Namespace) -> int:
         mesh = page.demo_mesh(arguments.devices, arguments.mesh)
     except ValueError as error:
         raise Trouble(str(error)) from None
-    return page.launch(mesh, arguments.steps)
+    return page.launch(mesh, arguments.steps, arguments.json)

@@ -27,7 +27,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="such as train:step")
     parser.add_argument("--mesh", type=mesh_shape, required=True, help="such as data=4,model=2")
     shape_options(parser)
-    parser.add_argument("--machine", default=None, help="v4, v5e, v5p, v6e, a100, h100 or cpu (default: v5e)")
+    parser.add_argument("--machine", default=None, help="a preset, such as v5e or h100, or your own by name (default: v5e)")
     parser.add_argument("--budget", default=None, help="bytes per device, such as 16GiB, or unlimited (default: the machine's)")
     parser.add_argument("--search", default="hsm2dl", help="the search (default: hsm2dl)")
     parser.add_argument(
@@ -221,7 +221,7 @@ def _laid_out(fn: Callable[..., Any], args: tuple[Any, ...], arguments: argparse
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), devices=jax.devices()[: math.prod(shape.values())])
     if not arguments.plan:
         return planned(fn, args, mesh=mesh, machine=arguments.machine or "v5e")
-    with refused():
+    with progress("loading the plan"), refused():
         return load_plan(arguments.plan, fn, *args, mesh=mesh)
 
 

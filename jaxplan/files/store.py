@@ -37,7 +37,7 @@ def parse_plan(data: bytes) -> SavedPlan:
     if len(data) > LARGEST:
         raise PlanFileError(f"it has more than {LARGEST // 2**20} MiB, which no plan takes; it was not parsed")
     try:
-        parsed = json.loads(data, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
+        parsed = json.loads(data, parse_constant=_no_constant, parse_float=_finite, parse_int=_exact, object_pairs_hook=_once)
     except RecursionError:
         raise PlanFileError("it is nested too deeply") from None
     except PlanFileError:
@@ -45,7 +45,7 @@ def parse_plan(data: bytes) -> SavedPlan:
     except json.JSONDecodeError as error:
         ended = " (is the file truncated?)" if error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg else ""
         raise PlanFileError(f"it is not JSON: {error}{ended}") from None
-    except ValueError as error:  # not UTF-8, or a number of thousands of digits
+    except ValueError as error:  # not UTF-8
         raise PlanFileError(f"it is not JSON: {str(error)[:200]}") from None
     _known_format(parsed)
     validate(parsed)
@@ -72,6 +72,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise PlanFileError(f"the number {text[:40]} is too large")
     return value
+
+
+def _exact(text: str) -> int:
+    """Whole numbers that are exact as floats too: no size or count is larger."""
+    if len(text) > 17 or abs(int(text)) > 2**53:
+        raise PlanFileError(f"the number {text[:40]} is too large")
+    return int(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
