@@ -250,7 +250,7 @@ def load_plan(
     the file is executed.
 
     `mesh`: of the same axes and sizes; None: the first devices of this process, or an `AbstractMesh` where they are too few.
-    The other keywords are those of `make_plan`.
+    The other keywords are those of `make_plan`; what was donated is donated again, unless `donate_*` says otherwise.
 
     Raises ValueError if the file is no plan, or if it is not about this program: the message says which inputs, shapes or
     operations changed; OSError if the file cannot be read.
@@ -267,9 +267,12 @@ def load_plan(
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
     static = _static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, saved.machine, asked.search or "hsm2dl", budget, pins, static, asked.while_trips)
+    search = asked.search or "hsm2dl"
+    request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
     with _collector_paused():
         files.check_program(saved, traced)
+        if donate_argnums is None and donate_argnames is None and not any(traced.donated):
+            traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
         modelled = model(graph, Numbers(graph, saved.mesh_shape, saved.machine), _pinned_layouts(traced, pins, saved.mesh_shape))
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)

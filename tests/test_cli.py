@@ -136,8 +136,26 @@ def test_an_argument_alone_a_decorated_function_and_one_inside_a_class(here, cap
     assert "Plan for product" in capsys.readouterr().out
 
 
+def test_donated_arguments_and_a_certificate(here, capsys):
+    line = ["plan", "usermodel:step", *COMMON, *SHAPES]
+    assert (
+        cli.main([*line, "--donate", "w", "--certify", "-o", "donated.json"]) == 0 and cli.main([*line, "-o", "kept.json"]) == 0
+    )
+    donated, kept = read_plan("donated.json"), read_plan("kept.json")
+    assert {path for path, leaf in donated.inputs.items() if leaf.donated} == {"w/in", "w/out"}
+    assert donated.memory.peak_bytes < kept.memory.peak_bytes
+    assert donated.cost.bound is not None and donated.cost.bound <= donated.cost.seconds and kept.cost.bound is None
+    capsys.readouterr()
+    assert cli.main(["diff", "kept.json", "donated.json"]) == 1
+    assert "donated: nothing -> w/in, w/out" in capsys.readouterr().out
+    assert (
+        cli.main(["check", "donated.json", "usermodel:step", *SHAPES, "--max-memory-regression", "0%", "-o", "again.json"]) == 0
+    )
+    assert read_plan("again.json") == donated
+
+
 def test_a_budget(here, saved, capsys):
-    peak = read_plan(saved).cost.peak_bytes
+    peak = read_plan(saved).memory.peak_bytes
     base = ["plan", "usermodel:step", *COMMON, *SHAPES]
     assert cli.main([*base, "--budget", f"{peak:.0f}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["asked"]["memory_budget"] == f"{peak:.0f}"
@@ -180,6 +198,7 @@ def test_a_budget(here, saved, capsys):
         (["usermodel:trace", *MESH, "--spec", "f32[8,8]", "--search", "luck"], "no search is called 'luck'"),
         (["usermodel:trace", *MESH, "--spec", "f32[8,8]", "--pin", "b=data"], "no input of trace has that path"),
         (["usermodel:trace", *MESH, "--spec", "f32[8,8]", "--pin", "a=P(data)"], "is not PATH=SPEC"),
+        (["usermodel:trace", *MESH, "--spec", "f32[8,8]", "--donate", "a,,"], "is no list of argument names"),
         (["usermodel:trace", *MESH, "--spec", "f32[8,8]", "-o", "none/plan.json"], "none/plan.json cannot be written: No such"),
         (["usermodel:wrong", *MESH, "--spec", "f32[8,8]"], "the function does not trace: TypeError"),
     ],
@@ -222,7 +241,7 @@ def test_show_needs_no_function(saved, capsys, monkeypatch):
     shown = capsys.readouterr().out
     for part in ("Plan for step on mesh (data=4 x model=2), machine cpu", "w/in", "exchange", "modelled step", "fingerprint"):
         assert part in shown
-    assert "output" not in shown and max(map(len, shown.splitlines())) <= 115
+    assert "\noutput" not in shown and max(map(len, shown.splitlines())) <= 115
     assert cli.main(["show", "plan.json", "--outputs"]) == 0
     assert "\noutput" in capsys.readouterr().out
     assert cli.main(["show", "plan.json", "--json"]) == 0

@@ -56,7 +56,8 @@ def text(plans, tmp_path_factory):
 
 
 def test_the_plans_of_these_tests_shard_and_exchange(plans):
-    assert all(len(plan.exchanges) > 0 and any(map(len, jax.tree.leaves(plan.in_specs))) for plan in plans.values())
+    assert all(plan.exchanges for plan in plans.values())
+    assert sum(any(map(len, jax.tree.leaves(plan.in_specs))) for plan in plans.values()) > len(plans) / 2
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def test_a_loaded_plan_is_the_plan_that_was_saved(name, plans, tmp_path, monkeyp
     plan, program = plans[name], PROGRAMS[name]
     plan.save(tmp_path / "plan.json")
     monkeypatch.setattr(api, "run_search", lambda *_: pytest.fail("loading searched"))
-    loaded = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh, donate_argnums=program.donate)
+    loaded = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh)
     assert (loaded.choices == plan.choices).all()
     assert loaded.constraints == plan.constraints
     assert loaded.in_specs == plan.in_specs and loaded.out_specs == plan.out_specs
@@ -85,8 +86,11 @@ def test_what_a_file_says_is_what_the_plan_says(plans):
         }
         assert saved.wire_bytes == pytest.approx(sum(plan.wire_bytes.values()))
         assert sum(sum(e.bytes.values()) for e in saved.exchanges) == pytest.approx(sum(plan.wire_bytes.values()))
-        assert (saved.cost.seconds, saved.cost.peak_bytes) == (plan.seconds, plan.peak_bytes)
-        assert saved.cost.input_bytes == sum(plan.input_bytes(i) for i in range(len(plan.traced.in_avals)))
+        assert (saved.cost.seconds, saved.memory.peak_bytes) == (plan.seconds, plan.peak_bytes)
+        held = saved.memory
+        assert held.argument_bytes + held.output_bytes + held.temporary_bytes == pytest.approx(held.peak_bytes)
+        assert sum(leaf.bytes for leaf in saved.inputs.values()) == pytest.approx(held.argument_bytes)
+        assert held.argument_bytes == sum(plan.input_bytes(i) for i in range(len(plan.traced.in_avals)))
         assert saved.cost.work_seconds == pytest.approx(work_seconds(plan), rel=1e-9)
 
 
@@ -129,7 +133,7 @@ def test_what_was_asked_for_comes_back(tmp_path):
     options = {"static_argnums": 2, "mesh": AbstractMesh((4,), ("x",))}
     plan = jaxplan.make_plan(
         step, *args, 2, **options, machine="v5e", pins={"w": P(None, "x")}, dims={"x": "B D"}, while_trips=3.0,
-        memory_budget=math.inf, search="brute",
+        memory_budget=math.inf, search="brute", certify=True,
     )  # fmt: skip
     plan.save(tmp_path / "plan.json")
     loaded = jaxplan.load_plan(tmp_path / "plan.json", step, *args, 2, **options)
@@ -138,6 +142,28 @@ def test_what_was_asked_for_comes_back(tmp_path):
     assert loaded.dims == plan.dims and "B D" in str(loaded)
     with pytest.raises(PlanFileError, match="not the program"):
         jaxplan.load_plan(tmp_path / "plan.json", step, *args, 3, **options)
+
+
+def test_what_was_donated_is_donated_again_unless_told_otherwise(tmp_path):
+    program = PROGRAMS["mlp_sgd"]
+    plan = plan_of(program)
+    plan.save(tmp_path / "plan.json")
+    again = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh)
+    assert any(again.traced.donated) and again.traced.donated == plan.traced.donated
+    assert again.peak_bytes == plan.peak_bytes
+    kept = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh, donate_argnums=())
+    assert not any(kept.traced.donated) and kept.peak_bytes > plan.peak_bytes
+
+
+def test_machines_certificates_and_ledgers_come_back(tmp_path):
+    program = PROGRAMS["mlp_sgd"]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh(SHAPE, ("x", "y")), machine="cpu", certify=True)
+    plan.save(tmp_path / "plan.json")
+    loaded = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh)
+    assert loaded.modelled.numbers.machine == plan.modelled.numbers.machine and plan.modelled.numbers.machine.materialises
+    assert (loaded.bound, loaded.gap, loaded.memory) == (plan.bound, plan.gap, plan.memory)
+    live = files.read_plan(tmp_path / "plan.json").memory.live
+    assert live and sum(one.count * one.bytes for one in live) <= plan.memory.temporaries * (1 + 1e-9)
 
 
 def test_a_callable_search_is_not_written_down(plans, tmp_path):

@@ -88,6 +88,14 @@ def pin(text: str) -> tuple[str, tuple[Any, ...]]:
     return path, tuple(None if entry == ["-"] else entry[0] if len(entry) == 1 else tuple(entry) for entry in words)
 
 
+def names(text: str) -> list[str]:
+    """["w", "state"] of "w,state"."""
+    found = [word.strip() for word in text.split(",")]
+    if not all(word.isidentifier() for word in found):
+        raise ArgumentTypeError(f"{text!r} is no list of argument names; write w,state")
+    return found
+
+
 def shape_options(parser: argparse.ArgumentParser) -> None:
     """--shapes and --spec: what the function is called with."""
     group = parser.add_mutually_exclusive_group()

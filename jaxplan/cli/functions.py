@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, percent, pin, positive, shape_options
+from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, names, percent, pin, positive, shape_options
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
 from jaxplan.cli.saved import read
 
 if TYPE_CHECKING:
     from jaxplan.api import Plan
+    from jaxplan.files import SavedPlan
     from jaxplan.hlo import Audit
 
 
@@ -34,6 +36,8 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
         "--pin", type=pin, action="append", default=[], metavar="PATH=SPEC",
         help="a layout to insist on: 'params/*/wq=-,model' for P(None, 'model'); may be given again",
     )  # fmt: skip
+    parser.add_argument("--donate", type=names, metavar="NAMES", help="arguments whose buffers may be reused, such as w,state")
+    parser.add_argument("--certify", action="store_true", help="also prove how far from the optimum the plan can be")
     parser.add_argument("-o", "--output", metavar="FILE", help="save the plan")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -45,6 +49,7 @@ def plan(arguments: argparse.Namespace) -> int:
     found = planned(
         fn, args, mesh=abstract_mesh(arguments.mesh), machine=arguments.machine, search=arguments.search,
         memory_budget=math.inf if arguments.budget == "unlimited" else arguments.budget, pins=pins_of(arguments),
+        donate_argnames=arguments.donate, certify=arguments.certify,
     )  # fmt: skip
     if arguments.output is not None:
         with progress(f"saving {arguments.output}"):
@@ -141,6 +146,7 @@ def check(arguments: argparse.Namespace) -> int:
     found = planned(
         fn, arguments_of(fn, arguments), mesh=abstract_mesh(old.mesh_shape), machine=old.machine, search=asked.search or "hsm2dl",
         memory_budget=math.inf if budget == "unlimited" else budget, while_trips=asked.while_trips,
+        certify=asked.certify, donate_argnames=donated_names(old, fn),
         pins={path: PartitionSpec(*spec) for path, spec in asked.pins.items()},
     )  # fmt: skip
     if arguments.output is not None:
@@ -154,6 +160,16 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         emit("\n".join([*(_verdict(comparison, name, limit) for name, limit in verdicts.items()), "", str(comparison)]))
     return 1 if broken else 0
+
+
+def donated_names(saved: SavedPlan, fn: Callable[..., Any]) -> list[str] | None:
+    """The function's parameters that were donated whole when a plan was saved."""
+    flags: dict[str, list[bool]] = {}
+    for path, leaf in saved.inputs.items():
+        flags.setdefault(path.partition("/")[0], []).append(leaf.donated)
+    with contextlib.suppress(ValueError):  # no signature to be had
+        return [name for name in inspect.signature(fn).parameters if name in flags and all(flags[name])] or None
+    return None
 
 
 def _verdict(comparison: Any, name: str, limit: float) -> str:

@@ -92,8 +92,8 @@ class Comparison:
             "seconds": (self.old.cost.seconds, self.new.cost.seconds),
             "exchange_seconds": (self.old.cost.exchange_seconds, self.new.cost.exchange_seconds),
             "sent_bytes": (self.old.wire_bytes, self.new.wire_bytes),
-            "input_bytes": (self.old.cost.input_bytes, self.new.cost.input_bytes),
-            "peak_bytes": (self.old.cost.peak_bytes, self.new.cost.peak_bytes),
+            "argument_bytes": (self.old.memory.argument_bytes, self.new.memory.argument_bytes),
+            "peak_bytes": (self.old.memory.peak_bytes, self.new.memory.peak_bytes),
         }
         return {name: Change(*pair) for name, pair in pairs.items()}
 
@@ -154,7 +154,7 @@ class Comparison:
 
 _TOTALS = {
     "seconds": "modelled step", "exchange_seconds": "of it exchanges", "sent_bytes": "sent per device",
-    "input_bytes": "inputs per device", "peak_bytes": "peak memory per device",
+    "argument_bytes": "arguments per device", "peak_bytes": "peak memory per device",
 }  # fmt: skip
 
 
@@ -180,6 +180,7 @@ _SETTINGS: Mapping[str, Callable[[SavedPlan], str]] = {
     "machine": _machine,
     "memory budget": _budget,
     "pins": lambda saved: ", ".join(f"{path}: {show_spec(spec)}" for path, spec in saved.asked.pins.items()) or "none",
+    "donated": lambda saved: ", ".join(fold_paths({p: 0 for p, leaf in saved.inputs.items() if leaf.donated})) or "nothing",
     "search": lambda saved: saved.asked.search or "a callable",
     "jaxplan": lambda saved: saved.versions["jaxplan"],
     "JAX": lambda saved: saved.versions["jax"],

@@ -15,18 +15,19 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxplan import __version__
 from jaxplan.cost import Modelled, Option
 from jaxplan.cost.formulas import ROUNDS, exchange_seconds
-from jaxplan.cost.memory import shards
 from jaxplan.files.compare import primitive_changes
 from jaxplan.files.fingerprint import program_of
 from jaxplan.files.fold import unique_paths
-from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, PlanFileError, SavedExchange, SavedPlan, Split
+from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, Ledger, Live, PlanFileError, SavedExchange, SavedPlan, Split
 from jaxplan.graph import Graph
-from jaxplan.layout import Layout
+from jaxplan.layout import Layout, shards
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
 from jaxplan.trace import Traced
 
+MOST_LIVE = 8
+"""Kinds of buffers that the ledger names."""
 MOST_NAMED = 6
 """Paths that an error names; of more it gives the number."""
 
@@ -46,14 +47,14 @@ def saved_plan(plan: Plan) -> SavedPlan:
         Axis(name, size, kind, tuple(axis_roles(plan, number)), plan.wire_bytes[name])
         for number, ((name, size), kind) in enumerate(zip(plan.axis_sizes.items(), kinds, strict=True))
     )
-    cost = Cost(
-        plan.seconds, max(0.0, plan.seconds - exchanged), exchanged, plan.bound, sum(leaf.bytes for leaf in inputs.values()),
-        sum(leaf.bytes for leaf in outputs.values()), plan.peak_bytes,
-    )  # fmt: skip
+    donated = dict(zip(inputs, plan.traced.donated, strict=True))
+    inputs = {path: replace(leaf, donated=donated[path]) for path, leaf in inputs.items()}
+    cost = Cost(plan.seconds, max(0.0, plan.seconds - exchanged), exchanged, plan.bound)
     unknown = sorted({op.name for op in graph.operators if not op.rule.known})
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
-        program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, exchanges, _splits(plan),
+        program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
+        _splits(plan),
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def _asked(plan: Plan) -> Asked:
         words.setdefault(places[tensor], {})[dim] = name
     dims = {path: " ".join(name for _, name in sorted(found.items())) for path, found in words.items()}
     pins = {path: entries_of(spec) for path, spec in request.pins.items()}
-    return Asked(search, budget, pins, float(request.while_trips), dims)
+    return Asked(search, budget, pins, float(request.while_trips), request.certify, dims)
 
 
 def _leaves(
@@ -88,6 +89,17 @@ def _leaves(
         dims = tuple(plan.names.dimension(tensor)) if about else ()
         found[path] = Leaf(str(aval.dtype), tuple(aval.shape), spec, float(held), dims)
     return found
+
+
+def _ledger(plan: Plan) -> Ledger:
+    held, tensors = plan.memory, plan.modelled.graph.tensors
+    counts: dict[tuple[str, str, tuple[int, ...], float], int] = {}
+    for buffer in held.live:
+        key = (buffer.kind, tensors[buffer.tensor].dtype, tensors[buffer.tensor].shape, buffer.nbytes)
+        counts[key] = counts.get(key, 0) + 1
+    largest = sorted(counts.items(), key=lambda item: (-item[0][3] * item[1], item[0]))[:MOST_LIVE]
+    live = tuple(Live(kind, dtype, shape, count, nbytes) for (kind, dtype, shape, nbytes), count in largest)
+    return Ledger(held.arguments, held.outputs, held.temporaries, held.peak, live)
 
 
 def _exchanges(plan: Plan) -> tuple[SavedExchange, ...]:
@@ -183,6 +195,11 @@ def _leaf_changes(what: str, saved: Mapping[str, Leaf], paths: Sequence[str], av
 def _some(texts: Sequence[str], count: int) -> str:
     more = count - MOST_NAMED
     return ", ".join(texts[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def donated_of(saved: SavedPlan, traced: Traced) -> tuple[bool, ...]:
+    """Per flat input, whether it was donated when the plan was made."""
+    return tuple(saved.inputs[path].donated for path in unique_paths(traced.in_paths))
 
 
 def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, int], str]:

@@ -10,6 +10,8 @@ from jaxplan.files.fold import fold_paths
 from jaxplan.files.nouns import Entries, Leaf, SavedPlan
 from jaxplan.report import WIDTH, show_bytes, show_seconds, table
 
+MOST_LIVE = 3
+
 
 def describe_saved(saved: SavedPlan, *, outputs: bool = False, most: int = 12) -> str:
     """The page. `outputs`: with a table of them; `most`: rows of the exchange table."""
@@ -60,13 +62,16 @@ def _exchanges(saved: SavedPlan, most: int) -> list[str]:
 
 
 def _totals(saved: SavedPlan) -> list[str]:
-    cost, made = saved.cost, saved.versions
+    cost, held, made = saved.cost, saved.memory, saved.versions
     lines = [
         f"modelled step   {show_seconds(cost.seconds)}, {show_seconds(cost.exchange_seconds)} of it exchanges",
         f"sent            {show_bytes(saved.wire_bytes)} per device and call",
-        f"inputs          {show_bytes(cost.input_bytes)} per device",
-        f"peak memory     {show_bytes(cost.peak_bytes)} per device (modelled)",
+        f"peak memory     {show_bytes(held.peak_bytes)} per device (modelled): {show_bytes(held.argument_bytes)} arguments, "
+        f"{show_bytes(held.output_bytes)} outputs, {show_bytes(held.temporary_bytes)} temporaries",
     ]
+    for one in held.live[:MOST_LIVE]:
+        each = f"{one.dtype}[{','.join(map(str, one.shape))}]"
+        lines.append(f"                {one.count} x {one.kind} of {each}, {show_bytes(one.count * one.bytes)}")
     if cost.bound is not None:
         lines.append(f"certificate     no plan takes less than {show_seconds(cost.bound)}")
     if saved.unknown:

@@ -13,6 +13,8 @@ from jaxplan.files.nouns import (
     Cost,
     Entries,
     Leaf,
+    Ledger,
+    Live,
     PlanFileError,
     Primitives,
     Program,
@@ -45,6 +47,7 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "memory_budget": asked.memory_budget,
             "pins": {path: _spec_json(spec) for path, spec in asked.pins.items()},
             "while_trips": _number(asked.while_trips),
+            "certify": asked.certify,
             "dims": dict(asked.dims),
         },
         "program": {
@@ -55,6 +58,7 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
         "inputs": _leaves_json(saved.inputs),
         "outputs": _leaves_json(saved.outputs),
         "cost": {name: value if value is None else _number(value) for name, value in vars(cost).items()},
+        "memory": _ledger_json(saved.memory),
         "exchanges": [_exchange_json(exchange) for exchange in saved.exchanges],
         "choices": {
             "rows": [_split_json(split) for split in rows],
@@ -78,9 +82,9 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
     primitives = {name: Primitives(count, digest) for name, (count, digest) in program["primitives"].items()}
     return SavedPlan(
         value["function"], value["versions"], mesh, _machine(value["machine"]),
-        Asked(asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["dims"]),
+        Asked(asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"]),
         Program(program["fingerprint"], primitives), tuple(value["unknown"]),
-        unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost),
+        unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
         _splits(value["choices"], names),
     )  # fmt: skip
@@ -110,7 +114,7 @@ def _leaves_json(leaves: Mapping[str, Leaf]) -> dict[str, Any]:
     return {
         path: {
             "dtype": leaf.dtype, "shape": list(leaf.shape), **({"dims": list(leaf.dims)} if leaf.dims else {}),
-            "spec": _spec_json(leaf.spec), "bytes": _number(leaf.bytes),
+            "spec": _spec_json(leaf.spec), "bytes": _number(leaf.bytes), **({"donated": True} if leaf.donated else {}),
         }
         for path, leaf in fold_paths(leaves).items()
     }  # fmt: skip
@@ -121,7 +125,7 @@ def _leaf(where: str, path: str, value: Mapping[str, Any], names: Sequence[str])
     spec, shape, dims = _spec(where, value["spec"], names), tuple(value["shape"]), tuple(value.get("dims", ()))
     if len(spec) > len(shape):
         raise PlanFileError(f"{where}: {len(spec)} entries for {len(shape)} dimensions")
-    return Leaf(value["dtype"], shape, spec, value["bytes"], dims)
+    return Leaf(value["dtype"], shape, spec, value["bytes"], dims, value.get("donated", False))
 
 
 def _link_json(link: Link) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "outer": _link_json(machine.outer),
         "node": machine.node,
         "axis_links": {axis: _link_json(link) for axis, link in machine.axis_links.items()},
+        "materialises": machine.materialises,
     }
 
 
@@ -147,6 +152,16 @@ def _machine(value: Mapping[str, Any]) -> Machine:
         return Machine(**{**value, "inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links})
     except ValueError as error:
         raise PlanFileError(str(error)) from None
+
+
+def _ledger_json(ledger: Ledger) -> dict[str, Any]:
+    totals = {name: _number(value) for name, value in vars(ledger).items() if name != "live"}
+    return {**totals, "live": [{**vars(one), "shape": list(one.shape), "bytes": _number(one.bytes)} for one in ledger.live]}
+
+
+def _ledger(value: Mapping[str, Any]) -> Ledger:
+    live = tuple(Live(**{**one, "shape": tuple(one["shape"])}) for one in value["live"])
+    return Ledger(**{**value, "live": live})
 
 
 def _exchange_json(exchange: SavedExchange) -> dict[str, Any]:

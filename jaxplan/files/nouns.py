@@ -33,13 +33,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array among inputs or outputs. `dims`: names of its dimensions ("B"), if known; `bytes`: per device."""
+    """One array among inputs or outputs. `bytes`: per device; `dims`: names of its dimensions ("B"), if known; `donated`: an
+    input whose buffer may be reused."""
 
     dtype: str
     shape: tuple[int, ...]
     spec: Entries
     bytes: float
     dims: tuple[str, ...] = ()
+    donated: bool = False
 
     @property
     def kind(self) -> str:
@@ -104,21 +106,41 @@ class Asked:
     memory_budget: float | str | None
     pins: Mapping[str, Entries]
     while_trips: float
+    certify: bool | float
     dims: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Modelled, of one call; bytes are per device. `work_seconds` + `exchange_seconds` = `seconds`; `bound`: a proven lower bound
-    on it, or None."""
+    """Modelled seconds of one call. `work_seconds` + `exchange_seconds` = `seconds`; `bound`: a proven lower bound, or None."""
 
     seconds: float
     work_seconds: float
     exchange_seconds: float
     bound: float | None
-    input_bytes: float
+
+
+@dataclass(frozen=True)
+class Live:
+    """Buffers of one kind, shape and size that live at the worst moment. `bytes`: per device, of each."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Modelled bytes per device: arguments, outputs that are no argument's own buffer, and what lives besides at the worst
+    moment; together the peak. `live`: the largest of what lives besides."""
+
+    argument_bytes: float
     output_bytes: float
+    temporary_bytes: float
     peak_bytes: float
+    live: tuple[Live, ...]
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,7 @@ class SavedPlan:
     inputs: Mapping[str, Leaf]
     outputs: Mapping[str, Leaf]
     cost: Cost
+    memory: Ledger
     exchanges: tuple[SavedExchange, ...]
     splits: tuple[Split, ...]
 

@@ -12,7 +12,8 @@ from typing import Any
 from jaxplan.files.nouns import PlanFileError
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float), "null": (type(None),),
+    "boolean": (bool,), "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float),
+    "null": (type(None),),
 }  # fmt: skip
 _NOTES = ("$schema", "title", "description", "$defs")
 
@@ -45,7 +46,7 @@ def _fail(where: str, expected: str, value: Any) -> None:
 
 
 def _is(value: Any, name: str) -> bool:
-    return isinstance(value, _TYPES[name]) and not isinstance(value, bool)
+    return isinstance(value, _TYPES[name]) and isinstance(value, bool) == (name == "boolean")
 
 
 def _type(value: Any, wanted: Any, where: str, root: Any, schema: Any) -> None:
