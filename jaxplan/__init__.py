@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxplan.api import Plan as Plan, auto_shard as auto_shard, make_plan as make_plan
+    from jaxplan.api import Plan as Plan, auto_shard as auto_shard, load_plan as load_plan, make_plan as make_plan
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "auto_shard": "jaxplan.api",
+    "load_plan": "jaxplan.api",
     "make_plan": "jaxplan.api",
     "Plan": "jaxplan.api",
     "audit": "jaxplan.hlo",
@@ -42,6 +43,7 @@ __all__ = [
     "auto_shard",
     "calibrate",
     "load_machine",
+    "load_plan",
     "make_plan",
     "rule",
     "save_machine",

@@ -7,6 +7,7 @@ import difflib
 import functools
 import gc
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxplan import plan as _plan
+from jaxplan import files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Numbers, frugal, model
@@ -47,6 +48,10 @@ class Request:
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
     certify: bool | float = False
+
+
+class NothingFits(ValueError):
+    """No plan stays within the memory budget. The message says what the smallest peak found is, and what makes it."""
 
 
 MOST_PADDINGS = 4
@@ -171,6 +176,19 @@ class Plan(_plan.Plan):
         """
         check(self, state)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
+        never a part. Raises OSError where the folder cannot be written."""
+        files.write_plan(self._saved(), path)
+
+    def to_python(self) -> str:
+        """The specs of inputs and outputs as the text of a Python module, to own and edit."""
+        return files.to_python(self._saved())
+
+    def _saved(self) -> files.SavedPlan:
+        with _collector_paused():
+            return files.saved_plan(self)
+
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`; no retrace."""
         taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify")
@@ -233,6 +251,52 @@ def make_plan(
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
+
+
+def load_plan(
+    path: str | os.PathLike[str],
+    fn: Callable[..., Any],
+    *args: Any,
+    mesh: Any = None,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """The plan that `Plan.save` wrote, for the same function and shapes. `fn` is traced anew; nothing is searched, and nothing in
+    the file is executed.
+
+    `mesh`: of the same axes and sizes; None: the first devices of this process, or an `AbstractMesh` where they are too few.
+    The other keywords are those of `make_plan`; what was donated is donated again, unless `donate_*` says otherwise.
+
+    Raises ValueError if the file is no plan, or if it is not about this program: the message says which inputs, shapes or
+    operations changed; OSError if the file cannot be read.
+    """
+    saved = files.read_plan(path)
+    mesh = files.mesh_for(saved, mesh)
+    start = time.perf_counter()
+    traced = trace(
+        fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
+        donate_argnums=donate_argnums, donate_argnames=donate_argnames,
+    )  # fmt: skip
+    stages = {"trace": time.perf_counter() - start}
+    asked = saved.asked
+    pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
+    budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
+    static = _static_values(args, kwargs, static_argnums, static_argnames)
+    search = asked.search or "hsm2dl"
+    request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
+    with _collector_paused():
+        files.check_program(saved, traced)
+        if donate_argnums is None and donate_argnames is None and not any(traced.donated):
+            traced = replace(traced, donated=files.donated_of(saved, traced))
+        graph = build_graph(traced, asked.while_trips)
+        modelled = model(graph, Numbers(graph, saved.mesh_shape, saved.machine), _pinned_layouts(traced, pins, saved.mesh_shape))
+        dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
+        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
+        files.check_specs(saved, plan)
+    return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 
 
 @contextlib.contextmanager
@@ -325,7 +389,7 @@ def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:
     if smallest.peak_bytes > budget:
         sizes = sorted(((smallest.input_bytes(i), path) for i, path in enumerate(smallest.traced.in_paths)), reverse=True)
         largest = ", ".join(f"{path} ({size:,.0f})" for size, path in sizes[:5])
-        raise ValueError(
+        raise NothingFits(
             f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device, the budget is {budget:,.0f}. "
             f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help."
         )

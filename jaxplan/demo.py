@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import re
@@ -22,6 +24,7 @@ from jaxplan.api import Plan, make_plan
 from jaxplan.examples.by_hand import by_hand
 from jaxplan.examples.decoder import DecoderConfig, decoder
 from jaxplan.examples.program import Program
+from jaxplan.files import saved_plan, to_json
 from jaxplan.hlo import Audit, audit
 from jaxplan.report import show_bytes, table
 
@@ -52,8 +55,9 @@ def demo_mesh(devices: int | None, mesh: Mapping[str, int] | None) -> dict[str, 
     return dict(mesh)
 
 
-def launch(mesh: Mapping[str, int], steps: int) -> int:
-    """Run the demonstration in a process with as many simulated devices as the mesh has; its exit status."""
+def launch(mesh: Mapping[str, int], steps: int, as_json: bool = False) -> int:
+    """Run the demonstration in a process with as many simulated devices as the mesh has; its exit status. `as_json`: results as
+    JSON on stdout, the page on stderr."""
     # The last of several equal flags holds; the user's other flags stay.
     devices = f"--xla_force_host_platform_device_count={math.prod(mesh.values())}"
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -63,11 +67,17 @@ def launch(mesh: Mapping[str, int], steps: int) -> int:
     }  # fmt: skip
     shown = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     command = [sys.executable, "-P", "-m", "jaxplan.demo", "--mesh", shown, "--steps", str(steps)]
+    command += ["--json"] if as_json else []
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def run(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig = CONFIG) -> int:
     """The demonstration itself, on devices that are there already. 1 if the losses do not agree, else 0."""
+    return 0 if results(mesh_shape, steps, config)["agree"] else 1
+
+
+def results(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig = CONFIG) -> dict[str, Any]:
+    """The demonstration, printed; and what it found, for a machine to read: bytes are per device and step."""
     mesh = jax.make_mesh(tuple(mesh_shape.values()), tuple(mesh_shape))
     program = decoder(config)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.args[0]))
@@ -81,8 +91,13 @@ def run(mesh_shape: Mapping[str, int], steps: int, config: DecoderConfig = CONFI
     print(plan, flush=True)
     agree = compare_losses(plan, program, steps)
     print(flush=True)
-    compare_traffic(plan, program, config)
-    return 0 if agree else 1
+    compiled = compare_traffic(plan, program, config)
+    return {
+        "agree": agree,
+        "predicted_bytes": sum(plan.wire_bytes.values()),
+        "compiled": {title: {"sent_bytes": sent(found), "peak_bytes": found.peak_bytes} for title, found in compiled.items()},
+        "plan": to_json(saved_plan(plan)),
+    }
 
 
 def compare_losses(plan: Plan, program: Program, steps: int) -> bool:
@@ -113,10 +128,10 @@ def losses(step: Callable[..., Any], program: Program, steps: int) -> list[float
     return found
 
 
-def compare_traffic(plan: Plan, program: Program, config: DecoderConfig) -> None:
-    """Print what the compiled programs send, compute and hold, jaxplan's beside an expert's."""
+def compare_traffic(plan: Plan, program: Program, config: DecoderConfig) -> dict[str, Audit]:
+    """Print what the compiled programs send, compute and hold, jaxplan's beside an expert's; {title: audit} of them."""
     ours = audit(plan.jit(), *program.args, mesh=plan.mesh)
-    rows = [traffic_row("jaxplan", ours, ours)]
+    found = {"jaxplan": ours}
     notes = [f"jaxplan predicted {show_bytes(sum(plan.wire_bytes.values()))} before anything was compiled."]
     for title, names in BY_HAND.items():
         try:
@@ -124,8 +139,9 @@ def compare_traffic(plan: Plan, program: Program, config: DecoderConfig) -> None
         except ValueError as error:
             notes.append(f"{title} does not fit this mesh: {error}.")
             continue
-        best = min((audit(step, *program.args, mesh=plan.mesh) for step in steps), key=sent)
-        rows.append(traffic_row(f"{title}, by hand", best, ours))
+        audits = [audit(step, *program.args, mesh=plan.mesh) for step in steps]
+        found[f"{title}, by hand"] = min(audits, key=sent)
+    rows = [traffic_row(title, other, ours) for title, other in found.items()]
     header = ("compiled program", "sent", "beside jaxplan", "as compiled", "GFLOP", "peak memory")
     print("Measured in the compiled programs, per device and step:\n")
     print("\n".join([*table(header, rows, range(1, len(header))), ""]))
@@ -133,6 +149,7 @@ def compare_traffic(plan: Plan, program: Program, config: DecoderConfig) -> None
         "sent: with the CPU compiler's all-reduce + slice read as the reduce-scatter it is on a TPU or GPU.\n"
         + "\n".join(notes)
     )
+    return found
 
 
 def sent(found: Audit) -> float:
@@ -152,9 +169,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mesh", required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     mesh = {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", given.mesh)}
-    return run(mesh, given.steps)
+    if not given.json:
+        return run(mesh, given.steps)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = results(mesh, given.steps)
+    print(json.dumps(found, indent=2))
+    return 0 if found["agree"] else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line, and the demonstration behind `jaxplan demo`."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -73,6 +74,8 @@ def test_it_starts_anew_with_as_many_devices_as_the_mesh(monkeypatch: pytest.Mon
     assert started["env"]["XLA_FLAGS"].startswith("--xla_of_the_user=1 ")
     assert started["env"]["XLA_FLAGS"].endswith("device_count=6")
     assert started["env"]["JAX_PLATFORMS"] == "cpu"
+    assert cli.main(["demo", "--mesh", "x=3,y=2", "--json"]) == 1
+    assert started["command"][-1] == "--json"
 
 
 def test_losses_that_differ_are_told(
@@ -95,12 +98,22 @@ def test_the_demonstration_on_a_tiny_model(
     mesh = jax.make_mesh((8,), ("model",), devices=jax.devices()[:8])
     plan = make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate)
     assert demo.compare_losses(plan, program, 2)
-    demo.compare_traffic(plan, program, TINY)
+    compiled = demo.compare_traffic(plan, program, TINY)
+    assert list(compiled) == ["jaxplan", "data parallel, by hand"]
     shown = capsys.readouterr().out
     assert "the same results" in shown
     assert "data parallel, by hand" in shown
     assert "Megatron does not fit this mesh: heads of 4 do not divide over 'model'" in shown
     assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_its_results_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"agree": False, "predicted_bytes": 3.0}
+    monkeypatch.setattr(demo, "results", lambda mesh, steps: print("the page") or {**found, "given": [mesh, steps]})
+    monkeypatch.setattr(sys, "argv", ["demo", "--mesh", "x=4,y=2", "--steps", "2", "--json"])
+    assert demo.main() == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {**found, "given": [{"x": 4, "y": 2}, 2]} and shown.err == "the page\n"
 
 
 @pytest.mark.slow

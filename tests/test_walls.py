@@ -36,6 +36,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),
+    "files": ("report",),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 

@@ -1,0 +1,81 @@
+"""A saved plan as text, from the file alone: the page that `print(plan)` gives, less what takes the function to know."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+
+from jaxplan.files.fold import fold_paths
+from jaxplan.files.nouns import Entries, Leaf, SavedPlan
+from jaxplan.report import WIDTH, show_bytes, show_seconds, table
+
+MOST_LIVE = 3
+
+
+def describe_saved(saved: SavedPlan, *, outputs: bool = False, most: int = 12) -> str:
+    """The page. `outputs`: with a table of them; `most`: rows of the exchange table."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in saved.mesh_shape.items())
+    lines = [f"Plan for {saved.function} on mesh ({mesh}), machine {saved.machine.name}", ""]
+    lines += [*_leaves("input", saved.inputs), ""]
+    if outputs:
+        lines += [*_leaves("output", saved.outputs), ""]
+    return "\n".join([*lines, *_axes(saved), "", *_exchanges(saved, most), "", *_totals(saved)])
+
+
+def show_spec(spec: Entries) -> str:
+    """P(None, ('data', 'model'))."""
+    return f"P({', '.join(map(repr, spec))}{',' if len(spec) == 1 else ''})"
+
+
+def _leaves(what: str, leaves: Mapping[str, Leaf]) -> list[str]:
+    rows = [
+        (path, leaf.kind, " ".join(leaf.dims), show_spec(leaf.spec), show_bytes(leaf.bytes))
+        for path, leaf in fold_paths(leaves).items()
+    ]
+    return table((what, "shape", "dims", "spec", "per device"), rows, right=(4,))
+
+
+def _axes(saved: SavedPlan) -> list[str]:
+    lines = ["axis"]
+    for axis in saved.mesh:
+        text = ", ".join(axis.roles) or "left alone"
+        lines += textwrap.wrap(f"  {axis.name} ({axis.size}): {text}", WIDTH, subsequent_indent="      ")
+        lines.append(f"      {show_bytes(axis.sent_bytes)} sent per device and call")
+    return lines
+
+
+def _exchanges(saved: SavedPlan, most: int) -> list[str]:
+    if not saved.exchanges:
+        return ["exchanges: none"]
+    rows = []
+    for e in saved.exchanges[:most]:
+        tensor, sent = f"{e.dtype}[{','.join(map(str, e.shape))}]", show_bytes(math.fsum(e.bytes.values()))
+        where = (f"{e.kind} for {e.operator}", "+".join(e.axes), tensor, f"{e.times:g}", sent)
+        rows.append((*where, show_seconds(e.seconds), e.source))
+    lines = table(("exchange", "axes", "tensor", "times", "sent/device", "takes", "source"), rows, right=(3, 4, 5))
+    rest = saved.exchanges[most:]
+    if rest:
+        sent = show_bytes(math.fsum(sum(e.bytes.values()) for e in rest))
+        lines.append(f"  and {len(rest)} more, {sent} together")
+    return lines
+
+
+def _totals(saved: SavedPlan) -> list[str]:
+    cost, held, made = saved.cost, saved.memory, saved.versions
+    lines = [
+        f"modelled step   {show_seconds(cost.seconds)}, {show_seconds(cost.exchange_seconds)} of it exchanges",
+        f"sent            {show_bytes(saved.wire_bytes)} per device and call",
+        f"peak memory     {show_bytes(held.peak_bytes)} per device (modelled): {show_bytes(held.argument_bytes)} arguments, "
+        f"{show_bytes(held.output_bytes)} outputs, {show_bytes(held.temporary_bytes)} temporaries",
+    ]
+    for one in held.live[:MOST_LIVE]:
+        each = f"{one.dtype}[{','.join(map(str, one.shape))}]"
+        lines.append(f"                {one.count} x {one.kind} of {each}, {show_bytes(one.count * one.bytes)}")
+    if cost.bound is not None:
+        lines.append(f"certificate     no plan takes less than {show_seconds(cost.bound)}")
+    if saved.unknown:
+        lines.append(f"unknown         {', '.join(saved.unknown)}: gathered whole; teach them with @jaxplan.rule(primitive)")
+    equations = sum(entry.count for entry in saved.program.primitives.values())
+    lines.append(f"program         {equations:,} equations, fingerprint {saved.program.fingerprint[:12]}")
+    return [*lines, f"written by      jaxplan {made['jaxplan']} with JAX {made['jax']}"]

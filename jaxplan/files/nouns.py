@@ -1,0 +1,176 @@
+"""The noun of room `files`: a `SavedPlan`, everything of a plan that can be written down. Needs no JAX and no function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxplan.machine import Machine
+
+VERSION = 1
+"""Of the format. A file of a later version is refused by name; a change that older readers would misread takes a new number."""
+
+Entries = tuple[str | tuple[str, ...] | None, ...]
+"""A PartitionSpec written down: per dimension None, an axis, or several axes, major to minor."""
+
+
+class PlanFileError(ValueError):
+    """A plan file that cannot be read, or that is not about the function it is loaded for. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis. `kind`: "auto", "explicit" or "manual". `roles`: what the report calls its work. `sent_bytes`: per device
+    and call."""
+
+    name: str
+    size: int
+    kind: str
+    roles: tuple[str, ...]
+    sent_bytes: float
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array among inputs or outputs. `bytes`: per device; `dims`: names of its dimensions ("B"), if known; `donated`: an
+    input whose buffer may be reused."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    spec: Entries
+    bytes: float
+    dims: tuple[str, ...] = ()
+    donated: bool = False
+
+    @property
+    def kind(self) -> str:
+        """float32[128,64]."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class SavedExchange:
+    """Collectives that are alike. `times`: in one call; `bytes`, by axis, and `seconds`: of all times together."""
+
+    kind: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    operator: str
+    source: str
+    times: float
+    bytes: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """Equations of one primitive. `digest`: of their parameters, shapes and dtypes, in any order."""
+
+    count: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was traced: a hash of it, and a tally by primitive, to say what changed."""
+
+    fingerprint: str
+    primitives: Mapping[str, Primitives]
+
+
+class Split(NamedTuple):
+    """The choice of one cluster of operators. `operator`: the last primitive of it; `factors`: (axis, the factor that it splits);
+    `scatters`: (axis, the factor over which what is summed is scattered)."""
+
+    operator: str
+    factors: tuple[tuple[str, int], ...]
+    scatters: tuple[tuple[str, int], ...]
+
+    def factor(self, axis: str) -> int:
+        """The factor that an axis splits, or -1."""
+        return dict(self.factors).get(axis, -1)
+
+    def scatter(self, axis: str) -> int:
+        """The factor that an axis scatters what is summed over, or -1."""
+        return dict(self.scatters).get(axis, -1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for. `search`: the name of one, or None if it was a callable. `memory_budget`: bytes, "16GiB", "unlimited"
+    or None. `dims`: {input path: names of its dimensions}."""
+
+    search: str | None
+    memory_budget: float | str | None
+    pins: Mapping[str, Entries]
+    while_trips: float
+    certify: bool | float
+    dims: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Modelled seconds of one call. `work_seconds` + `exchange_seconds` = `seconds`; `bound`: a proven lower bound, or None."""
+
+    seconds: float
+    work_seconds: float
+    exchange_seconds: float
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Live:
+    """Buffers of one kind, shape and size that live at the worst moment. `bytes`: per device, of each."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Modelled bytes per device: arguments, outputs that are no argument's own buffer, and what lives besides at the worst
+    moment; together the peak. `live`: the largest of what lives besides."""
+
+    argument_bytes: float
+    output_bytes: float
+    temporary_bytes: float
+    peak_bytes: float
+    live: tuple[Live, ...]
+
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """A plan written down.
+
+    `versions`: of jaxplan and jax, that made it. `unknown`: primitives without a rule. `inputs`, `outputs`: by pytree path.
+    `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order.
+    """
+
+    function: str
+    versions: Mapping[str, str]
+    mesh: tuple[Axis, ...]
+    machine: Machine
+    asked: Asked
+    program: Program
+    unknown: tuple[str, ...]
+    inputs: Mapping[str, Leaf]
+    outputs: Mapping[str, Leaf]
+    cost: Cost
+    memory: Ledger
+    exchanges: tuple[SavedExchange, ...]
+    splits: tuple[Split, ...]
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """{axis: size}."""
+        return {axis.name: axis.size for axis in self.mesh}
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes sent per device and call, over all axes."""
+        return sum(axis.sent_bytes for axis in self.mesh)
