@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxplan.api import Plan as Plan, auto_shard as auto_shard, make_plan as make_plan
     from jaxplan.hlo import Audit as Audit, audit as audit
-    from jaxplan.machine import Link as Link, Machine as Machine
+    from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
+    from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
     from jaxplan.rules import rule as rule
+    from jaxplan.state import LayoutError as LayoutError
 
 __version__ = "0.1.0"
 
@@ -20,11 +22,30 @@ _HOMES = {
     "audit": "jaxplan.hlo",
     "Audit": "jaxplan.hlo",
     "rule": "jaxplan.rules",
+    "Calibration": "jaxplan.measure",
+    "calibrate": "jaxplan.measure",
+    "load_machine": "jaxplan.machine",
+    "save_machine": "jaxplan.machine",
+    "LayoutError": "jaxplan.state",
     "Machine": "jaxplan.machine",
     "Link": "jaxplan.machine",
 }
 
-__all__ = ["Audit", "Link", "Machine", "Plan", "audit", "auto_shard", "make_plan", "rule"]
+__all__ = [
+    "Audit",
+    "Calibration",
+    "LayoutError",
+    "Link",
+    "Machine",
+    "Plan",
+    "audit",
+    "auto_shard",
+    "calibrate",
+    "load_machine",
+    "make_plan",
+    "rule",
+    "save_machine",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from jax._src import (
     source_info_util as _source_info,
 )
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
 
@@ -40,6 +41,7 @@ custom_vjp_call_p = _primitives.custom_vjp_call_p
 linear_solve_p = _primitives.linear_solve_p
 dynamic_slice_p = _primitives.dynamic_slice_p
 dynamic_update_slice_p = _primitives.dynamic_update_slice_p
+fft_p = _primitives.fft_p
 custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
@@ -165,7 +167,8 @@ def bind(equation: Any, values: list[Any], devices: int) -> list[Any]:
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:
         values = [_held(values[0]), *values[1:]]
     outs = primitive.bind(*values, **primitive.get_bind_params(params))
-    return list(outs) if primitive.multiple_results else [outs]
+    outs = list(outs) if primitive.multiple_results else [outs]
+    return [_row_major(out) for out in outs] if primitive is fft_p and devices > 1 else outs
 
 
 def _clamped(values: list[Any], first: int, room: list[int]) -> list[Any]:
@@ -201,6 +204,15 @@ def _held(value: Any) -> Any:
     its simplifier forgets to clamp, and shards without the row overwrite one of theirs (seen with jaxlib 0.10, also by hand).
     """
     return jax.lax.optimization_barrier(value)
+
+
+def _row_major(value: Any) -> Any:
+    """A Fourier transform's result, in memory as XLA's CPU runtime wants it.
+
+    Where a batch dimension but the first is cut and then gathered, the compiler hands the gather's layout in memory on to the
+    transform, which fails at run time (seen with jaxlib 0.10, also for programs sharded by hand).
+    """
+    return with_layout_constraint(value, Layout(tuple(range(value.ndim))))
 
 
 def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:

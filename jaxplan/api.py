@@ -28,7 +28,8 @@ from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.report import describe, show_seconds
-from jaxplan.search import search as run_search
+from jaxplan.search import certify as certified, search as run_search
+from jaxplan.state import check, init
 from jaxplan.trace import Traced, trace
 
 Search = str | Callable[[Problem], Assignment]
@@ -45,6 +46,7 @@ class Request:
     pins: Mapping[str, PartitionSpec] = field(default_factory=dict)
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
+    certify: bool | float = False
 
 
 MOST_PADDINGS = 4
@@ -154,11 +156,28 @@ class Plan(_plan.Plan):
         """
         return why_not(self, self, pins)
 
+    def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.
+
+        The result, or sub-trees of it, must have the structure, shapes and dtypes of arguments of the planned function: `params`,
+        say, or `(params, opt_state)`. Raises ValueError, naming the path, for a part that stands for no argument.
+        """
+        return init(self, init_fn, args, kwargs)
+
+    def check(self, state: Any) -> None:
+        """Raise `LayoutError`, naming paths, where live arrays lie otherwise than planned (silent replication, say).
+
+        `state`: arrays in the structure of one or more arguments of the planned function.
+        """
+        check(self, state)
+
     def replan(self, **changes: Any) -> Plan:
-        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins` or `search`; no retrace."""
-        unknown = set(changes) - {"mesh", "machine", "memory_budget", "pins", "search"}
+        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`; no retrace."""
+        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify")
+        unknown = set(changes) - set(taken)
         if unknown:
-            raise TypeError(f"replan does not take {sorted(unknown)}; it takes mesh, machine, memory_budget, pins, search")
+            raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
+        _check_certify(changes.get("certify", False))
         with _collector_paused():
             return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
 
@@ -174,7 +193,7 @@ def make_plan(
     dims: Mapping[str, str] | Sequence[str | None] | None = None,
     pipeline: str | None = "auto",
     microbatches: int | None = None,
-    certify: bool = False,
+    certify: bool | float = False,
     while_trips: float = WHILE_TRIPS,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
@@ -189,6 +208,8 @@ def make_plan(
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
+    `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
+    taken, if `search` is a name. A number: seconds that an integer program may spend on tightening the bound.
     `static_*`, `donate_*`: as in `jax.jit`.
 
     Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.
@@ -197,8 +218,7 @@ def make_plan(
         raise ValueError("pipeline parallelism cannot be asked for in this version: leave pipeline='auto' and microbatches=None")
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
-    if certify:
-        raise ValueError("certify=True is not available in this version; plan without it")
+    _check_certify(certify)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
@@ -206,7 +226,7 @@ def make_plan(
     )  # fmt: skip
     traced_at = time.perf_counter()
     static = _static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips)
+    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -242,12 +262,41 @@ def _solve(
             unpriced, choices = model(graph, numbers, pins), found.choices
         else:
             unpriced, choices = modelled, frugal(modelled, found.choices, found.seconds)
-        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, found.bound, dims, request)
+        bound = None if byte_price else found.bound  # a bound on priced bytes is none on seconds
+        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request)
 
     plan = attempt(0.0)
     if budget < math.inf and plan.peak_bytes > budget:
         plan = _fit(attempt, plan, budget)
-    return replace(plan, stages={**stages, "model and search": time.perf_counter() - start})
+    searched = time.perf_counter()
+    stages = {**stages, "model and search": searched - start}
+    if request.certify is not False:
+        plan = _certified(plan, request, budget)
+        stages["certify"] = time.perf_counter() - searched
+    return replace(plan, stages=stages)
+
+
+def _certified(plan: Plan, request: Request, budget: float) -> Plan:
+    """The plan with a bound; or the cheaper one that proving it has found, if the search was left to us and memory allows it.
+
+    The bound is that of the problem without a budget: with one, the optimum can only be higher.
+    """
+    modelled = plan.modelled
+    start = Assignment(plan.choices[list(modelled.kept)], plan.seconds)
+    program_seconds = 0.0 if request.certify is True else float(request.certify)
+    proven = certified(modelled.problem, start, program_seconds=program_seconds)
+    plan = replace(plan, bound=proven.bound)
+    if isinstance(request.search, str) and proven.seconds < plan.seconds:
+        better = replace(plan, choices=modelled.complete(frugal(modelled, proven.choices, proven.seconds)))
+        if better.peak_bytes <= budget:
+            return better
+    return plan
+
+
+def _check_certify(certify: bool | float) -> None:
+    """Raise ValueError unless it is a bool, or seconds."""
+    if not isinstance(certify, (bool, int, float)) or not 0 <= certify < math.inf:
+        raise ValueError(f"certify must be True, False, or seconds for an integer program, got {certify!r}")
 
 
 def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 Layout = tuple[int, ...]
 """Per mesh axis, the dimension it shards, or -1 where the tensor is replicated along that axis."""
 
@@ -21,3 +24,8 @@ def layout_of(spec: Spec, axes: int) -> Layout:
         for axis in names:
             layout[axis] = dim
     return tuple(layout)
+
+
+def shards(layout: Layout, sizes: Sequence[int]) -> int:
+    """Over how many devices a layout spreads a tensor; `sizes`: devices along each mesh axis."""
+    return math.prod([size for dim, size in zip(layout, sizes, strict=True) if dim >= 0])

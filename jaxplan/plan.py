@@ -13,14 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.cost import Modelled, Reading, Step, cluster_exchanges, peak_bytes, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost import Memory, Modelled, Reading, Step, cluster_exchanges, memory, reshard_steps, symbolic_cost, write_layout
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.memory import shards
 from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import VIEW
-from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.layout import Layout, Spec, shards, spec_of
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
@@ -133,6 +132,10 @@ class Plan:
     def out_specs(self) -> Any:
         """PartitionSpecs, structured like the result."""
         return self.traced.unflatten_outputs(self._specs(self.output_layouts, self.traced.out_avals))
+
+    def partition_spec_of(self, position: int) -> PartitionSpec:
+        """The spec of one flat input."""
+        return self._specs([self.input_layouts[position]], [self.traced.in_avals[position]])[0]
 
     def _specs(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[PartitionSpec]:
         return [self.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
@@ -313,14 +316,25 @@ class Plan:
         return total
 
     @cached_property
+    def memory(self) -> Memory:
+        """Modelled bytes per device of one call: arguments, outputs, temporaries, and what lives at the worst moment. Arguments
+        that the function was traced to donate are updated in place."""
+        return memory(
+            self.modelled, self.choices, self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
+        )
+
+    @property
     def peak_bytes(self) -> float:
-        """Modelled peak of live bytes per device."""
-        return peak_bytes(self.modelled.graph, self.layouts, self.modelled.numbers.sizes)
+        """Modelled peak of live bytes per device: arguments + outputs that are no argument's own buffer + temporaries."""
+        return self.memory.peak
 
     @property
     def gap(self) -> float | None:
-        """How far `seconds` may be above the optimum, as a fraction; None without a bound."""
-        return None if self.bound is None else (self.seconds - self.bound) / self.bound if self.bound else 0.0
+        """How far `seconds` may be above the optimum, as a fraction of the bound: (seconds - bound) / bound. None without
+        a bound; infinite if the bound is 0 and the plan is not free."""
+        if self.bound is None:
+            return None
+        return (self.seconds - self.bound) / self.bound if self.bound > 0 else math.inf if self.seconds > 0 else 0.0
 
     def input_bytes(self, position: int) -> float:
         """Bytes per device of one flat input."""

@@ -226,10 +226,11 @@ def _undominated(ahead: np.ndarray) -> np.ndarray:
     return np.flatnonzero(alive)
 
 
-def eliminate(tables: Tables) -> tuple[Tables, list[int], Undo]:
+def eliminate(tables: Tables, limit: float = math.inf) -> tuple[Tables, list[int], Undo]:
     """Remove variables with at most two neighbours, as OptCNN does (Jia et al., ICML 2018); exact.
 
-    Returns what is left, the variables it is left of, and an undo for options of those.
+    `limit`: table entries; a variable whose elimination needs more stays. Returns what is left, the variables it is left of, and
+    an undo for options of those.
     """
     costs = [_finite(cost) for cost in tables.costs]
     near: list[dict[int, np.ndarray]] = [{} for _ in costs]
@@ -240,10 +241,10 @@ def eliminate(tables: Tables) -> tuple[Tables, list[int], Undo]:
     queue = deque(i for i in range(len(costs)) if len(near[i]) <= 2)
     while queue:
         v = queue.popleft()
-        if not alive[v] or len(near[v]) > 2:
+        around = tuple(near[v])
+        if not alive[v] or len(around) > 2 or math.prod([len(costs[w]) for w in (v, *around)]) > limit:
             continue
         alive[v] = False
-        around = tuple(near[v])
         if not around:
             gone.append((v, (), np.array([costs[v].argmin()])))
             continue

@@ -179,15 +179,19 @@ def _exchanges(plan: Plan, most: int) -> list[str]:
 
 
 def _totals(plan: Plan) -> list[str]:
-    wire = sum(plan.wire_bytes.values())
+    wire, held = sum(plan.wire_bytes.values()), plan.memory
     planning = sum(value for name, value in plan.stages.items() if name != "trace")
     lines = [
         f"modelled step   {show_seconds(plan.seconds)}",
         f"sent            {show_bytes(wire)} per device and call",
-        f"peak memory     {show_bytes(plan.peak_bytes)} per device (modelled)",
+        f"peak memory     {show_bytes(plan.peak_bytes)} per device (modelled): " + ", ".join(
+            f"{show_bytes(value)} {name}"
+            for name, value in (("arguments", held.arguments), ("outputs", held.outputs), ("temporaries", held.temporaries))
+        ),
     ]
-    if plan.gap is not None:
-        lines.append(f"certificate     at most {plan.gap:.2%} above the optimum")
+    if plan.bound is not None and plan.gap is not None:
+        proven = f"no plan takes less than {show_seconds(plan.bound)}"
+        lines.append(f"certificate     at most {plan.gap:.2%} above the optimum: {proven}")
     lines.append(f"planning        {show_seconds(planning)} after {show_seconds(plan.stages.get('trace', 0.0))} of tracing")
     unknown = {op.name for op in plan.modelled.graph.operators if not op.rule.known}
     if unknown:

@@ -140,23 +140,33 @@ def state_pairs(traced: Traced) -> list[tuple[int, int]]:
     largest first and in order; each argument leaf is used once. Whether the output is really an update of the
     input is for the graph to confirm.
     """
-    arguments = _subtrees(traced.unflatten_inputs(range(len(traced.in_avals)))[0])
-    results = _subtrees(traced.unflatten_outputs(range(len(traced.out_avals))))
+    arguments = traced.unflatten_inputs(range(len(traced.in_avals)))[0]
+    results = traced.unflatten_outputs(range(len(traced.out_avals)))
+    return [(out, in_) for out, (in_, *_) in like_subtrees(results, traced.out_avals, arguments, traced.in_avals)]
+
+
+def like_subtrees(
+    tree: Any, avals: Sequence[Any], among: Any, known: Sequence[Any]
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(leaf of `tree`, the leaves of `among` that stand in its place), for every leaf that has some.
+
+    Both trees hold leaf numbers, which index `avals` and `known` (anything with shape and dtype). Sub-trees of equal structure,
+    shapes and dtypes are matched, largest first and in order, the first one not yet used first.
+    """
     by_shape: dict[Any, list[tuple[int, ...]]] = {}
-    for leaves, structure in arguments:
-        key = (structure, tuple(_signature(traced.in_avals[i]) for i in leaves))
-        by_shape.setdefault(key, []).append(leaves)
-    pairs: list[tuple[int, int]] = []
+    for leaves, structure in _subtrees(among):
+        by_shape.setdefault((structure, tuple(_signature(known[i]) for i in leaves)), []).append(leaves)
+    pairs: list[tuple[int, tuple[int, ...]]] = []
     used_in: set[int] = set()
     used_out: set[int] = set()
-    for leaves, structure in sorted(results, key=lambda item: -len(item[0])):
+    for leaves, structure in sorted(_subtrees(tree), key=lambda item: -len(item[0])):
         if not leaves or used_out.intersection(leaves):
             continue
-        key = (structure, tuple(_signature(traced.out_avals[i]) for i in leaves))
-        match = next((c for c in by_shape.get(key, ()) if not used_in.intersection(c)), None)
-        if match is not None:
-            pairs.extend(zip(leaves, match, strict=True))
-            used_in.update(match)
+        candidates = by_shape.get((structure, tuple(_signature(avals[i]) for i in leaves)), ())
+        free = [c for c in candidates if not used_in.intersection(c)]
+        if free:
+            pairs.extend(zip(leaves, zip(*free, strict=True), strict=True))
+            used_in.update(free[0])
             used_out.update(leaves)
     return pairs
 

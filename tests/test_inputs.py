@@ -99,7 +99,7 @@ def test_a_plan_refuses_other_shapes_and_structures():
 def test_an_unknown_machine_or_search_lists_the_names():
     with pytest.raises(ValueError, match="no machine is called 'v9'; there are v4, v5e"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, machine="v9")
-    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl'\]"):
+    with pytest.raises(ValueError, match=r"no search is called 'best'; there are \['alpa', 'brute', 'hsm2dl', "):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, search="best")
 
 
@@ -152,21 +152,19 @@ def test_a_smaller_budget_gives_a_smaller_peak():
 
         return w - 0.1 * jax.grad(loss)(w)
 
-    args = shape(1024, 1024), shape(64, 1024)
-    ample = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=math.inf, pins={"w": P()})
-    assert ample.in_specs[0] == P()
-    free = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=math.inf)
-    budget = min(free.peak_bytes, ample.peak_bytes) * 0.9
-    tight = jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=budget)
-    assert tight.peak_bytes <= budget
-    assert tight.seconds >= free.seconds * (1 - 1e-9)
+    args = shape(1024, 1024), shape(8192, 1024)
+    plans = [jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=math.inf)]
+    for share in (0.9, 0.7, 0.6):
+        budget = plans[0].peak_bytes * share
+        plans.append(jaxplan.make_plan(step, *args, mesh=MESH, machine="v5e", memory_budget=budget))
+        assert plans[-1].peak_bytes <= budget
+        assert plans[-1].seconds >= plans[-2].seconds * (1 - 1e-9)
+    assert plans[-1].peak_bytes < plans[0].peak_bytes * 0.6
 
 
 def test_what_is_not_there_yet_is_said():
     with pytest.raises(ValueError, match="pipeline"):
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, pipeline="x")
-    with pytest.raises(ValueError, match="certify"):
-        jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, certify=True)
     plan = jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH)
     with pytest.raises(TypeError, match="replan does not take"):
         plan.replan(sizes={"B": 1})

@@ -93,6 +93,28 @@ def test_depthwise_convolutions_whose_result_is_laid_out_anew(source, result, mu
     assert ("g" in offered) == (source == result)
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_depthwise_convolutions_of_one_element(window):
+    """XLA aborts the process where these are cut by group along some of the mesh's axes only."""
+
+    def convolve(_, x, w):
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NCH", "OIH", "NCH"), feature_group_count=8)
+
+    x, w = np.ones((2, 8, 4), np.float32), np.arange(8 * window, dtype=np.float32).reshape(8, 1, window)
+    plan = as_planned(convolve, x, w, pins={0: P(None, "x")})
+    assert (layout_of(plan, "conv_general_dilated") == (1, -1)) == (window == 3)
+
+
+def test_a_batch_of_transforms_gathered_later():
+    """The compiler laid the transforms out in memory as the gather wanted it, and its CPU runtime refused them."""
+
+    def transform(hold, x):
+        return hold(hold(jnp.fft.fft(x), "cut") * 2.0, "whole")
+
+    x = np.random.default_rng(0).normal(size=(4, 8, 4)).astype(np.float32)
+    as_planned(transform, x, shape=(2,), pins={0: P(None, "x")}, cut=P(None, "x"), whole=P())
+
+
 def test_exchanges_pass_through_even_layouts_only():
     """Swapping two axes between two dimensions of extent 2 would put both on one of them on the way."""
 

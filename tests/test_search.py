@@ -8,7 +8,7 @@ import pytest
 from jaxplan.problem import Assignment, Edge, Node, Problem, evaluate, from_tables
 from jaxplan.reduce import ILLEGAL, Pricer, dominance, eliminate, fold
 from jaxplan.search import brute, search
-from jaxplan.search.elimination import min_fill_order, solve
+from jaxplan.search.elimination import lower_bound, min_fill_order, solve
 
 
 def random_tables(seed, nodes=6, illegal=0.1):
@@ -98,6 +98,27 @@ def test_bucket_elimination_is_exact_where_it_fits_and_never_worse_than_its_incu
     assert tables.price(bounded) >= best - 1e-9
 
 
+@pytest.mark.parametrize("cap", [1, 2, 4, 9, 30, 1000])
+@pytest.mark.parametrize("seed", range(10))
+def test_mini_buckets_bound_from_below_whatever_the_cap(seed, cap):
+    rng = np.random.default_rng(seed)
+    pairs = [(i, j, rng.integers(-20, 20, (3, 3)).astype(float)) for i in range(6) for j in range(i) if rng.random() < 0.7]
+    problem = from_tables([rng.integers(-20, 20, 3).astype(float) for _ in range(7)], pairs)
+    tables, _ = Pricer(problem).whole()
+    bound, options, exact = lower_bound(tables, min_fill_order([1] * 7, tables.pairs), cap)
+    best = brute(problem).seconds
+    assert bound <= best + 1e-9 <= tables.price(options) + 2e-9
+    assert not exact or bound == pytest.approx(best) == tables.price(options)
+    assert exact or cap < 1000
+
+
+def test_many_neighbours_without_a_choice_are_no_dimensions_of_a_table():
+    hub, leaves = 0, range(1, 81)
+    edges = [(hub, leaf, np.ones((1, 1))) for leaf in leaves]
+    problem = from_tables([[0.0], *[[0.0]] * len(leaves), [1.0, 2.0]], [*edges, (hub, 81, np.array([[5.0, 1.0]]))])
+    assert search(problem).seconds == len(leaves) + 3.0
+
+
 def test_hsm2dl_is_near_the_optimum_on_random_layout_problems():
     ratios = []
     for seed in range(200):
@@ -135,7 +156,7 @@ def test_folding_does_not_grow_with_depth_and_expands_to_a_legal_assignment(roun
 
 def test_a_search_that_is_no_search_is_caught_and_named():
     problem = random_tables(0)
-    with pytest.raises(ValueError, match=r"no search is called 'magic'; there are \['alpa', 'brute', 'hsm2dl'\]"):
+    with pytest.raises(ValueError, match=r"called 'magic'; there are \['alpa', 'brute', 'hsm2dl', 'optcnn', 'tofu', 'trws'\]"):
         search(problem, "magic")
 
     def short(problem):
@@ -147,6 +168,23 @@ def test_a_search_that_is_no_search_is_caught_and_named():
     def illegal(problem):
         return Assignment(np.array([[1], [0]]), 0.0)
 
+    def ragged(problem):
+        return Assignment([[0], [0, 1]], 0.0)
+
+    def halves(problem):
+        return Assignment(np.full((len(problem.nodes), 1), 0.5), 0.0)
+
+    def nothing(problem):
+        return None
+
+    with pytest.raises(ValueError, match="or a callable Problem -> Assignment, not 3"):
+        search(problem, 3)
+    with pytest.raises(ValueError, match="'ragged' returned choices that are no array"):
+        search(problem, ragged)
+    with pytest.raises(ValueError, match=r"'halves' returned choices of shape .* and dtype float64"):
+        search(problem, halves)
+    with pytest.raises(ValueError, match="'nothing' returned a NoneType; wanted an Assignment"):
+        search(problem, nothing)
     with pytest.raises(ValueError, match="'short' returned choices of shape"):
         search(problem, short)
     with pytest.raises(ValueError, match="'outside' chose option 99 of node 0"):

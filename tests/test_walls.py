@@ -34,6 +34,8 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "compare": ("hlo", "hlo_records"),
     "report": (),
     "reasons": ("report",),
+    "state": ("report",),
+    "measure": (),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 

@@ -2,14 +2,16 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import peak_bytes
+from jaxplan.cost.memory import Buffer, Memory, memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.symbols import symbolic_cost
 from jaxplan.cost.ties import frugal
 
 __all__ = [
+    "Buffer",
     "Exchange",
+    "Memory",
     "Modelled",
     "Numbers",
     "Option",
@@ -17,8 +19,8 @@ __all__ = [
     "Step",
     "cluster_exchanges",
     "frugal",
+    "memory",
     "model",
-    "peak_bytes",
     "reshard_steps",
     "symbolic_cost",
     "terminal_layout",

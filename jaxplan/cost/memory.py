@@ -1,60 +1,261 @@
-"""Bytes per device: what lives when, under planned layouts."""
+"""Bytes per device: what lives when, under planned layouts, and the most that lives at once.
+
+Buffers are what is not fused away: what a cluster leaves for another, the copies that exchanges make, loop carries (one buffer,
+updated in place where nothing else reads the old value) and what a loop stacks. A donated input's buffer becomes its new value's.
+Compilers that materialise also keep temporaries in output buffers that are not yet written, as XLA does: largest first, where
+they fit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from jaxplan.graph import Graph
-from jaxplan.graph.flatten import BOUNDARY
-from jaxplan.layout import Layout
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.price import cluster_exchanges
+from jaxplan.cost.schedule import Order, run_order
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.layout import Layout, shards
+
+Local = Callable[[int, Layout | None], float]
+"""Bytes per device of a tensor in a layout."""
+
+HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
 
 
-def shards(layout: Layout, sizes: Sequence[int]) -> int:
-    """Over how many devices a layout spreads a tensor."""
-    return math.prod([size for dim, size in zip(layout, sizes, strict=True) if dim >= 0])
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes per device that live from place `first` to place `last` of the order. `tensor`: what they hold; `kind`: an
+    activation, the transient of an exchange, or an output of the program."""
+
+    tensor: int
+    kind: str
+    nbytes: float
+    first: int
+    last: int
 
 
-def peak_bytes(graph: Graph, layouts: Mapping[int, Layout], sizes: Sequence[int]) -> float:
-    """Largest sum of live bytes per device: every tensor that a cluster writes lives from there to its last reader.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
+    worst moment: `temporaries`, of which `live` are the buffers, largest first."""
 
-    Inputs live throughout; state that goes round is updated in place; what a loop stacks lives as long as the loop.
-    """
-    count = len(graph.operators)
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    scope_start: dict[int, int] = {}
-    for index, operator in enumerate(graph.operators):
-        scope_start.setdefault(operator.scope, index)
+    arguments: float
+    outputs: float
+    temporaries: float
+    live: tuple[Buffer, ...]
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return self.arguments + self.outputs + self.temporaries
+
+
+def memory(
+    modelled: Modelled,
+    choices: np.ndarray,
+    layouts: Mapping[int, Layout],
+    inputs: Sequence[Layout],
+    outputs: Sequence[Layout],
+    donated: Sequence[bool],
+) -> Memory:
+    """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
+    graph, sizes = modelled.graph, modelled.numbers.sizes
+    materialises = modelled.numbers.machine.materialises
+    facts = _facts(graph, materialises)
+
+    def local(tensor: int, layout: Layout | None) -> float:
+        return graph.tensors[tensor].nbytes / (shards(layout, sizes) if layout is not None else 1)
+
+    ties = dict(graph.ties)
+    own: dict[int, float] = {}
+    for position, tensor in enumerate(graph.outputs):
+        if tensor >= 0 and not (position in ties and donated[ties[position]]):
+            own[tensor] = local(tensor, outputs[position])
+    given = {graph.outputs[position] for position in ties if donated[ties[position]]}
+    buffers = _held(graph, facts, layouts, own, given, local) + _transients(modelled, choices, facts, local)
+    arguments = sum(local(tensor, layout) for tensor, layout in zip(graph.inputs, inputs, strict=True))
+    heap = _outside_outputs(buffers) if materialises else buffers
+    places = len(facts.order.sequence) + 2
+    change = np.zeros(places + 1)
+    for buffer in heap:
+        change[buffer.first] += buffer.nbytes
+        change[buffer.last + 1] -= buffer.nbytes
+    held = np.cumsum(change)
+    at = int(held.argmax())
+    written = 0.0 if materialises else sum(b.nbytes for b in heap if b.kind == OUTPUT and b.first <= at <= b.last)
+    live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
+    total = sum(own.values())
+    temporaries = float(held[at]) if materialises else max(0.0, float(held[at]) - written)
+    return Memory(float(arguments), float(total), temporaries, tuple(live))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
+
+    order: Order
+    operators: Sequence[Operator]
+    made: Mapping[int, int]
+    readers: Mapping[int, Sequence[int]]
+    fused: frozenset[int]
+    place: Mapping[int, int]
+
+
+@lru_cache(maxsize=8)
+def _facts(graph: Graph, materialises: bool) -> _Facts:
+    order = run_order(graph, materialises)
+    operators = [graph.operators[i] for i in order.sequence]
+    made: dict[int, int] = {}
+    readers: dict[int, list[int]] = {}
+    for place, operator in enumerate(operators):
         for tensor in operator.results:
-            first[tensor] = index
+            made[tensor] = place
         for tensor in operator.operands:
             if tensor >= 0:
-                last[tensor] = index
-                if operator.name == BOUNDARY and tensor in first:
-                    producer = graph.operators[first[tensor]]
-                    if producer.scope != operator.scope:
-                        for result in operator.results:
-                            first[result] = min(first.get(result, index), scope_start[producer.scope])
-    tied = {graph.outputs[output] for output, _ in graph.ties}
-    for tensor in graph.outputs:
-        if tensor >= 0:
-            last[tensor] = count
-    spread: dict[Layout, int] = {}
-    inputs = set(graph.inputs)
-    change = [0.0] * (count + 2)
-    for tensor, layout in layouts.items():
-        if tensor in tied and tensor not in inputs:
+                readers.setdefault(tensor, []).append(place)
+    cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
+    leaving, fused = {t for t in graph.outputs if t >= 0}, set()
+    for operator in operators:
+        if len(operator.results) == 1 and _in_a_loop(operator):
+            tensor = operator.results[0]
+            found = readers.get(tensor, [])
+            where = {cluster.get(order.sequence[reader]) for reader in found}
+            if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
+                fused.add(tensor)
+    return _Facts(order, operators, made, readers, frozenset(fused), {i: place for place, i in enumerate(order.sequence)})
+
+
+def _in_a_loop(operator: Operator) -> bool:
+    """Whether a compiler computes an operator element by element, inside the loop of its reader."""
+    return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
+
+
+class _Roots:
+    """Which tensors share a buffer."""
+
+    def __init__(self) -> None:
+        self._into: dict[int, int] = {}
+
+    def of(self, tensor: int) -> int:
+        while tensor in self._into:
+            tensor = self._into[tensor]
+        return tensor
+
+    def join(self, tensor: int, other: int) -> None:
+        """`tensor` lives in the buffer of `other`."""
+        tensor = self.of(tensor)
+        if tensor != self.of(other):
+            self._into[tensor] = other
+
+
+def _held(
+    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], own: Mapping[int, float], given: set[int], local: Local
+) -> list[Buffer]:
+    """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end."""
+    order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
+    roots, inputs = _Roots(), set(graph.inputs)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    nbytes: dict[int, float] = {}
+
+    def touch(tensor: int, start: int, stop: int) -> None:
+        root = roots.of(tensor)
+        first[root], last[root] = min(first.get(root, start), start), max(last.get(root, stop), stop)
+
+    carries: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    for place, op in enumerate(operators):
+        if op.name == BOUNDARY and op.path[-2] == "carry":
+            carries.append((place, op.operands, op.results))
+        elif op.name == VIEW or (op.name == BOUNDARY and op.path[-2] == "in"):
+            source, result = op.operands[0], op.results[0]
+            alike = graph.tensors[source].shape == graph.tensors[result].shape
+            if alike and layouts.get(source) == layouts.get(result):
+                roots.join(result, source)
+    for _, _, (inner, final) in carries:
+        roots.join(inner, final)
+    arguments = {roots.of(tensor) for tensor in inputs}
+    for place, (initial, produced), (inner, final) in carries:
+        uses = readers.get(initial, ()) if initial >= 0 else ()
+        if uses and max(uses) <= place and roots.of(initial) not in arguments:
+            roots.join(initial, final)
+        if produced in made and operators[made[produced]].rule.fusible:
+            old = [r for r in readers.get(inner, ()) if r != place]
+            if max(old, default=0) <= made[produced]:
+                roots.join(produced, final)
+    for tensor in (*layouts, *own):
+        if tensor in facts.fused:
             continue
-        start, stop = first.get(tensor, 0), last.get(tensor, first.get(tensor, 0))
-        if tensor in inputs:
-            start, stop = 0, count
-        parts = spread.get(layout)
-        if parts is None:
-            parts = spread[layout] = shards(layout, sizes)
-        value = graph.tensors[tensor].nbytes / parts
-        change[start] += value
-        change[stop + 1] -= value
-    return float(np.cumsum(change).max())
+        root = roots.of(tensor)
+        nbytes[root] = max(nbytes.get(root, 0.0), own.get(tensor, local(tensor, layouts.get(tensor))))
+        start = made.get(tensor, 0)
+        touch(tensor, start, max([start, *readers.get(tensor, ())]))
+    for place, (_, produced), (_, final) in carries:
+        loop = operators[place].path[:-2]
+        touch(final, order.begins[loop], order.ends[loop])
+        if roots.of(produced) in nbytes:
+            touch(produced, made.get(produced, place), order.ends[loop])
+    for op in operators:
+        if op.name == BOUNDARY and op.path[-2] != "carry":
+            loop = op.path[:-2]
+            if op.path[-2] == "out":  # what a loop stacks is there from its beginning
+                touch(op.results[0], order.begins[loop], order.ends[loop])
+            elif op.operands[0] >= 0:
+                touch(op.operands[0], made.get(op.operands[0], 0), order.ends[loop])
+    end = len(operators) + 1
+    kinds = dict.fromkeys(nbytes, HELD)
+    for tensor in own:
+        touch(tensor, made.get(tensor, 0), end)
+        kinds[roots.of(tensor)] = OUTPUT
+    kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in given}
+    return [Buffer(root, kinds[root], size, first[root], last[root]) for root, size in nbytes.items() if root not in kept]
+
+
+def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:
+    """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
+    graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
+    asked: dict[tuple[int, Layout], list[int]] = {}
+    for reading in modelled.readings:
+        source, wanted, ndim = modelled.edge_layouts(choices, reading)
+        members = graph.clusters[reading.reader].members
+        if source == wanted or graph.operators[members[-1]].name in (VIEW, BOUNDARY):
+            continue
+        steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
+        if any(step.kind != "slice" for step in steps):
+            users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
+            asked.setdefault((reading.tensor, wanted), []).extend(users)
+    found = [
+        Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users))
+        for (tensor, layout), users in asked.items() if users
+    ]  # fmt: skip
+    for index, cluster in enumerate(graph.clusters):
+        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
+            if exchange.operator in place:
+                parts = math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
+                at, size = place[exchange.operator], graph.tensors[exchange.tensor].nbytes / parts
+                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, at))
+    return found
+
+
+def _outside_outputs(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
+    holds them (XLA's buffer assignment)."""
+    outputs: list[tuple[float, list[tuple[int, int]]]] = []
+    outside = []
+    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.kind != OUTPUT)):
+        if buffer.kind == OUTPUT:
+            outputs.append((buffer.nbytes, [(buffer.first, buffer.last)]))
+            continue
+        for _, taken in reversed(outputs):
+            if all(buffer.last < start or buffer.first > stop for start, stop in taken):
+                taken.append((buffer.first, buffer.last))
+                break
+        else:
+            outside.append(buffer)
+    return outside

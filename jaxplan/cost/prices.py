@@ -166,8 +166,8 @@ class Reshards:
 
     def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
         """A matrix of seconds for each (edge price, tails, heads)."""
-        tails = self._numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
-        heads = self._numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
+        tails = self.numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
+        heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
         many, few = (np.array([len(part[i]) for part in asked]) for i in (1, 2))
         sizes = many * few
         first = np.cumsum(sizes) - sizes
@@ -188,7 +188,7 @@ class Reshards:
             seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
         ]
 
-    def _numbered(self, terminals: list[int], rows: list[np.ndarray]) -> np.ndarray:
+    def numbered(self, terminals: list[int], rows: list[np.ndarray]) -> np.ndarray:
         """The table row of the layout of every row of options."""
         if len(self._stacked) < len(self._codes):
             widest = max(len(axis) for axes in self._codes for axis in axes)
@@ -224,3 +224,7 @@ class ReshardPrice:
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]
+
+    def alike(self, rows: np.ndarray, end: int) -> np.ndarray:
+        """The layout, as a number, of each row of options of the tail (`end` 0) or the head (1): all that the price looks at."""
+        return self.family.numbered([self.head if end else self.tail], [rows])

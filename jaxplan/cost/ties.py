@@ -7,9 +7,9 @@ from collections.abc import Hashable
 import numpy as np
 
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.memory import shards
 from jaxplan.cost.price import terminal_layout
-from jaxplan.graph.flatten import INPUT
+from jaxplan.graph.flatten import INPUT, VIEW
+from jaxplan.layout import shards
 from jaxplan.problem import all_rows, edge_prices
 
 EQUAL = 1e-12
@@ -17,13 +17,21 @@ EQUAL = 1e-12
 
 
 def frugal(modelled: Modelled, choices: np.ndarray, seconds: float) -> np.ndarray:
-    """Choices per node where every input that could lie on more devices at no price does; all other nodes keep theirs.
+    """Choices per node where every input that could lie on more devices at no price does, and views of them likewise; all other
+    nodes keep theirs.
 
     `choices`: (nodes, axes), of price `seconds`. Inputs live throughout, so it is they that a budget feels first; a search that
-    compares seconds alone leaves such ties to chance. Two inputs are never neighbours of one another: one pass is enough.
+    compares seconds alone leaves such ties to chance. No two views are neighbours, and no two inputs: one pass each is enough.
     """
+    for name in (VIEW, INPUT):
+        choices = _spread(modelled, choices, seconds, name)
+    return choices
+
+
+def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) -> np.ndarray:
+    """For the nodes of operators called `name`."""
     problem, graph = modelled.problem, modelled.graph
-    inputs = [n for n, c in enumerate(modelled.kept) if graph.operators[graph.clusters[c].members[-1]].name == INPUT]
+    inputs = [n for n, c in enumerate(modelled.kept) if graph.operators[graph.clusters[c].members[-1]].name == name]
     around: dict[int, list[int]] = {node: [] for node in inputs}
     for number, edge in enumerate(problem.edges):
         for node in {edge.tail, edge.head} & around.keys():

@@ -119,7 +119,7 @@ class Cluster(NamedTuple):
         return any(combine.scatterable for combine in self.combines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 

@@ -98,7 +98,9 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     values are wrong (seen with jaxlib 0.10 and 0.12, also for programs sharded by hand; `scripts/check_rules.py`).
     With batch groups (the gradient of a depthwise kernel) the features are summed over whole: on a mesh with an axis
     besides the one that cuts them, XLA adds over that too (same versions, also by hand). With feature groups and
-    the result's batch or features in another place than the source's, values are wrong when features are cut (also by hand).
+    the result's batch or features in another place than the source's, values are wrong when features are cut (also by hand);
+    with feature groups and a window of one element, cutting them along some of the mesh's axes aborts the process (jaxlib
+    0.10 and 0.12, also by hand).
 
     flops: two per multiply-add with a source element; the zeros a dilated source is filled with cost nothing.
     """
@@ -111,8 +113,9 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     (batch, feature, *left_space) = numbers.lhs_spec
     (features_out, features_in, *right_space) = numbers.rhs_spec
     (result_batch, result_feature, *space) = numbers.out_spec
-    moved = params["feature_group_count"] > 1 and (batch, feature) != (result_batch, result_feature)
-    outer = Kind.WHOLE if moved else Kind.PARALLEL
+    moved = (batch, feature) != (result_batch, result_feature)
+    single = all(kernel[axis] == 1 for axis in right_space)
+    outer = Kind.WHOLE if params["feature_group_count"] > 1 and (moved or single) else Kind.PARALLEL
     feature_groups = build.factor(params["feature_group_count"], outer, name="g")
     batch_groups = build.factor(params["batch_group_count"], name="q")
     groups = params["feature_group_count"] * params["batch_group_count"]

@@ -9,24 +9,45 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
+from jaxplan.search.certificate import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
+from jaxplan.search.optcnn import optcnn
+from jaxplan.search.tofu import tofu
 
-SEARCHES: dict[str, Callable[[Problem], Assignment]] = {"hsm2dl": hsm2dl, "alpa": alpa, "brute": brute}
+SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
+    "hsm2dl": hsm2dl,
+    "optcnn": optcnn,
+    "tofu": tofu,
+    "trws": trws,
+    "alpa": alpa,
+    "brute": brute,
+}
+
+CLAIM = 1e-6
+"""By what fraction a solver's bound may exceed the price of its own assignment: HiGHS's tolerance."""
 
 
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
     """Solve a problem by a search's name or by the user's own callable, whose answer is checked.
 
-    Raises ValueError for an unknown name, and for an answer that is no legal assignment.
+    Raises ValueError for an unknown name or what is no callable, for an answer that is no legal assignment, and for a bound above
+    its price.
     """
     if isinstance(method, str):
         if method not in SEARCHES:
             raise ValueError(f"no search is called {method!r}; there are {sorted(SEARCHES)}, or pass a callable")
         found = SEARCHES[method](problem)
-    else:
+    elif callable(method):
         found = method(problem)
+    else:
+        raise ValueError(f"a search is one of {sorted(SEARCHES)} or a callable Problem -> Assignment, not {method!r}")
     name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
-    choices = np.asarray(found.choices)
+    if not isinstance(found, Assignment):
+        raise ValueError(f"search {name!r} returned a {type(found).__name__}; wanted an Assignment")
+    try:
+        choices = np.asarray(found.choices)
+    except ValueError as ragged:
+        raise ValueError(f"search {name!r} returned choices that are no array: {ragged}") from ragged
     if choices.shape != (len(problem.nodes), len(problem.axes)) or choices.dtype.kind not in "iu":
         raise ValueError(
             f"search {name!r} returned choices of shape {choices.shape} and dtype {choices.dtype}; "
@@ -43,7 +64,9 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     seconds = evaluate(problem, choices)
     if not np.isfinite(seconds):
         raise ValueError(f"search {name!r} returned an assignment that is not legal: its price is {seconds}")
-    return Assignment(choices, seconds, found.bound, found.notes)
+    if found.bound is not None and not found.bound <= seconds + CLAIM * abs(seconds):
+        raise ValueError(f"search {name!r} claims a bound of {found.bound} s, but its own assignment costs {seconds} s")
+    return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "hsm2dl", "search"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "optcnn", "search", "tofu", "trws"]

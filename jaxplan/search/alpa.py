@@ -7,6 +7,7 @@ relaxation. Choices that are illegal are left out, and look-alikes are folded be
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,16 @@ from jaxplan.search.hsm2dl import FINE_ROUNDS
 TIME_LIMIT = 60.0
 """Seconds after which the best solution so far is returned, with the bound reached."""
 
+TOLERANCE = 1e-6
+"""Absolute gap at which HiGHS takes an assignment for optimal, and its price for the bound (`mip_abs_gap`)."""
+
 
 def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None = FINE_ROUNDS) -> Assignment:
-    """The best assignment found in `time_limit` seconds, and a lower bound for the (folded) problem.
+    """The best assignment found in `time_limit` seconds, and, if nothing was folded, the solver's lower bound.
 
-    `rounds`: of folding; None solves the problem as it is. Raises ValueError if no legal assignment was found in time.
+    `rounds`: of folding look-alikes; None solves the problem as it is. `notes["folded_bound"]`: the bound of the folded problem,
+    which is none of the problem itself: there look-alikes may decide differently, and cost less. Raises ValueError if no legal
+    assignment was found in time.
     """
     folded, expand = (problem, lambda choices: choices) if rounds is None else fold(problem, rounds)
     tables, rows = Pricer(folded).whole()
@@ -37,15 +43,25 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
-    return Assignment(choices, evaluate(problem, choices), bound, {"status": status, "variables": len(folded.nodes)})
+    seconds = evaluate(problem, choices)
+    bound, whole = min(bound, seconds), len(folded.nodes) == len(problem.nodes)
+    notes: dict[str, object] = {"status": status, "variables": len(folded.nodes), "folded_bound": bound}
+    return Assignment(choices, seconds, bound if whole and bound > -math.inf else None, notes)
 
 
-def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -> tuple[np.ndarray | None, float, str]:
-    """(an option per variable or None, lower bound, the solver's words), each variable choosing among `kept`."""
+def integer_program(
+    tables: Tables, kept: list[np.ndarray], time_limit: float, scale: float | None = None
+) -> tuple[np.ndarray | None, float, str]:
+    """(an option per variable or None, lower bound or -infinity, the solver's words), each variable choosing among `kept`.
+
+    `scale`: seconds that count as 1 for the solver, whose tolerances are absolute and are taken off the bound; None: what the
+    nodes cost at least.
+    """
     start = np.cumsum([0, *[len(options) for options in kept]])
     costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
     blocks, width = [], int(start[-1])
-    scale = max(1e-30, max(float(cost.max()) for cost in costs))  # a solver's tolerances are absolute
+    largest = max(float(cost.max()) for cost in costs)
+    scale = scale or max(1e-30, 1e-3 * largest, sum(float(cost.min()) for cost in costs))
     rows, columns, values = [], [], []
     lower: list[np.ndarray] = []
     height = 0
@@ -82,7 +98,7 @@ def integer_program(tables: Tables, kept: list[np.ndarray], time_limit: float) -
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
     )  # fmt: skip
     bound = solved.mip_dual_bound
-    bound = float(bound) * scale if bound is not None and np.isfinite(bound) else 0.0
+    bound = (float(bound) - TOLERANCE) * scale if bound is not None and np.isfinite(bound) else -math.inf
     if solved.x is None:
         return None, bound, solved.message
     chosen = [int(options[solved.x[start[v] : start[v + 1]].argmax()]) for v, options in enumerate(kept)]

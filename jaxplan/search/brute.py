@@ -15,7 +15,7 @@ def brute(problem: Problem) -> Assignment:
     counts = [int(np.prod(node.options)) for node in problem.nodes]
     total = float(np.prod([float(c) for c in counts]))
     if total > LIMIT:
-        raise ValueError(f"brute force would price {total:,.0f} assignments; the limit is {LIMIT:,}")
+        raise ValueError(f"brute force would price {total:.3g} assignments; the limit is {LIMIT:,}")
     tables, rows = Pricer(problem).whole()
     grids = np.indices(counts).reshape(len(counts), -1) if counts else np.zeros((0, 1), dtype=int)
     price = np.zeros(grids.shape[1])
@@ -24,7 +24,9 @@ def brute(problem: Problem) -> Assignment:
     for (i, j), matrix in tables.pairs.items():
         price += matrix[grids[i], grids[j]]
     best = grids[:, int(np.argmin(price))]
-    choices = np.array([row[o] for row, o in zip(rows, best, strict=True)]).reshape(len(counts), len(problem.axes))
-    return Assignment(choices, evaluate(problem, choices), float(price.min()))
+    chosen = np.array([row[o] for row, o in zip(rows, best, strict=True)], dtype=np.int64)
+    choices = chosen.reshape(len(counts), len(problem.axes))
+    seconds = evaluate(problem, choices)
+    return Assignment(choices, seconds, seconds)
 
 

@@ -17,6 +17,12 @@ from jaxplan.reduce import Tables
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
 
+
+def option_weights(counts: Iterable[int]) -> list[int]:
+    """What `min_fill_order` wants, from how many options each variable has."""
+    return [round(16 * math.log2(count)) for count in counts]
+
+
 def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[int]:
     """An order of elimination that greedily adds the lightest edges (weighted min-fill); ties by number.
 
@@ -87,6 +93,14 @@ def solve(
     return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
 
 
+def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float, np.ndarray, bool]:
+    """(a price that no assignment goes below, an option per variable, whether these reach it): elimination, with mini-buckets
+    where a table would grow beyond `cap` entries."""
+    buckets = _Buckets(tables, cap)
+    options, exact = buckets.run(order, None, [0] * len(tables.costs))
+    return buckets.bound, options, exact
+
+
 class _Table:
     """A table over the variables of an ascending scope; `used` once it has gone into another."""
 
@@ -101,6 +115,7 @@ class _Buckets:
 
     def __init__(self, tables: Tables, cap: int) -> None:
         self.cap = cap
+        self.bound = 0.0  # what the variables eliminated so far cost at least; unless some were conditioned
         self.sizes = [len(cost) for cost in tables.costs]
         self.costs = list(tables.costs)
         self.tables: list[list[_Table]] = [[] for _ in self.sizes]
@@ -127,7 +142,10 @@ class _Buckets:
         sizes, exact = self.sizes, True
         trail: list[tuple[int, list[_Table]]] = []
         options = [0] * len(sizes)
-        fixed: set[int] = set()
+        fixed = {v for v, size in enumerate(sizes) if size == 1}  # only dimensions of tables, of which NumPy has 64
+        for v in fixed:
+            self._condition(v, 0)
+            self.bound += float(self.costs[v][0])
         for v in order:
             if v in fixed:
                 continue
@@ -145,7 +163,7 @@ class _Buckets:
                 entries //= sizes[hub]
             if v in fixed:
                 continue
-            if entries > self.cap:
+            if entries > self.cap and len(scope) > 1:
                 exact = False
                 trail.append((v, self._split(v, tables)))
             else:
@@ -178,6 +196,8 @@ class _Buckets:
         self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
         if len(scope) > 1:
             self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))
+        else:
+            self.bound += float(total.min())
         return _Table(tuple(scope), total)
 
     def _split(self, v: int, tables: list[_Table]) -> list[_Table]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, Undo, fold
-from jaxplan.search.elimination import CAP, min_fill_order, solve
+from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
 
 SWEEPS = 6
 PATIENCE = 1
@@ -127,7 +127,7 @@ def _sweep(
 
 def elimination_order(problem: Problem) -> list[int]:
     """The order of elimination depends on who is connected to whom only: it serves every axis."""
-    weights = [round(16 * math.log2(math.prod(node.options))) for node in problem.nodes]
+    weights = option_weights(math.prod(node.options) for node in problem.nodes)
     return min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 

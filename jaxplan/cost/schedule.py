@@ -1,0 +1,130 @@
+"""In which order a compiler runs the operators of a graph.
+
+Two families. Compilers that *materialise* (XLA on CPU) run each computation breadth first: whatever is ready, in the order in
+which it became so. What a rematerialised call outside of a loop computes again is therefore computed at once, beside its first
+computation, and kept: only inside loops does rematerialisation save memory there. Compilers that *fuse* (XLA on TPU and GPU)
+keep program order. Seen in the compiled programs of jaxlib 0.10 (`scripts/check_memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY, VIEW
+
+Loop = tuple[Any, ...]
+"""The path of a loop or branch; () is the program itself."""
+Unit = tuple[str, Any]
+"""What is ordered as one: a cluster, or a whole loop."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """`sequence`: operator indices as they run, loops in one piece. `begins`, `ends`: {loop: first, last place in it}."""
+
+    sequence: tuple[int, ...]
+    begins: dict[Loop, int]
+    ends: dict[Loop, int]
+
+
+@lru_cache(maxsize=8)
+def run_order(graph: Graph, materialises: bool) -> Order:
+    """The order for one family of compilers. Remembered per graph: it does not depend on layouts."""
+    operators = _placed(graph.operators)
+    sequence = _Breadth(graph, operators).run(()) if materialises else list(range(len(operators)))
+    begins: dict[Loop, int] = {}
+    ends: dict[Loop, int] = {}
+    known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
+    for place, index in enumerate(sequence):
+        path = operators[index].path
+        for depth in range(len(path)) if known else ():
+            if path[:depth] in known:
+                begins.setdefault(path[:depth], place)
+                ends[path[:depth]] = place
+    return Order(tuple(sequence), begins, ends)
+
+
+def _placed(operators: Sequence[Operator]) -> list[Operator]:
+    """Views stand where the reader after them stands."""
+    found, path = list(operators), ()
+    for index in range(len(found) - 1, -1, -1):
+        if found[index].name == VIEW:
+            found[index] = found[index]._replace(path=path)
+        path = found[index].path
+    return found
+
+
+class _Breadth:
+    """Each computation breadth first."""
+
+    def __init__(self, graph: Graph, operators: Sequence[Operator]) -> None:
+        self.operators = operators
+        self._known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
+        self._chains: dict[Loop, tuple[Loop, ...]] = {(): ((),)}
+        self._cluster = {member: c for c, cluster in enumerate(graph.clusters) for member in cluster.members}
+        self._members: dict[Loop, dict[Unit, list[int]]] = {}
+        self._needs: dict[Loop, dict[Unit, dict[Unit, None]]] = {}
+        producer = {t: i for i, op in enumerate(operators) for t in op.results}
+        for index, op in enumerate(operators):
+            chain, unit = self._at(index)
+            self._members.setdefault(chain[-1], {}).setdefault(unit, []).append(index)
+            for tensor in op.operands:
+                if tensor in producer:
+                    self._needs_from(index, producer[tensor])
+
+    def _chain(self, loop: Loop) -> tuple[Loop, ...]:
+        """A loop and those around it, outermost first."""
+        if loop not in self._chains:
+            around = next((loop[:depth] for depth in range(len(loop) - 1, 0, -1) if loop[:depth] in self._known), ())
+            self._chains[loop] = (*self._chain(around), loop)
+        return self._chains[loop]
+
+    def _at(self, index: int) -> tuple[tuple[Loop, ...], Unit]:
+        """(the loops around an operator, the unit it belongs to in the innermost). What enters or leaves a loop belongs to it."""
+        op = self.operators[index]
+        if op.name == BOUNDARY:
+            chain = self._chain(op.path[:-2])
+            return chain[:-1], ("loop", chain[-1])
+        path = op.path if self._known else ()
+        loop = next((path[:depth] for depth in range(len(path) - 1, 0, -1) if path[:depth] in self._known), ())
+        return self._chain(loop), ("cluster", self._cluster.get(index, -index - 1))
+
+    def _needs_from(self, reader: int, source: int) -> None:
+        (inner, one), (other, two) = self._at(reader), self._at(source)
+        depth = 0
+        while depth < min(len(inner), len(other)) and inner[depth] == other[depth]:
+            depth += 1
+        loop = inner[depth - 1]
+        mine = one if len(inner) == depth else ("loop", inner[depth])
+        theirs = two if len(other) == depth else ("loop", other[depth])
+        if mine != theirs:
+            self._needs.setdefault(loop, {}).setdefault(mine, {})[theirs] = None
+
+    def run(self, loop: Loop) -> list[int]:
+        """Operator indices of a computation in order, loops inside it written out."""
+        members, needs = self._members.get(loop, {}), self._needs.get(loop, {})
+        missing = {unit: len(needs.get(unit, ())) for unit in members}
+        users: dict[Unit, list[Unit]] = {}
+        for unit in members:
+            for source in needs.get(unit, ()):
+                users.setdefault(source, []).append(unit)
+        ready = deque([unit for unit in members if not missing[unit]])
+        sequence: list[int] = []
+        while ready:
+            unit = ready.popleft()
+            for user in users.get(unit, ()):
+                missing[user] -= 1
+                if not missing[user]:
+                    ready.append(user)
+            edges = members[unit]
+            if unit[0] == "loop":
+                entering = [i for i in edges if self.operators[i].path[-2] == "in"]
+                sequence += [*entering, *self.run(unit[1]), *[i for i in edges if i not in entering]]
+            else:
+                sequence += edges
+        return sequence

@@ -1,0 +1,208 @@
+"""Lower bounds by message passing: the dual of the linear relaxation over joint choices, with nothing folded.
+
+Sequential tree-reweighted message passing (Kolmogorov, TPAMI 2006; in the form that moves whole prices, TPAMI 2015): nodes are
+visited in order and back again; each takes from its edges what they certainly cost, and gives shares of what it holds to those
+after it. Any state of the messages re-writes the same problem, so the sum of all smallest prices is a lower bound, which never
+falls. Edges see a choice only through the layout it implies: messages are per class of equal choices, and tables stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxplan.problem import Problem, all_rows
+from jaxplan.reduce import Tables
+
+LIMIT = 30_000_000
+"""Table entries above which a problem is refused."""
+CUT = 0.01
+"""How far above a known assignment a pair's price is cut, as a fraction: what is cut stays dearer."""
+
+
+class Classes(NamedTuple):
+    """Options of a node as one edge sees them: `of` (options,) class numbers; `order`, `starts`: options sorted by class."""
+
+    of: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+
+    def smallest(self, values: np.ndarray) -> np.ndarray:
+        """The least value of each class."""
+        return values if len(values) == len(self.starts) else np.minimum.reduceat(values[self.order], self.starts)
+
+
+def _classes(labels: np.ndarray) -> tuple[Classes, np.ndarray]:
+    """Classes of equal labels, and an option of each."""
+    _, first, of = np.unique(labels, return_index=True, return_inverse=True)
+    of = of.reshape(-1)
+    if len(first) == len(labels):  # nothing is equal: keep the options' own order
+        first = of = np.arange(len(labels))
+    order = np.argsort(of, kind="stable")
+    return Classes(of, order, np.searchsorted(of[order], np.arange(len(first)))), first
+
+
+class Link:
+    """One edge: its ends, how each sees its options, and the price by class less what the messages took (`rest`)."""
+
+    __slots__ = ("ends", "rest", "seen")
+
+    def __init__(self, ends: tuple[int, int], seen: list[Classes], rest: np.ndarray) -> None:
+        self.ends, self.seen, self.rest = ends, seen, rest
+
+
+class Relaxation:
+    """A problem as prices of nodes and links that messages re-write; `bound` grows with every `sweep`.
+
+    `options[node]`: what is still open to it. `held[node]`: its prices now.
+    """
+
+    def __init__(self, problem: Problem, seconds: float) -> None:
+        """`seconds`: the price of a known assignment; pairs that no cheaper one can contain are cut to a finite price.
+
+        Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries.
+        """
+        self.problem = problem
+        self.rows, self.options, self.held = _legal(problem)
+        self.links: list[Link] = []
+        self.dropped = 0
+        seen: dict[Hashable, tuple[Classes, np.ndarray]] = {}
+        tables: dict[Hashable, np.ndarray] = {}
+        entries = 0
+        for edge in problem.edges:
+            if not edge.times:
+                continue
+            sides = []
+            for end, node in enumerate((edge.tail, edge.head)):
+                key = (id(edge.price), end, id(self.rows[node]))
+                if key not in seen:
+                    alike = getattr(edge.price, "alike", None)
+                    rows = self.rows[node]
+                    seen[key] = _classes(alike(rows, end) if alike else np.arange(len(rows)))
+                sides.append(seen[key])
+            (tail, some_tails), (head, some_heads) = sides
+            key = (id(edge.price), id(tail), id(head))
+            if key not in tables:
+                entries += len(some_tails) * len(some_heads)
+                if entries > LIMIT:
+                    raise ValueError(f"the relaxation takes more than {LIMIT:,} table entries: too large for a bound")
+                asked = self.rows[edge.tail][some_tails], self.rows[edge.head][some_heads]
+                tables[key] = edge.price(*asked)
+            priced = edge.times * tables[key]
+            if edge.tail == edge.head:
+                self.held[edge.tail] = self.held[edge.tail] + priced[tail.of, head.of]
+            else:
+                self.links.append(Link((edge.tail, edge.head), [tail, head], priced))
+        # An assignment costs at least the bound plus what one of its pairs costs above its link's cheapest.
+        room = (1 + CUT) * (seconds - self.bound())
+        for link in self.links:
+            link.rest = np.minimum(link.rest, link.rest.min() + room)
+        self.around: list[list[tuple[Link, int, int]]] = [[] for _ in problem.nodes]
+        for link in self.links:
+            for end, (node, other) in enumerate((link.ends, link.ends[::-1])):
+                self.around[node].append((link, end, other))
+
+    def sweep(self, forward: bool, slack: float) -> None:
+        """Visit every node once. `slack`: an option that costs so many seconds above the bound is dropped: no assignment within
+        the slack of the bound takes it."""
+        nodes = range(len(self.held))
+        for node in nodes if forward else reversed(nodes):
+            around = self.around[node]
+            held = self.held[node]
+            for link, end, _ in around:  # take what an edge certainly costs
+                sure = np.minimum.reduce(link.rest, 1 - end)
+                link.rest -= sure[:, None] if end == 0 else sure
+                held = held + sure[link.seen[end].of]
+            if slack < np.inf:
+                kept = held <= held.min() + slack
+                if not kept.all():
+                    held = self._drop(node, held, kept)
+            after = [(link, end) for link, end, other in around if (other > node) == forward]
+            if after:
+                share = 1.0 / max(len(after), len(around) - len(after))
+                rest = held
+                for link, end in after:
+                    classes = link.seen[end]
+                    given = share * classes.smallest(held)
+                    link.rest += given[:, None] if end == 0 else given
+                    rest = rest - given[classes.of]
+                held = rest
+            self.held[node] = held
+
+    def _drop(self, node: int, held: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Forget options of a node, and the classes that nobody is left in."""
+        self.dropped += int(len(kept) - kept.sum())
+        self.options[node] = self.options[node][kept]
+        for link, end, _ in self.around[node]:
+            left = link.seen[end].of[kept]
+            classes, first = _classes(left)
+            if len(first) < len(link.seen[end].starts):
+                link.rest = link.rest[left[first]] if end == 0 else link.rest[:, left[first]]
+            elif len(first) == len(left):  # the options' own order has become the classes'
+                link.rest = link.rest[left] if end == 0 else link.rest[:, left]
+            link.seen[end] = classes
+        return held[kept]
+
+    def bound(self) -> float:
+        """Seconds that every assignment costs at least, of those that take none of the dropped options."""
+        return sum([float(held.min()) for held in self.held]) + sum([float(link.rest.min()) for link in self.links])
+
+    def decoded(self, forward: bool) -> np.ndarray:
+        """An assignment, (nodes, axes): node by node, the best given those before it."""
+        chosen = [0] * len(self.held)
+        nodes = range(len(self.held))
+        for node in nodes if forward else reversed(nodes):
+            total = self.held[node]
+            for link, end, other in self.around[node]:
+                classes = link.seen[end].of
+                if (other < node) == forward:
+                    theirs = link.seen[1 - end].of[chosen[other]]
+                    total = total + (link.rest[:, theirs] if end == 0 else link.rest[theirs])[classes]
+                else:
+                    total = total + link.rest.min(1 - end)[classes]
+            chosen[node] = int(total.argmin())
+        return self.choices(np.array(chosen, dtype=np.int64))
+
+    def choices(self, options: np.ndarray) -> np.ndarray:
+        """(nodes, axes) of numbers among what is still open."""
+        picked = [self.rows[node][self.options[node][option]] for node, option in enumerate(options.tolist())]
+        return np.array(picked, dtype=np.int64).reshape(len(picked), len(self.problem.axes))
+
+    def entries(self) -> int:
+        """Table entries that the open options take, written out."""
+        counts = [len(held) for held in self.held]
+        pairs = {tuple(sorted(link.ends)) for link in self.links}
+        return sum(counts) + sum([counts[i] * counts[j] for i, j in pairs])
+
+    def tables(self) -> Tables:
+        """The re-written prices of the open options: every assignment costs the same as before (if nothing was cut)."""
+        pairs: dict[tuple[int, int], np.ndarray] = {}
+        for link in self.links:
+            tail, head = link.seen
+            matrix = link.rest[np.ix_(tail.of, head.of)]
+            i, j = link.ends
+            where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
+            pairs[where] = pairs[where] + matrix if where in pairs else matrix
+        return Tables(tuple(self.held), pairs)
+
+
+def _legal(problem: Problem) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Per node: its legal choices (one array for nodes of one price), their numbers among themselves, and their prices."""
+    known: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+    rows, options, prices = [], [], []
+    for node in problem.nodes:
+        key = (id(node.price), node.options)
+        if key not in known:
+            every = all_rows(node.options)
+            price = node.price(every)
+            legal = np.isfinite(price)
+            if not legal.any():
+                raise ValueError(f"no legal assignment: node {node.name!r} has no legal choice")
+            known[key] = every[legal], price[legal]
+        mine, price = known[key]
+        rows.append(mine)
+        options.append(np.arange(len(mine)))
+        prices.append(node.times * price)
+    return rows, options, prices

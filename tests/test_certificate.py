@@ -1,0 +1,276 @@
+"""The certificate: no assignment costs less than the bound, whatever the search. Oracles: brute force, the integer program."""
+
+import importlib
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec as P
+from test_search import exhaustive, random_layouts, random_tables
+
+import jaxplan
+from jaxplan.cost import Numbers, model
+from jaxplan.examples import programs
+from jaxplan.graph import build_graph
+from jaxplan.machine import machine
+from jaxplan.problem import Assignment, evaluate, from_tables
+from jaxplan.reduce import fold
+from jaxplan.search import alpa, brute, certify, hsm2dl, search
+from jaxplan.search.dual import Relaxation
+from jaxplan.trace import trace
+
+MESH = AbstractMesh((4, 4), ("x", "y"))
+
+
+def frustrated(seed, nodes=7):
+    """Neighbours want to differ and there are odd cycles: the linear relaxation is below the optimum."""
+    rng = np.random.default_rng(seed)
+    costs = [rng.random(2) * 0.1 for _ in range(nodes)]
+    pairs = itertools.combinations(range(nodes), 2)
+    return from_tables(costs, [(i, j, np.diag(rng.random(2) + 1)) for i, j in pairs])
+
+
+def below_zero(seed):
+    """Some prices are gains."""
+    rng = np.random.default_rng(seed)
+    costs = [rng.integers(-20, 20, 3).astype(float) for _ in range(6)]
+    return from_tables(costs, [(i, j, rng.integers(-20, 20, (3, 3)).astype(float)) for i in range(6) for j in range(i)])
+
+
+def at_random(problem, seed=0):
+    """A legal assignment, chosen blindly."""
+    rng = np.random.default_rng(seed)
+    while True:
+        choices = np.array([[rng.integers(n) for n in node.options] for node in problem.nodes])
+        if math.isfinite(seconds := evaluate(problem, choices)):
+            return Assignment(choices, seconds)
+
+
+def modelled(name, shape, size="small"):
+    program = programs(size)[name]
+    graph = build_graph(trace(program.fn, program.args, {}))
+    mesh = AbstractMesh(shape, tuple("xyz"[: len(shape)]))
+    return model(graph, Numbers(graph, dict(mesh.shape), machine("v4", mesh))).problem
+
+
+FAMILIES = {
+    "tables": random_tables,
+    "layouts": lambda seed: random_layouts(seed, nodes=4),
+    "frustrated": frustrated,
+    "gains": below_zero,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(15))
+def test_no_assignment_costs_less_than_the_bound(family, seed):
+    problem = FAMILIES[family](seed)
+    best = brute(problem).seconds
+    for start in (at_random(problem), brute(problem)):
+        proven = certify(problem, start)
+        assert proven.bound <= best * (1 + 1e-12 * np.sign(best))
+        assert best - 1e-9 <= proven.seconds <= start.seconds
+        assert proven.seconds == pytest.approx(evaluate(problem, proven.choices), rel=1e-12)
+        assert proven.seconds - proven.bound <= 2e-4 * abs(proven.seconds) + 1e-12, "what is left was small enough to be solved"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(5))
+def test_messages_rewrite_the_problem_and_the_bound_never_falls(family, seed):
+    problem = FAMILIES[family](seed)
+    best, ample = brute(problem), 1e6
+    relaxation, before = Relaxation(problem, ample), -math.inf
+    for turn in range(12):
+        relaxation.sweep(turn % 2 == 0, math.inf)
+        assert before - 1e-9 <= relaxation.bound() <= best.seconds + 1e-9
+        before = relaxation.bound()
+    tables = relaxation.tables()
+    for seed in range(20):
+        start = at_random(problem, seed)
+        options = [int((rows == row).all(1).argmax()) for rows, row in zip(relaxation.rows, start.choices, strict=True)]
+        assert tables.price(np.array(options)) == pytest.approx(start.seconds, abs=1e-8)
+    assert evaluate(problem, relaxation.decoded(forward=True)) >= best.seconds - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_what_is_struck_out_is_in_no_cheap_assignment(seed):
+    problem = random_tables(seed)
+    best = brute(problem)
+    relaxation, dual = Relaxation(problem, best.seconds), 0.0
+    for turn in range(30):
+        relaxation.sweep(turn % 2 == 0, max(0.0, best.seconds * (1 + 1e-9) - dual))
+        dual = relaxation.bound()
+    kept = [rows[options] for rows, options in zip(relaxation.rows, relaxation.options, strict=True)]
+    for choice, rows in zip(best.choices, kept, strict=True):
+        assert (rows == choice).all(1).any()
+    assert best.seconds == pytest.approx(exhaustive(problem))
+
+
+def test_something_is_struck_out():
+    assert sum(certify(random_tables(seed), hsm2dl(random_tables(seed))).notes["struck out"] for seed in range(15)) > 0
+
+
+def test_the_relaxation_alone_does_not_close_odd_cycles(monkeypatch):
+    monkeypatch.setattr("jaxplan.search.certificate.DENSE", 0)
+    for seed in range(5):
+        best = brute(frustrated(seed))
+        proven = certify(frustrated(seed), best)
+        assert 0 < proven.bound < best.seconds * 0.99
+
+
+def test_the_integer_program_tightens_what_elimination_cannot(monkeypatch):
+    monkeypatch.setattr("jaxplan.search.certificate.CAP", 8)
+    loose, tight, best = [], [], []
+    for seed in range(5):
+        problem = frustrated(seed, nodes=9)
+        best.append(brute(problem).seconds)
+        loose.append(certify(problem, at_random(problem)).bound)
+        tight.append(certify(problem, at_random(problem), program_seconds=30.0))
+    assert all(a < b * 0.99 for a, b in zip(loose, best, strict=True))
+    assert all(b * (1 - 1e-6) <= found.bound <= b for found, b in zip(tight, best, strict=True))
+    assert [found.seconds for found in tight] == pytest.approx(best)
+
+
+def test_a_bound_of_the_folded_problem_is_none_of_the_problem():
+    """Twins that would rather differ: deciding alike, they cost 18."""
+    apart = np.array([[9.0, 0.0], [0.0, 9.0]])
+    twins = from_tables([[0.0, 1.0], [0.0, 1.0]], [(0, 1, apart), (1, 0, apart)], kinds=["a", "a"], edge_kinds=["e", "e"])
+    assert len(fold(twins, 2)[0].nodes) == 1 and hsm2dl(twins).seconds == 18.0
+    proven = certify(twins, hsm2dl(twins))
+    assert proven.bound <= proven.seconds == 1.0
+    folded = alpa(twins)
+    assert folded.bound is None and folded.notes["folded_bound"] == pytest.approx(18.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+@pytest.mark.parametrize("name", ["mlp_sgd", "moe", "decode_kv", "conjugate_gradient", "stencil"])
+def test_the_bound_is_below_the_integer_programs_optimum_on_the_examples(name, shape):
+    problem = modelled(name, shape)
+    exact = alpa(problem, rounds=None)
+    assert exact.bound >= exact.seconds * (1 - 1e-5), "not proven: no oracle"
+    proven = certify(problem, hsm2dl(problem))
+    assert proven.bound <= exact.seconds * (1 + 1e-9)
+    assert proven.seconds >= exact.seconds * (1 - 1e-6)
+    assert proven.seconds <= proven.bound * 1.001
+
+
+def test_prices_that_look_at_layouts_only_give_the_bound_that_looking_at_every_option_gives():
+    problem = modelled("moe", (4, 2))
+    plain = [edge._replace(price=lambda t, h, edge=edge: edge.price(t, h)) for edge in problem.edges]
+    layouts, options = Relaxation(problem, 1.0), Relaxation(problem.__class__(problem.axes, problem.nodes, tuple(plain)), 1.0)
+    for turn in range(4):
+        layouts.sweep(turn % 2 == 0, math.inf)
+        options.sweep(turn % 2 == 0, math.inf)
+    assert layouts.bound() == pytest.approx(options.bound(), rel=1e-9)
+    assert max(max(link.rest.shape) for link in layouts.links) < max(max(link.rest.shape) for link in options.links)
+
+
+def test_what_is_too_large_or_not_legal_is_said(monkeypatch):
+    problem = random_tables(0)
+    with pytest.raises(ValueError, match=r"not legal .* only a legal one can be certified"):
+        certify(from_tables([[0.0, np.inf]], []), Assignment(np.array([[1]]), 0.0))
+    monkeypatch.setattr("jaxplan.search.dual.LIMIT", 10)
+    with pytest.raises(ValueError, match="more than 10 table entries: too large for a bound"):
+        certify(problem, hsm2dl(problem))
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def step(w, x):
+    return jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.grad(lambda w: (jax.numpy.tanh(x @ w) ** 2).sum())(w))
+
+
+ARGS = jax.ShapeDtypeStruct((256, 512), np.float32), jax.ShapeDtypeStruct((4096, 256), np.float32)
+
+
+def plan_for(**options):
+    return jaxplan.make_plan(step, *ARGS, mesh=MESH, machine="v4", **options)
+
+
+def nothing_sharded(problem):
+    return Assignment(np.zeros((len(problem.nodes), len(problem.axes)), dtype=int), 0.0)
+
+
+@pytest.mark.parametrize("name", ["hsm2dl", "tofu", "trws"])
+def test_a_certified_plan_has_a_bound_and_says_so(name):
+    plan = plan_for(certify=True, search=name)
+    best = alpa(plan.modelled.problem, rounds=None)
+    assert 0 < plan.bound <= best.seconds * (1 + 1e-9) and best.seconds <= plan.seconds * (1 + 1e-6)
+    assert plan.gap == (plan.seconds - plan.bound) / plan.bound <= 0.01
+    assert f"at most {plan.gap:.2%} above the optimum: no plan takes less than" in str(plan)
+    assert plan.stages["certify"] > 0
+
+
+def test_a_callables_plan_stays_as_it_is_and_its_gap_is_large():
+    plan, known = plan_for(certify=True, search=nothing_sharded), plan_for(certify=True)
+    assert (plan.choices[list(plan.modelled.kept)] == 0).all() and plan.in_specs == (P(), P())
+    assert plan.bound == pytest.approx(known.bound, rel=1e-3)
+    assert plan.seconds > 2 * known.seconds and plan.gap > 1
+
+
+def test_without_a_certificate_there_is_no_bound():
+    plan = plan_for()
+    assert plan.bound is None and plan.gap is None and "above the optimum" not in str(plan)
+    again = plan.replan(certify=True)
+    assert again.bound <= again.seconds <= plan.seconds and again.gap < 0.01
+
+
+def test_a_named_search_gives_way_to_a_cheaper_plan_met_while_certifying():
+    program = programs("full")["moe"]
+    tofu = jaxplan.make_plan(program.fn, *program.args, mesh=MESH, machine="v4", search="tofu")
+    certified = tofu.replan(certify=True)
+    assert certified.seconds < tofu.seconds * 0.9 and certified.gap < 0.01
+
+
+def test_a_budget_keeps_the_bound_and_the_budget():
+    free = plan_for(memory_budget=math.inf)
+    budget = 0.99 * plan_for(memory_budget=math.inf, pins={"w": P()}).peak_bytes
+    tight = plan_for(memory_budget=min(budget, 0.999 * free.peak_bytes), certify=True, pins={"x": P("x")})
+    assert tight.peak_bytes <= budget and 0 < tight.bound <= tight.seconds
+
+
+def test_seconds_for_the_integer_program_and_what_is_no_such_number():
+    assert plan_for(certify=5.0).gap <= 0.01
+    for wrong in ("yes", -1.0, math.inf, math.nan, None):
+        with pytest.raises(ValueError, match="certify must be True, False, or seconds"):
+            plan_for(certify=wrong)
+    with pytest.raises(ValueError, match="certify must be"):
+        plan_for().replan(certify="no")
+
+
+# ---- bad searches --------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_by_a_search_that_is_no_search_names_it():
+    with pytest.raises(ValueError, match=r"no search is called 'optnn'; there are \['alpa', 'brute', .* or pass a callable"):
+        plan_for(search="optnn")
+
+    def outside(problem):
+        return Assignment(np.full((len(problem.nodes), len(problem.axes)), 99), 0.0)
+
+    for certified in (False, True):
+        with pytest.raises(ValueError, match="'outside' chose option 99 of node 0"):
+            plan_for(search=outside, certify=certified)
+
+
+def test_a_bound_above_the_searchs_own_assignment_is_caught():
+    def boastful(problem):
+        return Assignment(brute(problem).choices, 0.0, bound=1e9)
+
+    with pytest.raises(ValueError, match=r"'boastful' claims a bound of 1000000000.0 s, but its own assignment costs"):
+        search(random_tables(0), boastful)
+
+
+def test_a_solver_without_a_bound_proves_nothing(monkeypatch):
+    """A negative optimum: 0 would be no bound."""
+    problem = below_zero(0)
+    monkeypatch.setattr("jaxplan.search.certificate.CAP", 2)
+    monkeypatch.setattr("jaxplan.search.certificate.integer_program", lambda *_: (None, -math.inf, "out of time"))
+    best = brute(problem)
+    assert best.seconds < 0 and certify(problem, at_random(problem), program_seconds=1.0).bound <= best.seconds
+    room = importlib.import_module("jaxplan.search.alpa")  # whose name in the package is the search's
+    monkeypatch.setattr(room, "integer_program", lambda *_: (np.zeros(6, dtype=int), -math.inf, "out of time"))
+    assert alpa(problem).bound is None
