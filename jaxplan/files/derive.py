@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxplan import __version__
 from jaxplan.cost import Modelled, Option
 from jaxplan.cost.formulas import ROUNDS, exchange_seconds
+from jaxplan.cost.price import cluster_terms, terms_seconds
 from jaxplan.files.compare import primitive_changes
 from jaxplan.files.fingerprint import program_of
 from jaxplan.files.fold import unique_paths
@@ -38,8 +39,7 @@ MOST_NAMED = 6
 def saved_plan(plan: Plan) -> SavedPlan:
     """Everything of a plan that can be written down. `plan.request`: what was asked for."""
     graph, numbers = plan.modelled.graph, plan.modelled.numbers
-    exchanges = _exchanges(plan)
-    exchanged = sum(exchange.seconds for exchange in exchanges)
+    exchanges, worked = _exchanges(plan), _work_seconds(plan)
     inputs = _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, graph.inputs)
     outputs = _leaves(plan, plan.traced.out_paths, plan.traced.out_avals, plan.output_layouts, graph.outputs)
     kinds = [kind.name.lower() for kind in plan.mesh.axis_types]
@@ -49,7 +49,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     )
     donated = dict(zip(inputs, plan.traced.donated, strict=True))
     inputs = {path: replace(leaf, donated=donated[path]) for path, leaf in inputs.items()}
-    cost = Cost(plan.seconds, max(0.0, plan.seconds - exchanged), exchanged, plan.bound)
+    cost = Cost(plan.seconds, worked, max(0.0, plan.seconds - worked), plan.bound)
     unknown = sorted({op.name for op in graph.operators if not op.rule.known})
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
@@ -115,6 +115,15 @@ def _exchanges(plan: Plan) -> tuple[SavedExchange, ...]:
         merged[key] = replace(before, times=before.times + e.times, bytes=sent, seconds=before.seconds + seconds)
     found = list(merged.values())
     return tuple(sorted(found, key=lambda e: (-sum(e.bytes.values()), e.kind, e.axes, e.shape, e.dtype, e.operator, e.source)))
+
+
+def _work_seconds(plan: Plan) -> float:
+    """The time of local work, of all that is priced."""
+    modelled, total = plan.modelled, 0.0
+    for index, cluster in enumerate(modelled.graph.clusters):
+        terms = cluster_terms(cluster, modelled.chosen(plan.choices, index), modelled.setting, modelled.numbers)
+        total += cluster.times * terms_seconds(replace(terms, sent={}, rounds={}), modelled.numbers)
+    return total
 
 
 def _splits(plan: Plan) -> tuple[Split, ...]:
