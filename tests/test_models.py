@@ -37,6 +37,9 @@ models = load("models", "models/__init__.py")
 coverage = load("scripts_coverage", "coverage.py")
 
 MILLIONS = {
+    "gpt2_small": 124.4,  # the checkpoint "124M"; table 2 of Radford et al., 2019, says 117, by mistake as their repository adds
+    "vit_b16": 86.6,  # torchvision's table of models
+    "t5_base": 222.9,  # the released checkpoint; "about 220 million" in Raffel et al., 2020, section 3.1.2
     "resnet50": 25.6,  # torchvision's table of models
     "convnext_tiny": 28.6,  # Liu et al., 2022, table 1
     "ddpm_unet": 35.7,  # Ho et al., 2020, appendix B
@@ -47,8 +50,8 @@ MILLIONS = {
 UNCOUNTED = {"molecule_graph_network", "ppo_update", "neural_ode", "neural_ode_adaptive", "gaussian_process"}
 """Models whose sources give no number."""
 
-PLANNED_SLOWLY = {"resnet50", "convnext_tiny", "ddpm_unet"}
-COMPILED_SLOWLY = {"resnet50", "convnext_tiny", "ddpm_unet"}
+PLANNED_SLOWLY = {"vit_b16", "resnet50", "convnext_tiny", "ddpm_unet"}
+COMPILED_QUICKLY = {"neural_ode", "gaussian_process"}
 
 
 def each(slow: set[str]) -> list[Any]:
@@ -95,12 +98,13 @@ def test_a_published_model_is_planned(name: str) -> None:
     mesh = AbstractMesh((4, 4), ("x", "y"))
     plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5p", memory_budget=math.inf)
     assert not [primitive for kind, primitive in coverage.by_class(plan) if kind == "unknown"]
-    state = jax.tree.leaves([program.args[position] for position in program.donate])
-    assert len(plan.modelled.graph.ties) == len(state), "all of the state goes round"
+    numbered = jax.tree.unflatten(jax.tree.structure(program.args), range(len(plan.traced.in_avals)))
+    state = set(jax.tree.leaves([numbered[position] for position in program.donate]))
+    assert state <= {source for _, source in plan.modelled.graph.ties}, "all of the state goes round"
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", each(COMPILED_SLOWLY))
+@pytest.mark.parametrize("name", each(models.MODELS.keys() - COMPILED_QUICKLY))
 def test_a_tiny_model_computes_the_same(name: str) -> None:
     program = model_or_skip(name, "tiny")
     args = program.make_args(0)
