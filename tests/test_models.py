@@ -40,6 +40,9 @@ MILLIONS = {
     "gpt2_small": 124.4,  # the checkpoint "124M"; table 2 of Radford et al., 2019, says 117, by mistake as their repository adds
     "vit_b16": 86.6,  # torchvision's table of models
     "t5_base": 222.9,  # the released checkpoint; "about 220 million" in Raffel et al., 2020, section 3.1.2
+    "llama3_8b": 8030.3,  # the released checkpoint
+    "mixtral_8x7b": 46_702.8,  # the released checkpoint; "47B" in Jiang et al., 2024
+    "mamba_130m": 129.1,  # the released checkpoint
     "resnet50": 25.6,  # torchvision's table of models
     "convnext_tiny": 28.6,  # Liu et al., 2022, table 1
     "ddpm_unet": 35.7,  # Ho et al., 2020, appendix B

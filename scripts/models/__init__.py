@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from jaxplan.examples.program import Program
 
-from . import science, transformers, vision
+from . import decoders, science, transformers, vision
 from .common import Size
 
 __all__ = ["MODELS", "Size", "model"]
 
-MODELS: dict[str, Callable[[Size], Program]] = {**transformers.MODELS, **vision.MODELS, **science.MODELS}
+MODELS: dict[str, Callable[[Size], Program]] = {**transformers.MODELS, **decoders.MODELS, **vision.MODELS, **science.MODELS}
 
 
 def model(name: str, size: Size = "published") -> Program:
