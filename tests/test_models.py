@@ -103,7 +103,8 @@ def test_a_published_model_is_planned(name: str) -> None:
     assert not [primitive for kind, primitive in coverage.by_class(plan) if kind == "unknown"]
     numbered = jax.tree.unflatten(jax.tree.structure(program.args), range(len(plan.traced.in_avals)))
     state = set(jax.tree.leaves([numbered[position] for position in program.donate]))
-    assert state <= {source for _, source in plan.modelled.graph.ties}, "all of the state goes round"
+    left = state - {source for _, source in plan.modelled.graph.ties}
+    assert not [plan.traced.in_paths[i] for i in left if plan.traced.in_avals[i].size > 1], "all of the state goes round"
 
 
 @pytest.mark.filterwarnings("default")
