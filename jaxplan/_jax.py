@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jaxlib.version
 import numpy as np
 from jax._src import (
     custom_batching as _custom_batching,
@@ -46,6 +47,10 @@ custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
 shard_map_p = _shard_map.shard_map_p
+
+
+REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
+"""Whether XLA on CPU runs a rematerialised call only once all that it reads is there (else at once, where outside of loops)."""
 
 
 def source_line(equation: Any) -> tuple[str, int]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -416,12 +416,18 @@ def _bare(kind: str) -> str:
 # --- the public verbs -------------------------------------------------------------------------------------
 
 
-def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None, *, while_trips: float = 1) -> Audit:
+Split = Sequence[frozenset[str] | None]
+"""Per parameter of a program, the mesh axes that split it; None where that is not known."""
+
+
+def read_hlo(
+    text: str, mesh_shape: Mapping[str, int] | None = None, *, while_trips: float = 1, split: Split = ()
+) -> Audit:
     """Read the collectives, FLOPs and memory traffic out of optimized HLO text. Memory is not in the text and stays 0.
 
     `mesh_shape` gives the sizes of the mesh axes in order; partition i is taken to be the i-th device of
     `mesh.devices.flat`. Without it `Collective.axes` is empty. `while_trips`: how often a loop runs that does not say.
-    Raises nothing on damaged text: see `unread`.
+    `split`: the axes that split each parameter, where the text does not say. Raises nothing on damaged text: see `unread`.
     """
     module = Module(text)
     reader = _Reader(module, mesh_shape, while_trips)
@@ -432,11 +438,11 @@ def read_hlo(text: str, mesh_shape: Mapping[str, int] | None = None, *, while_tr
         compiled.append(replace(reader.records[site], times=times, exact=exact))
         meant += [replace(record, times=times, exact=exact) for record in reader.normalise(site)]
     kernels = tuple(tally.kernels.items())
-    warnings = find_warnings(_walked(reader, dict(zip(tally.sites, compiled, strict=True))))
+    warnings = find_warnings(_walked(reader, dict(zip(tally.sites, compiled, strict=True)), split))
     return Audit(tuple(compiled), tuple(meant), tally.flops, kernels, unread=tuple(module.unread), warnings=warnings)
 
 
-def _walked(reader: _Reader, records: Mapping[tuple[str, str], Collective]) -> Walked:
+def _walked(reader: _Reader, records: Mapping[tuple[str, str], Collective], split: Split) -> Walked:
     """What the search for findings needs. Where the mesh is unknown, one axis without a name stands for all devices."""
     devices = reader.module.partitions
     known = reader.mesh_shape if reader.mesh_shape and math.prod(reader.mesh_shape.values()) == devices else None
@@ -446,7 +452,14 @@ def _walked(reader: _Reader, records: Mapping[tuple[str, str], Collective]) -> W
         axes = _mesh_axes(record.kind, reader.groups[place], mesh_shape)
         mask = None if axes is None else sum(1 << i for i, axis in enumerate(mesh_shape) if axis in axes)
         sites[place] = Site(record, reader.groups[place], mask)
-    return Walked(reader.module, mesh_shape, known is not None, reader.runs(), sites, reader.flops, reader.tell)
+    given = tuple([_bits(axes, known) for axes in split]) if known else ()
+    return Walked(reader.module, mesh_shape, known is not None, reader.runs(), sites, reader.flops, reader.tell, given)
+
+
+def _bits(axes: frozenset[str] | None, mesh_shape: Mapping[str, int]) -> int | None:
+    if axes is None or not axes <= mesh_shape.keys():
+        return None
+    return sum(1 << i for i, (axis, size) in enumerate(mesh_shape.items()) if axis in axes and size > 1)
 
 
 def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwargs: Any) -> Audit:
@@ -469,7 +482,8 @@ def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwarg
     if mesh is None:
         shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((args, kwargs))]
         mesh = _mesh_of([*shardings, *jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))])
-    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh), while_trips=while_trips)
+    split = [_split_by(sharding) for sharding in jax.tree.leaves(compiled.input_shardings)]
+    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh), while_trips=while_trips, split=split)
     memory = compiled.memory_analysis()
     if memory is None:
         return replace(found, unread=(*found.unread, "memory_analysis: this backend has none"))
@@ -484,6 +498,13 @@ def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwarg
         alias_bytes=aliased,
         peak_bytes=peak,
     )
+
+
+def _split_by(sharding: Any) -> frozenset[str] | None:
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    return frozenset(axis for entry in entries for axis in entry if isinstance(axis, str))
 
 
 def _mesh_of(shardings: list[Any]) -> Any:

@@ -43,6 +43,7 @@ class Walked:
     sites: Mapping[Place, Site]
     flops: Mapping[Place, float]  # of each dot and convolution, per run
     tell: Callable[[str, Instruction], tuple[str, str]]  # source line and name stack
+    split: tuple[int | None, ...] = ()  # per parameter of the program, the axes that split it, where the text does not say
 
 
 def find_warnings(walked: Walked) -> tuple[Finding, ...]:
@@ -155,7 +156,7 @@ def _replicated(walked: Walked) -> Iterator[Finding]:
         site = walked.sites.get((computation, instruction.name))
         return site.axes if site else None
 
-    vary = Variation(walked.module, walked.mesh_shape, axes_of)
+    vary = Variation(walked.module, walked.mesh_shape, axes_of, walked.split)
     total = math.fsum(flops * walked.runs.get(place[0], 0.0) for place, flops in walked.flops.items())
     rows: dict[tuple[tuple[str, ...], str, str], tuple[float, float]] = {}
     for place, flops in walked.flops.items():

@@ -39,10 +39,15 @@ def joined(a: Mask, b: Mask) -> Mask:
 
 
 class Variation:
-    """The masks of a module's values on a mesh. `axes_of(computation, instruction)` gives a collective's mask; None: unknown."""
+    """The masks of a module's values on a mesh. `axes_of(computation, instruction)` gives a collective's mask, `split` those of
+    the program's parameters; None: unknown."""
 
     def __init__(
-        self, module: Module, mesh_shape: Mapping[str, int], axes_of: Callable[[str, Instruction], int | None]
+        self,
+        module: Module,
+        mesh_shape: Mapping[str, int],
+        axes_of: Callable[[str, Instruction], int | None],
+        split: Sequence[int | None] = (),
     ) -> None:
         self.module, self.mesh_shape, self.axes_of = module, mesh_shape, axes_of
         self.all = (1 << len(mesh_shape)) - 1
@@ -53,16 +58,19 @@ class Variation:
             entry = module.computations[module.entry]
             count = max(entry.parameters, default=-1) + 1
             parameters = [entry.instructions.get(entry.parameters.get(i, "")) for i in range(count)]
-            self._run(module.entry, tuple(map(self._parameter, parameters)))
+            said = split if len(split) == count else [None] * count  # arguments that nothing reads are no parameters
+            self._run(module.entry, tuple(map(self._parameter, parameters, said)))
 
     def of(self, computation: str, names: Sequence[str]) -> int:
         """The axes along which any of some values differ, in any context; all of them for values that were never reached."""
         return reduce(or_, [self.known.get((computation, name), self.all) for name in names], 0)
 
-    def _parameter(self, parameter: Instruction | None) -> int:
+    def _parameter(self, parameter: Instruction | None, said: int | None) -> int:
         """A parameter of the program differs along the axes that its sharding splits it over; unsaid, along all."""
         if parameter is None:
             return self.all
+        if said is not None:
+            return said
         found = re.search(r"\bsharding=(\{.*)", parameter.attributes)
         tiles = tile_ids(found.group(1), math.prod(self.mesh_shape.values())) if found else None
         if tiles is None:

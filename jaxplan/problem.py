@@ -100,6 +100,11 @@ def all_rows(counts: Sequence[int]) -> np.ndarray:
     return np.indices(counts).reshape(len(counts), -1).T
 
 
+def repeated(times: float, prices: np.ndarray) -> np.ndarray:
+    """Prices of what runs so many times. What is illegal is so even where it never runs."""
+    return times * prices if times else np.where(np.isfinite(prices), 0.0, np.inf)
+
+
 def edge_prices(asked: Sequence[Asked]) -> list[np.ndarray]:
     """A matrix for each question; prices of one family are asked together."""
     found: dict[int, np.ndarray] = {}
@@ -125,12 +130,12 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
         seconds = known.get(key)
         if seconds is None:
             seconds = known[key] = float(node.price(options[None])[0])
-        total += node.times * seconds
+        total += node.times * seconds if np.isfinite(seconds) else np.inf
     keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in problem.edges]
     asked = dict(zip(keys, problem.edges, strict=True))
     matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
     prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
-    return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True)])
+    return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True) if edge.times])
 
 
 def from_tables(

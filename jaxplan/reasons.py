@@ -23,7 +23,7 @@ from jaxplan.cost.symbols import Symbols
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, spec_of
 from jaxplan.plan import Plan, without_indices
-from jaxplan.problem import all_rows, edge_prices
+from jaxplan.problem import all_rows, edge_prices, repeated
 from jaxplan.report import show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -409,13 +409,13 @@ def _next_best(plan: Plan, index: int) -> tuple[Mapping[str, str], float] | None
     number, choices = modelled.kept.index(index), plan.choices[list(modelled.kept)]
     node = problem.nodes[number]
     rows = all_rows(node.options)
-    total = node.times * node.price(rows)
+    total = repeated(node.times, node.price(rows))
     edges = [edge for edge in problem.edges if number in (edge.tail, edge.head) and edge.tail != edge.head]
     asked = [
         (e.price, rows, choices[e.head][None]) if e.tail == number else (e.price, choices[e.tail][None], rows) for e in edges
     ]
     for edge, matrix in zip(edges, edge_prices(asked), strict=True):
-        total = total + edge.times * (matrix[:, 0] if edge.tail == number else matrix[0])
+        total = total + repeated(edge.times, matrix[:, 0] if edge.tail == number else matrix[0])
     own = int(np.flatnonzero((rows == choices[number]).all(axis=1))[0])
     others = [i for i in np.argsort(total, kind="stable").tolist() if i != own and np.isfinite(total[i])]
     return (_splitting(plan, index, rows[others[0]]), float(total[others[0]] - total[own])) if others else None

@@ -129,3 +129,14 @@ def test_exchanges_pass_through_even_layouts_only():
         for spec in specs
     ]
     assert named and all(len(axes) <= 1 for spec in named for axes in spec)
+
+
+def test_what_is_read_twice_in_the_branch_that_counts_less():
+    """Its price is multiplied by zero, and layouts that do not divide it stay illegal all the same."""
+
+    def either(_, a, b, first):
+        return jax.lax.cond(first, lambda a, b: a @ a @ a @ a @ b, lambda a, b: (a @ b) - (b @ a), a, b)
+
+    a, b = jnp.arange(4.0).reshape(2, 2), jnp.ones((2, 2))
+    for first in (True, False):
+        as_planned(either, a, b, jnp.asarray(first), shape=(2, 2, 2))

@@ -1,9 +1,10 @@
 """In which order a compiler runs the operators of a graph.
 
 Two families. Compilers that *materialise* (XLA on CPU) run each computation breadth first: whatever is ready, in the order in
-which it became so. What a rematerialised call outside of a loop computes again is therefore computed at once, beside its first
-computation, and kept: only inside loops does rematerialisation save memory there. Compilers that *fuse* (XLA on TPU and GPU)
-keep program order. Seen in the compiled programs of jaxlib 0.10 (`scripts/check_memory.py`).
+which it became so. What a rematerialised call outside of a loop computes again waits for all that the call reads since jaxlib
+0.11.1; before, it is computed at once, beside its first computation, and kept: only inside loops does rematerialisation save
+memory there. Compilers that *fuse* (XLA on TPU and GPU) keep program order. Seen in the compiled programs of jaxlib 0.10 to 0.12
+(`scripts/check_memory.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jaxplan import _jax
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 
@@ -36,7 +38,7 @@ class Order:
 def run_order(graph: Graph, materialises: bool) -> Order:
     """The order for one family of compilers. Remembered per graph: it does not depend on layouts."""
     operators = _placed(graph.operators)
-    sequence = _Breadth(graph, operators).run(()) if materialises else list(range(len(operators)))
+    sequence = _breadth_first(graph, operators) if materialises else list(range(len(operators)))
     begins: dict[Loop, int] = {}
     ends: dict[Loop, int] = {}
     known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
@@ -47,6 +49,12 @@ def run_order(graph: Graph, materialises: bool) -> Order:
                 begins.setdefault(path[:depth], place)
                 ends[path[:depth]] = place
     return Order(tuple(sequence), begins, ends)
+
+
+def _breadth_first(graph: Graph, operators: Sequence[Operator]) -> list[int]:
+    """Rematerialised calls wait where the compiler makes them, and clusters that hold work of several calls can do so."""
+    sequence = _Breadth(graph, operators, waits=_jax.REMAT_WAITS).run(())
+    return sequence if len(sequence) == len(operators) else _Breadth(graph, operators, waits=False).run(())
 
 
 def _placed(operators: Sequence[Operator]) -> list[Operator]:
@@ -60,9 +68,9 @@ def _placed(operators: Sequence[Operator]) -> list[Operator]:
 
 
 class _Breadth:
-    """Each computation breadth first."""
+    """Each computation breadth first. `waits`: the body of a rematerialised call needs all operands of the call."""
 
-    def __init__(self, graph: Graph, operators: Sequence[Operator]) -> None:
+    def __init__(self, graph: Graph, operators: Sequence[Operator], waits: bool) -> None:
         self.operators = operators
         self._known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
         self._chains: dict[Loop, tuple[Loop, ...]] = {(): ((),)}
@@ -74,6 +82,10 @@ class _Breadth:
             chain, unit = self._at(index)
             self._members.setdefault(chain[-1], {}).setdefault(unit, []).append(index)
             for tensor in op.operands:
+                if tensor in producer:
+                    self._needs_from(index, producer[tensor])
+            path = op.path if waits and op.name != VIEW else ()
+            for tensor in next((graph.calls[path[:n]] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ()):
                 if tensor in producer:
                     self._needs_from(index, producer[tensor])
 

@@ -10,7 +10,7 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.price import terminal_layout
 from jaxplan.graph.flatten import INPUT, VIEW
 from jaxplan.layout import shards
-from jaxplan.problem import all_rows, edge_prices
+from jaxplan.problem import all_rows, edge_prices, repeated
 
 EQUAL = 1e-12
 """Relative difference of a plan's seconds below which they are the same."""
@@ -52,9 +52,9 @@ def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) 
             other = choices[edge.head if forward else edge.tail][None]
             asked.append((edge.price, rows, other) if forward else (edge.price, other, rows))
             owners.append((node, edge.times))
-    totals = {node: problem.nodes[node].times * problem.nodes[node].price(rows) for node, rows in candidates.items()}
+    totals = {node: repeated(problem.nodes[node].times, problem.nodes[node].price(rows)) for node, rows in candidates.items()}
     for (node, times), matrix in zip(owners, edge_prices(asked), strict=True):
-        totals[node] = totals[node] + times * matrix.reshape(-1)
+        totals[node] = totals[node] + repeated(times, matrix.reshape(-1))
     better = choices.copy()
     for nodes in kinds.values():
         node, rows = nodes[0], candidates[nodes[0]]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxplan.problem import Problem, all_rows
+from jaxplan.problem import Problem, all_rows, repeated
 from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
@@ -90,7 +90,7 @@ class Relaxation:
                     raise ValueError(f"the relaxation takes more than {LIMIT:,} table entries: too large for a bound")
                 asked = self.rows[edge.tail][some_tails], self.rows[edge.head][some_heads]
                 tables[key] = edge.price(*asked)
-            priced = edge.times * tables[key]
+            priced = repeated(edge.times, tables[key])
             if edge.tail == edge.head:
                 self.held[edge.tail] = self.held[edge.tail] + priced[tail.of, head.of]
             else:
@@ -204,5 +204,5 @@ def _legal(problem: Problem) -> tuple[list[np.ndarray], list[np.ndarray], list[n
         mine, price = known[key]
         rows.append(mine)
         options.append(np.arange(len(mine)))
-        prices.append(node.times * price)
+        prices.append(repeated(node.times, price))
     return rows, options, prices
