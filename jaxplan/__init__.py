@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxplan.api import Plan as Plan, auto_shard as auto_shard, load_plan as load_plan, make_plan as make_plan
+    from jaxplan.budget import NothingFits as NothingFits
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
@@ -28,6 +29,7 @@ _HOMES = {
     "load_machine": "jaxplan.machine",
     "save_machine": "jaxplan.machine",
     "LayoutError": "jaxplan.state",
+    "NothingFits": "jaxplan.budget",
     "Machine": "jaxplan.machine",
     "Link": "jaxplan.machine",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "LayoutError",
     "Link",
     "Machine",
+    "NothingFits",
     "Plan",
     "audit",
     "auto_shard",

@@ -19,16 +19,18 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import files, plan as _plan
 from jaxplan.apply import PlannedFunction
+from jaxplan.budget import budget_bytes, fit
 from jaxplan.compare import PlanAudit, compare
-from jaxplan.cost import Numbers, frugal, model
+from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
 from jaxplan.layout import Layout
+from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
-from jaxplan.report import describe, show_seconds
+from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.trace import Traced, trace
@@ -48,10 +50,6 @@ class Request:
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
     certify: bool | float = False
-
-
-class NothingFits(ValueError):
-    """No plan stays within the memory budget. The message says what the smallest peak found is, and what makes it."""
 
 
 MOST_PADDINGS = 4
@@ -120,13 +118,16 @@ class Plan(_plan.Plan):
             for dim, extent in enumerate(graph.tensors[tensor].shape):
                 if extent > devices and extent % devices:
                     at.setdefault(extent, []).append((tensor, dim))
+        if not at:
+            return ()
+        whole = run_search(modelled.problem, self.request.search).seconds  # this plan may cost more, to fit a budget
         weight = {extent: sum(graph.tensors[tensor].nbytes for tensor, _ in places) for extent, places in at.items()}
         found = []
         for extent in sorted(at, key=lambda extent: (-weight[extent], extent))[:MOST_PADDINGS]:
             padded = -(-extent // devices) * devices
             clusters = [c._replace(units=tuple([padded if unit == extent else unit for unit in c.units])) for c in graph.clusters]
             relaxed = model(replace(graph, clusters=tuple(clusters)), modelled.numbers, _request_pins(self))
-            saved = self.seconds - run_search(relaxed.problem, self.request.search).seconds
+            saved = whole - run_search(relaxed.problem, self.request.search).seconds
             if saved > 0.005 * self.seconds:
                 tensor, dim = at[extent][0]
                 path = self.traced.in_paths[graph.inputs.index(tensor)]
@@ -140,6 +141,12 @@ class Plan(_plan.Plan):
         pins = self.request.pins
         free = ({p: s for p, s in pins.items() if p != path} for path in pins)
         return {path: self.seconds - self.replan(pins=rest).seconds for path, rest in zip(pins, free, strict=True)}
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """What lives at the peak, largest first, and `.by_kind` in bytes per device: parameters, other state, other arguments,
+        outputs, gradients, activations, transients of exchanges."""
+        return ledger(self)
 
     def explain(self, path_or_line: str) -> Explanation:
         """Why something is laid out as it is: an input by path, pytree prefix or glob ("blocks/*/wq"), or the operators that a
@@ -292,8 +299,11 @@ def load_plan(
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
             traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
-        modelled = model(graph, Numbers(graph, saved.mesh_shape, saved.machine), _pinned_layouts(traced, pins, saved.mesh_shape))
+        numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), _pinned_layouts(traced, pins, saved.mesh_shape)
+        modelled = model(graph, numbers, layouts)
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
+        if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
+            modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
@@ -316,30 +326,59 @@ def _solve(
 ) -> Plan:
     """Model, search, and fit into memory."""
     start = time.perf_counter()
-    mesh_shape = dict(request.mesh.shape)
-    numbers = Numbers(graph, mesh_shape, find_machine(request.machine, request.mesh))
-    pins = _pinned_layouts(traced, request.pins, mesh_shape)
-    budget = _budget_bytes(request.memory_budget, numbers.machine)
-
-    def attempt(byte_price: float) -> Plan:
-        modelled = model(graph, numbers, pins, byte_price=byte_price)
-        found = run_search(modelled.problem, request.search)
-        if byte_price:
-            unpriced, choices = model(graph, numbers, pins), found.choices
-        else:
-            unpriced, choices = modelled, frugal(modelled, found.choices, found.seconds)
-        bound = None if byte_price else found.bound  # a bound on priced bytes is none on seconds
-        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request)
-
-    plan = attempt(0.0)
+    attempt, machine = _attempts(traced, graph, request, dims)
+    budget = budget_bytes(request.memory_budget, machine)
+    plan = attempt(None)
     if budget < math.inf and plan.peak_bytes > budget:
-        plan = _fit(attempt, plan, budget)
+        plan = fit(attempt, plan, budget, _more_devices)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
         plan = _certified(plan, request, budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
+
+
+def _attempts(
+    traced: Traced, graph: Graph, request: Request, dims: Mapping[tuple[int, int], str]
+) -> tuple[Callable[[BytePrices | None], Plan], Machine]:
+    """From what bytes are charged to the best plan, and the machine it is for."""
+    mesh_shape = dict(request.mesh.shape)
+    numbers = Numbers(graph, mesh_shape, find_machine(request.machine, request.mesh))
+    pins = _pinned_layouts(traced, request.pins, mesh_shape)
+
+    @functools.cache
+    def plain(follow: bool) -> Modelled:
+        return model(graph, numbers, pins, bytes_cost=None if follow else BytePrices())
+
+    def attempt(bytes_cost: BytePrices | None) -> Plan:
+        unpriced = plain(bytes_cost is None)
+        modelled = unpriced if bytes_cost is None else model(graph, numbers, pins, bytes_cost=bytes_cost)
+        found = run_search(modelled.problem, request.search)
+        choices, bound = found.choices, None  # a bound on priced bytes is none on seconds
+        if bytes_cost is None:
+            choices, bound = frugal(modelled, choices, found.seconds), found.bound
+        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request)
+
+    return attempt, numbers.machine
+
+
+def _more_devices(plan: Plan, charged: BytePrices, budget: float) -> list[str]:
+    """What twice the devices along an axis would do to a peak; those first that lower it most."""
+    found = []
+    for axis, size in plan.axis_sizes.items():
+        sizes = {**plan.axis_sizes, axis: 2 * size}
+        wider = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=plan.mesh.axis_types)
+        request = replace(plan.request, mesh=wider, machine=plan.modelled.numbers.machine)
+        try:
+            attempt, _ = _attempts(plan.traced, plan.modelled.graph, request, plan.dims)
+        except ValueError:  # a pin that so many devices do not divide
+            continue
+        peak = attempt(charged).peak_bytes
+        if peak < plan.peak_bytes:
+            reached = show_bytes(peak) + (", which fits" if peak <= budget else "")
+            found.append((peak, f"{2 * size} devices along {axis!r} ({reached})"))
+    return [told for _, told in sorted(found)]
 
 
 def _certified(plan: Plan, request: Request, budget: float) -> Plan:
@@ -379,30 +418,6 @@ def _check_certify(certify: bool | float) -> None:
     """Raise ValueError unless it is a bool, or seconds."""
     if not isinstance(certify, (bool, int, float)) or not 0 <= certify < math.inf:
         raise ValueError(f"certify must be True, False, or seconds for an integer program, got {certify!r}")
-
-
-def _fit(attempt: Callable[[float], Plan], plan: Plan, budget: float) -> Plan:
-    """The cheapest plan found that fits: bytes are priced, and the price is bisected."""
-    machine_price = plan.seconds / max(plan.peak_bytes, 1.0)
-    low, high = machine_price * 1e-4, machine_price * 1e4
-    smallest = attempt(high)
-    if smallest.peak_bytes > budget:
-        sizes = sorted(((smallest.input_bytes(i), path) for i, path in enumerate(smallest.traced.in_paths)), reverse=True)
-        largest = ", ".join(f"{path} ({size:,.0f})" for size, path in sizes[:5])
-        raise NothingFits(
-            f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device, the budget is {budget:,.0f}. "
-            f"The largest inputs, in bytes per device: {largest}. More devices, a smaller batch or jax.checkpoint would help."
-        )
-    best = smallest
-    for _ in range(10):
-        price = math.sqrt(low * high)
-        tried = attempt(price)
-        if tried.peak_bytes <= budget:
-            high = price
-            best = tried if tried.seconds < best.seconds else best
-        else:
-            low = price
-    return best
 
 
 def auto_shard(mesh: Any, **options: Any) -> Callable[[Callable[..., Any]], AutoSharded]:
@@ -565,23 +580,3 @@ def _dimension_names(
             extents = tuple(traced.in_avals[position].shape)
             raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {extents}")
     return names
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def _budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
-    """Bytes per device: a number, "16GiB", or None for the machine's own memory."""
-    if budget is None:
-        return machine.memory_bytes
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", budget)
-        if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"memory_budget {budget!r} is not a size: write bytes, or a string like '16GiB' or '900 MB'")
-        budget = float(match[1]) * _UNITS[match[2].upper()]
-    if not budget > 0:
-        raise ValueError(f"memory_budget must be positive, got {budget}")
-    return float(budget)
-
-

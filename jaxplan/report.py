@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.ledger import ledger
 from jaxplan.plan import Plan, without_indices
 
 WIDTH = 110
+MOST_LIVE = 5
+"""Rows of what lives at the peak."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -53,7 +56,8 @@ def describe(plan: Plan, *, most: int = 12, notes: Sequence[str] = ()) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axis_sizes.items())
     machine = plan.modelled.numbers.machine.name
     lines = [f"Plan for {plan.traced.name} on mesh ({mesh}), machine {machine}", ""]
-    lines += _inputs(plan) + [""] + _axes(plan) + [""] + _exchanges(plan, most) + [""] + _totals(plan) + list(notes)
+    lines += _inputs(plan) + [""] + _axes(plan) + [""] + _exchanges(plan, most) + [""] + _live(plan) + [""] + _totals(plan)
+    lines += notes
     return "\n".join(lines)
 
 
@@ -178,16 +182,30 @@ def _exchanges(plan: Plan, most: int) -> list[str]:
     return lines
 
 
+def _live(plan: Plan) -> list[str]:
+    """The largest of what lives at the peak."""
+    rows = []
+    for entry in ledger(plan).entries[:MOST_LIVE]:
+        many = f"{entry.count} x " if entry.count > 1 else ""
+        each = f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
+        rows.append((f"{many}{entry.name}", each, entry.kind, show_bytes(entry.total), entry.source))
+    return table(("at the peak", "tensor", "kind", "per device", "source"), rows, right=(3,))
+
+
+def peak_lines(peak: float, kinds: Mapping[str, float]) -> list[str]:
+    """The peak and its parts, all in bytes per device."""
+    parts = ", ".join(f"{show_bytes(value)} {kind}" for kind, value in kinds.items())
+    told = f"peak memory     {show_bytes(peak)} per device (modelled): {parts}"
+    return textwrap.wrap(told, WIDTH, subsequent_indent=" " * 16)
+
+
 def _totals(plan: Plan) -> list[str]:
-    wire, held = sum(plan.wire_bytes.values()), plan.memory
+    wire, held = sum(plan.wire_bytes.values()), ledger(plan)
     planning = sum(value for name, value in plan.stages.items() if name != "trace")
     lines = [
         f"modelled step   {show_seconds(plan.seconds)}",
         f"sent            {show_bytes(wire)} per device and call",
-        f"peak memory     {show_bytes(plan.peak_bytes)} per device (modelled): " + ", ".join(
-            f"{show_bytes(value)} {name}"
-            for name, value in (("arguments", held.arguments), ("outputs", held.outputs), ("temporaries", held.temporaries))
-        ),
+        *peak_lines(plan.peak_bytes, held.by_kind),
     ]
     if plan.bound is not None and plan.gap is not None:
         proven = f"no plan takes less than {show_seconds(plan.bound)}"

@@ -32,11 +32,13 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "apply": (),
     "compare": ("hlo", "hlo_records"),
-    "report": (),
+    "ledger": (),
+    "report": ("ledger",),
+    "budget": ("ledger", "report"),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),
-    "files": ("report",),
+    "files": ("ledger", "report"),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 

@@ -83,7 +83,7 @@ def planned(fn: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Pl
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
     """Errors of tracing are shown as the user's own; those of planning by their message, with status 1 if nothing fits."""
-    from jaxplan.api import NothingFits
+    from jaxplan.budget import NothingFits
 
     try:
         yield

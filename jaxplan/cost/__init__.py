@@ -2,14 +2,16 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, memory
+from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
+from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.symbols import symbolic_cost
 from jaxplan.cost.ties import frugal
 
 __all__ = [
     "Buffer",
+    "BytePrices",
     "Exchange",
     "Memory",
     "Modelled",
@@ -17,6 +19,7 @@ __all__ = [
     "Option",
     "Reading",
     "Step",
+    "byte_shares",
     "cluster_exchanges",
     "frugal",
     "memory",

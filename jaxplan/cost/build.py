@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from jaxplan import _jax
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
-from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import BytePrices, ClusterPrice, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
@@ -76,10 +77,10 @@ class Modelled:
 
 
 def model(
-    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *, byte_price: float = 0.0
+    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *, bytes_cost: BytePrices | None = None
 ) -> Modelled:
-    """Build the problem. `pins`: the layouts that input positions must have. `byte_price`: seconds charged per byte per
-    device of everything written, the multiplier of a memory constraint."""
+    """Build the problem. `pins`: the layouts that input positions must have. `bytes_cost`: what bytes are
+    charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice."""
     setting = Setting(len(numbers.sizes), numbers.slow_first)
     most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
     combines = Combines(setting, numbers, most)
@@ -94,14 +95,15 @@ def model(
         pin = _pin(graph, cluster, pinned, numbers.axis_names)
         if pin is not None:
             pinned_clusters.add(index)
-        kind = _cluster_kind(cluster, numbers, name, pin)
+        charged = bytes_cost.of(cluster) if bytes_cost else _free(len(cluster.writes), len(cluster.combines))
+        kind = (_cluster_kind(cluster, numbers, name, pin), charged)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
             options = interned.setdefault(options, options)
-            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, byte_price))
+            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, *charged))
         numbered.append(kinds[kind])
     readings = _readings(graph, writers)
-    follows = {} if byte_price else _followers(graph, readings, pinned_clusters)
+    follows = {} if bytes_cost is not None else _followers(graph, readings, pinned_clusters)
     place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
     nodes = []
     for index in place:
@@ -117,15 +119,21 @@ def model(
         writer, reader = numbered[reading.writer][1], numbered[reading.reader][1]
         written = reshards.terminal(writer.options, reading.write.leads, written=True)
         read = reshards.terminal(reader.options, reading.read.leads, written=False)
-        key = (nbytes := numbers.nbytes(reading.tensor), written, read)
+        copied = bytes_cost.copied.get((reading.tensor, reading.reader), 0.0) if bytes_cost else 0.0
+        key = (nbytes := numbers.nbytes(reading.tensor), written, read, copied)
         if key not in edge_prices:
-            edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes))
+            edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
     alike = tuple((size, numbers.link(axis)) for axis, size in enumerate(numbers.sizes)) if not pins else ()
     problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
     return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows)
+
+
+@lru_cache(maxsize=256)
+def _free(writes: int, combines: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return (0.0,) * writes, (0.0,) * combines
 
 
 def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[int, tuple[int, Leads]]:

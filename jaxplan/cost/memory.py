@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.price import cluster_exchanges
+from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
@@ -44,12 +45,15 @@ class Buffer:
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`, of which `live` are the buffers, largest first."""
+    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: (tensor, bytes) of the outputs;
+    `moment`: the place of it in the order of operators."""
 
     arguments: float
     outputs: float
     temporaries: float
     live: tuple[Buffer, ...]
+    results: tuple[tuple[int, float], ...]
+    moment: int
 
     @property
     def peak(self) -> float:
@@ -79,7 +83,8 @@ def memory(
         if tensor >= 0 and not (position in ties and donated[ties[position]]):
             own[tensor] = local(tensor, outputs[position])
     given = {graph.outputs[position] for position in ties if donated[ties[position]]}
-    buffers = _held(graph, facts, layouts, own, given, local) + _transients(modelled, choices, facts, local)
+    held, _ = _held(graph, facts, layouts, own, given, local)
+    buffers = held + _transients(modelled, choices, facts, local)
     arguments = sum(local(tensor, layout) for tensor, layout in zip(graph.inputs, inputs, strict=True))
     heap = _outside_outputs(buffers) if materialises else buffers
     places = len(facts.order.sequence) + 2
@@ -87,13 +92,13 @@ def memory(
     for buffer in heap:
         change[buffer.first] += buffer.nbytes
         change[buffer.last + 1] -= buffer.nbytes
-    held = np.cumsum(change)
-    at = int(held.argmax())
+    lives = np.cumsum(change)
+    at = int(lives.argmax())
     written = 0.0 if materialises else sum(b.nbytes for b in heap if b.kind == OUTPUT and b.first <= at <= b.last)
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
     total = sum(own.values())
-    temporaries = float(held[at]) if materialises else max(0.0, float(held[at]) - written)
-    return Memory(float(arguments), float(total), temporaries, tuple(live))
+    temporaries = float(lives[at]) if materialises else max(0.0, float(lives[at]) - written)
+    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(own.items()), at)
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,9 @@ class _Roots:
 
 def _held(
     graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], own: Mapping[int, float], given: set[int], local: Local
-) -> list[Buffer]:
-    """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end."""
+) -> tuple[list[Buffer], _Roots]:
+    """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
+    tensors share one."""
     order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
     roots, inputs = _Roots(), set(graph.inputs)
     first: dict[int, int] = {}
@@ -214,7 +220,51 @@ def _held(
         touch(tensor, made.get(tensor, 0), end)
         kinds[roots.of(tensor)] = OUTPUT
     kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in given}
-    return [Buffer(root, kinds[root], size, first[root], last[root]) for root, size in nbytes.items() if root not in kept]
+    buffers = [Buffer(root, kinds[root], size, first[root], last[root]) for root, size in nbytes.items() if root not in kept]
+    return buffers, roots
+
+
+def byte_shares(
+    modelled: Modelled, tensors: Iterable[int], donated: Sequence[bool], moments: Mapping[int, float]
+) -> BytePrices:
+    """By what share of `moments` each byte lives: the weights with which a price of peak bytes falls on single tensors.
+
+    `tensors`: those that clusters leave; `moments`: {place in the order: weight}, together 1. Layouts do not enter: views are
+    taken to share the buffer of what they view. What runs several times in a call is charged once.
+    """
+    graph = modelled.graph
+    facts, ties = _facts(graph, modelled.numbers.machine.materialises), dict(graph.ties)
+    given = {graph.outputs[position] for position in ties if donated[ties[position]]}
+    own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
+    buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, given, lambda tensor, layout: 0.0)
+
+    def share(first: int, last: int) -> float:
+        return sum(weight for place, weight in moments.items() if first <= place <= last)
+
+    lives = {b.tensor: 1.0 if b.kind == OUTPUT else share(b.first, b.last) for b in buffers}
+    sharing: dict[int, list[tuple[int, float]]] = {}
+    held = dict.fromkeys(graph.inputs, 1.0)
+    partial = {}
+    for cluster in graph.clusters:
+        for combine in cluster.combines if cluster.times else ():
+            if combine.operator in facts.place:
+                partial[combine.operator] = share(*[facts.place[combine.operator]] * 2) / cluster.times
+        if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
+            for write in cluster.writes:
+                if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
+                    sharing.setdefault(roots.of(write.tensor), []).append((write.tensor, cluster.times))
+    for root, found in sharing.items():
+        held.update({tensor: lives[root] / len(found) / times for tensor, times in found})
+    copied = {}
+    for reading in modelled.readings:
+        members = graph.clusters[reading.reader].members
+        last = graph.operators[members[-1]]
+        users = [facts.place[m] for m in members if m in facts.place and reading.tensor in graph.operators[m].operands]
+        if last.name == VIEW:
+            users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
+        if users and reading.times and last.name != BOUNDARY:
+            copied[reading.tensor, reading.reader] = share(min(users), max(users)) / reading.times
+    return BytePrices(held, copied, partial)
 
 
 def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:

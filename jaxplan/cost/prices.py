@@ -7,7 +7,8 @@ that asks for thousands does not pay for each by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,8 +28,30 @@ from jaxplan.cost.price import (
     write_layout,
 )
 from jaxplan.graph import Cluster
-from jaxplan.layout import Layout
+from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, all_rows
+
+
+@dataclass(frozen=True)
+class BytePrices:
+    """Seconds charged per byte per device, the multipliers of a memory constraint: of what clusters leave (`held`, by tensor), of
+    copies in another layout (`copied`, by tensor and reading cluster) and of partial results (`partial`, by operator)."""
+
+    held: Mapping[int, float] = field(default_factory=dict)
+    copied: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    partial: Mapping[int, float] = field(default_factory=dict)
+
+    def scaled(self, factor: float) -> BytePrices:
+        """All of them, so many times."""
+        held = {tensor: factor * price for tensor, price in self.held.items()}
+        copied = {key: factor * price for key, price in self.copied.items()}
+        return BytePrices(held, copied, {operator: factor * price for operator, price in self.partial.items()})
+
+    def of(self, cluster: Cluster) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What a cluster pays: (per write, per combined result)."""
+        held = tuple([self.held.get(write.tensor, 0.0) for write in cluster.writes])
+        return held, tuple([self.partial.get(combine.operator, 0.0) for combine in cluster.combines])
+
 
 DENSE = 1024
 """Choices up to which the local work of a cluster is computed for all of them at once."""
@@ -50,6 +73,12 @@ class Combines:
         return rates[0] * nbytes + rates[1]
 
 
+    def share(self, parts: tuple[CombinePart, ...]) -> float:
+        """The share of a result that each device holds before it is combined; 0 where it never is."""
+        steps = parts_steps(parts, self.ndim, self.setting.slow_first)
+        return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0
+
+
 def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
     """(seconds per byte, fixed seconds) of steps."""
     sent, rounds = steps_terms(steps, 1.0, numbers.sizes)
@@ -59,15 +88,19 @@ def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
 class ClusterPrice:
     """Seconds of a cluster for rows of option numbers; infinity where two axes together do not divide a factor."""
 
-    def __init__(self, cluster: Cluster, options: AxisOptions, combines: Combines, byte_price: float) -> None:
+    def __init__(
+        self, cluster: Cluster, options: AxisOptions, combines: Combines, held: Sequence[float], partial: Sequence[float]
+    ) -> None:
+        """`held`, `partial`: seconds per byte of each write, and of each combined result before it is; see `BytePrices`."""
         self.cluster, self.options, self.numbers = cluster, options, combines.numbers
-        self._combines, self._byte_price = combines, byte_price
+        self._combines = combines
+        self._held = [(write, price) for write, price in zip(cluster.writes, held, strict=True) if price]
         self._strides = np.cumprod([1, *[len(axis) for axis in options[:0:-1]]])[::-1]
         self._local: np.ndarray | None = None
         self._exchanged: dict[tuple[int, ...], float] = {}
         self._parts = [
-            (self.numbers.nbytes(combine.result.tensor), [[combine_part(combine, o) for o in axis] for axis in options])
-            for combine in cluster.combines
+            (self.numbers.nbytes(combine.result.tensor), price, [[combine_part(combine, o) for o in axis] for axis in options])
+            for combine, price in zip(cluster.combines, partial, strict=True)
             if combine.result.tensor >= 0
         ]
 
@@ -88,7 +121,7 @@ class ClusterPrice:
         cluster, numbers = self.cluster, self.numbers
         terminals = (*cluster.reads, *cluster.writes) if cluster.moves_bytes else ()
         carried = [piece.factors for piece in cluster.work] + [terminal.leads for terminal in terminals]
-        written = [write.leads for write in cluster.writes] if self._byte_price else []
+        written = [write.leads for write, _ in self._held]
         split = np.ones((len(carried), len(rows)))
         held = np.ones((len(written), len(rows)))
         given = np.ones((len(cluster.units), len(rows)), dtype=np.int64)
@@ -110,8 +143,8 @@ class ClusterPrice:
         moved = (np.array(nbytes)[:, None] / split[pieces:]).sum(0)
         seconds = work_seconds(arithmetic, moved, 1, numbers.seconds_per_byte, np.maximum)
         if written:
-            whole = np.array([numbers.nbytes(write.tensor) for write in cluster.writes])
-            seconds = seconds + self._byte_price * (whole[:, None] / held).sum(0)
+            whole = np.array([price * numbers.nbytes(write.tensor) for write, price in self._held])
+            seconds = seconds + (whole[:, None] / held).sum(0)
         units = np.array(cluster.units, dtype=np.int64)[:, None]
         legal = (units % given == 0).all(0)
         for one, other in cluster.apart:
@@ -123,8 +156,11 @@ class ClusterPrice:
         value = self._exchanged.get(row)
         if value is None:
             value = 0.0
-            for nbytes, table in self._parts:
-                value += self._combines.seconds(tuple([axis[i] for axis, i in zip(table, row, strict=True)]), nbytes)
+            for nbytes, price, table in self._parts:
+                parts = tuple([axis[i] for axis, i in zip(table, row, strict=True)])
+                value += self._combines.seconds(parts, nbytes)
+                if price:
+                    value += price * nbytes * self._combines.share(parts)
             if self.cluster.halos:
                 options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
                 for _, axis, slab in halo_bytes(self.cluster, options, self._combines.setting, self.numbers):
@@ -147,7 +183,7 @@ class Reshards:
         self._weights = self._base ** np.arange(setting.axes)
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
-        self._per_byte = self._fixed = np.full((0, 0), np.nan)
+        self._per_byte = self._fixed = self._copied = np.full((0, 0), np.nan)
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -183,6 +219,9 @@ class Reshards:
             per_byte = self._per_byte[source, target]
         nbytes = np.array([price.nbytes for price, _, _ in asked])
         seconds = np.repeat(nbytes, sizes) * per_byte + self._fixed[source, target]
+        copied = np.array([price.copied for price, _, _ in asked])
+        if copied.any():
+            seconds += np.repeat(copied * nbytes, sizes) * self._copied[source, target]
         ends = first.tolist()
         return [
             seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
@@ -203,24 +242,26 @@ class Reshards:
             for code in sorted(set(codes[places < 0].tolist())):
                 self._place[code] = len(self._layouts)
                 self._layouts.append(tuple(code // weight % self._base - 1 for weight in self._weights.tolist()))
-            grown = np.full((2, len(self._layouts), len(self._layouts)), np.nan)
+            grown = np.full((3, len(self._layouts), len(self._layouts)), np.nan)
             known = len(self._per_byte)
-            grown[0, :known, :known], grown[1, :known, :known] = self._per_byte, self._fixed
-            self._per_byte, self._fixed = grown
+            grown[:, :known, :known] = self._per_byte, self._fixed, self._copied
+            self._per_byte, self._fixed, self._copied = grown
             places = self._place[codes]
         return places
 
     def _tabulate(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base - 1, self.setting.slow_first)
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
+        copies = any(step.kind != "slice" for step in steps)
+        self._copied[source, target] = 1 / shards(self._layouts[target], self.numbers.sizes) if copies else 0.0
 
 
 class ReshardPrice:
     """Seconds of one reshard for rows of the writer's and the reader's option numbers."""
 
-    def __init__(self, family: Reshards, tail: int, head: int, nbytes: float) -> None:
-        """`tail`, `head`: the terminals as `family` numbers them."""
-        self.family, self.tail, self.head, self.nbytes = family, tail, head, nbytes
+    def __init__(self, family: Reshards, tail: int, head: int, nbytes: float, copied: float) -> None:
+        """`tail`, `head`: the terminals as `family` numbers them; `copied`: seconds per byte of a copy in another layout."""
+        self.family, self.tail, self.head, self.nbytes, self.copied = family, tail, head, nbytes, copied
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]

@@ -22,13 +22,14 @@ from jaxplan.files.fold import unique_paths
 from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, Ledger, Live, PlanFileError, SavedExchange, SavedPlan, Split
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
+from jaxplan.ledger import ledger
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
 from jaxplan.trace import Traced
 
 MOST_LIVE = 8
-"""Kinds of buffers that the ledger names."""
+"""Kinds of tensors that the ledger names."""
 MOST_NAMED = 6
 """Paths that an error names; of more it gives the number."""
 
@@ -92,14 +93,10 @@ def _leaves(
 
 
 def _ledger(plan: Plan) -> Ledger:
-    held, tensors = plan.memory, plan.modelled.graph.tensors
-    counts: dict[tuple[str, str, tuple[int, ...], float], int] = {}
-    for buffer in held.live:
-        key = (buffer.kind, tensors[buffer.tensor].dtype, tensors[buffer.tensor].shape, buffer.nbytes)
-        counts[key] = counts.get(key, 0) + 1
-    largest = sorted(counts.items(), key=lambda item: (-item[0][3] * item[1], item[0]))[:MOST_LIVE]
-    live = tuple(Live(kind, dtype, shape, count, nbytes) for (kind, dtype, shape, nbytes), count in largest)
-    return Ledger(held.arguments, held.outputs, held.temporaries, held.peak, live)
+    held, found = plan.memory, ledger(plan)
+    largest = found.entries[:MOST_LIVE]
+    live = tuple(Live(e.kind, e.name, e.source, e.dtype, e.shape, e.count, e.nbytes) for e in largest)
+    return Ledger(held.arguments, held.outputs, held.temporaries, held.peak, found.by_kind, live)
 
 
 def _exchanges(plan: Plan) -> tuple[SavedExchange, ...]:

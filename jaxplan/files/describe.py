@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jaxplan.files.fold import fold_paths
 from jaxplan.files.nouns import Entries, Leaf, SavedPlan
-from jaxplan.report import WIDTH, show_bytes, show_seconds, table
+from jaxplan.report import WIDTH, peak_lines, show_bytes, show_seconds, table
 
 MOST_LIVE = 3
 
@@ -66,12 +66,12 @@ def _totals(saved: SavedPlan) -> list[str]:
     lines = [
         f"modelled step   {show_seconds(cost.seconds)}, {show_seconds(cost.exchange_seconds)} of it exchanges",
         f"sent            {show_bytes(saved.wire_bytes)} per device and call",
-        f"peak memory     {show_bytes(held.peak_bytes)} per device (modelled): {show_bytes(held.argument_bytes)} arguments, "
-        f"{show_bytes(held.output_bytes)} outputs, {show_bytes(held.temporary_bytes)} temporaries",
+        *peak_lines(held.peak_bytes, held.kinds),
     ]
     for one in held.live[:MOST_LIVE]:
-        each = f"{one.dtype}[{','.join(map(str, one.shape))}]"
-        lines.append(f"                {one.count} x {one.kind} of {each}, {show_bytes(one.count * one.bytes)}")
+        many, each = f"{one.count} x " if one.count > 1 else "", f"{one.dtype}[{','.join(map(str, one.shape))}]"
+        size = show_bytes(one.count * one.bytes)
+        lines.append(f"                {many}{one.name} {each} ({one.kind}), {size} {one.source}".rstrip())
     if cost.bound is not None:
         lines.append(f"certificate     no plan takes less than {show_seconds(cost.bound)}")
     if saved.unknown:

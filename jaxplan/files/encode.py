@@ -155,8 +155,10 @@ def _machine(value: Mapping[str, Any]) -> Machine:
 
 
 def _ledger_json(ledger: Ledger) -> dict[str, Any]:
-    totals = {name: _number(value) for name, value in vars(ledger).items() if name != "live"}
-    return {**totals, "live": [{**vars(one), "shape": list(one.shape), "bytes": _number(one.bytes)} for one in ledger.live]}
+    totals = {name: _number(value) for name, value in vars(ledger).items() if name not in ("kinds", "live")}
+    kinds = {kind: _number(value) for kind, value in ledger.kinds.items()}
+    live = [{**vars(one), "shape": list(one.shape), "bytes": _number(one.bytes)} for one in ledger.live]
+    return {**totals, "kinds": kinds, "live": live}
 
 
 def _ledger(value: Mapping[str, Any]) -> Ledger:

@@ -122,9 +122,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Live:
-    """Buffers of one kind, shape and size that live at the worst moment. `bytes`: per device, of each."""
+    """Tensors alike that live at the worst moment. `name`: the path of an argument or result, else the operator that makes it;
+    `source`: the line that wrote that operator, or ""; `bytes`: per device, of each."""
 
     kind: str
+    name: str
+    source: str
     dtype: str
     shape: tuple[int, ...]
     count: int
@@ -140,6 +143,7 @@ class Ledger:
     output_bytes: float
     temporary_bytes: float
     peak_bytes: float
+    kinds: Mapping[str, float]
     live: tuple[Live, ...]
 
 

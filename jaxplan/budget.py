@@ -1,0 +1,173 @@
+"""Room `budget`: the cheapest plan that stays within so many bytes per device; bytes are given a price, and it is bisected."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from jaxplan.cost import BytePrices, byte_shares
+from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
+from jaxplan.machine import Machine
+from jaxplan.plan import Plan
+from jaxplan.report import show_bytes
+
+SomePlan = TypeVar("SomePlan", bound=Plan)
+Attempt = Callable[[BytePrices | None], SomePlan]
+"""From what bytes are charged to the best plan."""
+Wider = Callable[[SomePlan, BytePrices, float], Sequence[str]]
+"""From a plan, what its bytes were charged, and a budget to what more devices would do."""
+
+LOWEST, STEP, POWERS = 1e-3, 1.15, 127
+"""Prices tried: `LOWEST` times a plan's own seconds per byte, times powers of `STEP` up to `POWERS`."""
+ROUNDS = 4
+"""How often moments are added to what is charged."""
+MOST_PARTS = 64
+"""Parts of another plan that are tried in one."""
+OTHERS = 3
+"""Plans whose parts are tried where nothing fits."""
+MOST_TENSORS = 5
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class NothingFits(ValueError):
+    """No plan stays within the memory budget. `smallest`: the least peak found, bytes per device. The message says what makes
+    it, and what would help."""
+
+    def __init__(self, message: str, smallest: float) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
+    """Bytes per device: a number, "16GiB", or None for the machine's own memory. Raises ValueError if it is no positive size."""
+    if budget is None:
+        return machine.memory_bytes
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"memory_budget {budget!r} is not a size: write bytes, or a string like '16GiB' or '900 MB'")
+        budget = float(match[1]) * _UNITS[match[2].upper()]
+    if not budget > 0:
+        raise ValueError(f"memory_budget must be positive, got {budget}")
+    return float(budget)
+
+
+def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
+    """The cheapest plan found that fits. `plan`: the best without a budget.
+
+    What lives at the peak is charged, at the lowest price that makes it fit; where then another moment is the worst, that one is
+    charged as well, and so on. Raises NothingFits.
+    """
+    unit = plan.seconds / max(plan.peak_bytes, 1.0)
+    moments = [plan.memory.moment]
+    fitting: list[SomePlan] = []
+    large: list[SomePlan] = [plan]
+    smallest, charged = plan, BytePrices()
+    for _ in range(ROUNDS):
+        weights = {place: moments.count(place) / len(moments) for place in moments}
+        shares = byte_shares(plan.modelled, plan.layouts, plan.traced.donated, weights)
+        seen = []
+        low, high = 0, POWERS + 1
+        while low < high:  # from the highest price on: whether anything fits is what has to be known first
+            power = high - 1 if not seen else (low + high) // 2
+            prices = shares.scaled(unit * LOWEST * STEP**power)
+            tried = attempt(prices)
+            seen.append(tried)
+            if tried.peak_bytes < smallest.peak_bytes or not charged.held:
+                charged = prices
+            smallest = min(smallest, tried, key=lambda one: one.peak_bytes)
+            if tried.peak_bytes <= budget:
+                high = power
+            elif len(seen) == 1:
+                break
+            else:
+                low = power + 1
+        fitting += [one for one in seen if one.peak_bytes <= budget]
+        large += [one for one in seen if one.peak_bytes > budget]
+        fresh = [one.memory.moment for one in seen if one.memory.moment not in moments]
+        if not fresh:
+            break
+        moments += list(dict.fromkeys(fresh))
+    if not fitting:
+        for other in sorted(large, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
+            smallest = _shrunk(smallest, other)
+        fitting += [smallest] if smallest.peak_bytes <= budget else []
+    if not fitting:
+        raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, charged, budget)), smallest.peak_bytes)
+    best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
+    return _loosened(best, min(large, key=lambda one: (one.peak_bytes, one.seconds)), budget)
+
+
+def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
+    """A plan that fits, with those parts of a cheaper and larger one that still fit."""
+    modelled = tight.modelled
+    gains = []
+    for part in _parts(tight, loose):
+        gain = tight.seconds - modelled.seconds(_swapped(tight.choices, loose.choices, part))
+        if gain > 0:
+            gains.append((-gain, part))
+    best = tight
+    for _, part in sorted(gains)[:MOST_PARTS]:
+        tried = replace(best, choices=_swapped(best.choices, loose.choices, part))
+        if tried.seconds < best.seconds and tried.peak_bytes <= budget:
+            best = tried
+    return best
+
+
+def _shrunk(plan: SomePlan, other: Plan) -> SomePlan:
+    """A plan with those parts of another that lower its peak."""
+    for part in _parts(plan, other)[:MOST_PARTS]:
+        tried = replace(plan, choices=_swapped(plan.choices, other.choices, part))
+        if tried.peak_bytes < plan.peak_bytes and math.isfinite(tried.seconds):
+            plan = tried
+    return plan
+
+
+def _parts(plan: Plan, other: Plan) -> list[list[int]]:
+    """The clusters in which two plans differ, in sets that are connected through such clusters."""
+    differ = set(np.flatnonzero((plan.choices != other.choices).any(axis=1)).tolist())
+    near: dict[int, list[int]] = {cluster: [] for cluster in differ}
+    for reading in plan.modelled.readings:
+        if {reading.writer, reading.reader} <= differ:
+            near[reading.writer].append(reading.reader)
+            near[reading.reader].append(reading.writer)
+    parts = []
+    while differ:
+        part, ahead = set(), [min(differ)]
+        while ahead:
+            cluster = ahead.pop()
+            if cluster not in part:
+                part.add(cluster)
+                ahead += near[cluster]
+        differ -= part
+        parts.append(sorted(part))
+    return parts
+
+
+def _swapped(choices: np.ndarray, others: np.ndarray, part: list[int]) -> np.ndarray:
+    mixed = choices.copy()
+    mixed[part] = others[part]
+    return mixed
+
+
+def _nothing_fits(smallest: Plan, budget: float, wider: Sequence[str]) -> str:
+    found = ledger(smallest)
+    largest = "; ".join(f"{entry} ({entry.kind}, {show_bytes(entry.total)})" for entry in found.entries[:MOST_TENSORS])
+    kinds = ", ".join(f"{show_bytes(value)} {kind}" for kind, value in found.by_kind.items())
+    held = found.by_kind.get(ACTIVATIONS, 0.0) + found.by_kind.get(TRANSIENTS, 0.0)
+    helps = [*wider]
+    if held > smallest.peak_bytes / 4:
+        helps += ["a smaller batch", "jax.checkpoint around what is repeated"]
+    return (
+        f"nothing fits: the smallest peak found is {smallest.peak_bytes:,.0f} bytes per device "
+        f"({show_bytes(smallest.peak_bytes)}), the budget is {show_bytes(budget)}. At that peak live {kinds}. "
+        f"The largest, per device: {largest}. "
+        f"What would help: {'; '.join(helps) or 'a larger budget: more devices along any axis do not lower it'}."
+    )

@@ -1,0 +1,159 @@
+"""Memory budgets: what fits is found, at a sensible price; where nothing does the error says what would. And the ledger."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import assert_close, mesh_of
+from jax.sharding import AbstractMesh, PartitionSpec as P
+
+import jaxplan
+from jaxplan.examples import programs
+
+MESH = AbstractMesh((4, 2), ("x", "y"))
+WIDTH, LAYERS = 256, 3
+
+
+def shape(*extents):
+    return jax.ShapeDtypeStruct(extents, jnp.float32)
+
+
+def train_step(state, x):
+    """Adam on a small network; the largest gradient is told besides the loss, as many training loops do."""
+
+    def loss(weights):
+        hidden = x
+        for w in weights:
+            hidden = jnp.tanh(hidden @ w)
+        return jnp.sum(hidden**2)
+
+    weights, first, second, count = state
+    value, gradients = jax.value_and_grad(loss)(weights)
+    first = [0.9 * m + 0.1 * g for m, g in zip(first, gradients)]
+    second = [0.99 * v + 0.01 * g * g for v, g in zip(second, gradients)]
+    weights = [w - 0.1 * m / (jnp.sqrt(v) + 1e-6) for w, m, v in zip(weights, first, second)]
+    return (weights, first, second, count + 1), value, jnp.max(jnp.stack([jnp.max(g) for g in gradients]))
+
+
+def train_args(batch):
+    layers = [shape(WIDTH, WIDTH)] * LAYERS
+    return (layers, layers, layers, jax.ShapeDtypeStruct((), jnp.int32)), shape(batch, WIDTH)
+
+
+def path(fn, args, shares, **options):
+    """Plans under falling budgets, as shares of what the plan without one takes."""
+    free = jaxplan.make_plan(fn, *args, memory_budget=math.inf, **options)
+    return free, [(share * free.peak_bytes, free.replan(memory_budget=share * free.peak_bytes)) for share in shares]
+
+
+def test_a_tighter_budget_splits_moments_first_then_parameters_then_activations():
+    """From data parallel to what is called ZeRO, and beyond; what it costs rises, and every plan fits."""
+    shares = (0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
+    free, squeezed = path(train_step, train_args(4096), shares, mesh=MESH, machine="h100", donate_argnums=0)
+    before = free.seconds
+    for budget, plan in squeezed:
+        assert plan.peak_bytes <= budget
+        assert before * (1 - 1e-9) <= plan.seconds <= 2 * free.seconds
+        before = plan.seconds
+    held = [plan.ledger.by_kind for plan in (free, *(plan for _, plan in squeezed))]
+
+    def first_smaller(kind):
+        return next(i for i, now in enumerate(held) if now[kind] < held[0][kind])
+
+    assert held[0]["parameters"] == 4 * LAYERS * WIDTH * WIDTH, "whole, without a budget"
+    assert 0 < first_smaller("other state") < first_smaller("parameters") < first_smaller("activations")
+
+
+@pytest.mark.parametrize("name", ["decoder_scan", "decoder_unrolled"])
+def test_the_examples_of_training_are_squeezed_step_by_step(name):
+    program = programs("full")[name]
+    free, squeezed = path(program.fn, program.args, (0.9, 0.8), mesh=AbstractMesh((4, 4), ("x", "y")), machine="v5e")
+    assert all(plan.peak_bytes <= budget for budget, plan in squeezed)
+    assert free.seconds < squeezed[0][1].seconds < squeezed[1][1].seconds < 1.1 * free.seconds
+    parameters = [plan.ledger.by_kind["parameters"] for plan in (free, *(plan for _, plan in squeezed))]
+    assert parameters == sorted(parameters, reverse=True) and parameters[-1] < parameters[0]
+
+
+def test_a_squeezed_plan_computes_the_same():
+    def step(w, x):
+        return w - 0.1 * jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w), jnp.mean(x)
+
+    w, x = jnp.linspace(-1, 1, 64 * 64).reshape(64, 64), jnp.linspace(-1, 1, 512 * 64).reshape(512, 64)
+    free = jaxplan.make_plan(step, w, x, mesh=mesh_of((4, 2)), machine="h100", memory_budget=math.inf)
+    plan = free.replan(memory_budget=0.8 * free.peak_bytes)
+    assert plan.peak_bytes <= 0.8 * free.peak_bytes
+    assert_close(jax.jit(step)(w, x), plan.jit()(w, x))
+
+
+def test_a_plan_that_fits_without_a_budget_is_that_plan():
+    free = jaxplan.make_plan(train_step, *train_args(1024), mesh=MESH, memory_budget=math.inf)
+    assert free.replan(memory_budget=free.peak_bytes).in_specs == free.in_specs
+
+
+def test_where_nothing_fits_the_error_says_what_takes_it_and_what_would_help():
+    with pytest.raises(jaxplan.NothingFits) as caught:
+        jaxplan.make_plan(train_step, *train_args(65536), mesh=MESH, memory_budget="9MiB")
+    told = str(caught.value)
+    assert caught.value.smallest > 9 * 2**20 and f"{caught.value.smallest:,.0f} bytes" in told
+    largest = re.search(r"The largest, per device: (.*?)\. What would help: (.*)", told)
+    assert largest and largest[1].count(";") == 4 and "(activations, " in largest[1] and "test_budget.py:" in largest[1]
+    assert "8 devices along 'x'" in largest[2] and "4 devices along 'y'" in largest[2]
+    assert "a smaller batch" in largest[2] and "jax.checkpoint" in largest[2]
+
+
+def test_more_devices_are_said_to_be_enough_where_they_are():
+    with pytest.raises(jaxplan.NothingFits) as caught:
+        jaxplan.make_plan(lambda big: big * 2, shape(1024, 1024), mesh=MESH, memory_budget=0.7 * 2 * 4 * 2**20 / 8)
+    assert "8 devices along 'x' (512.00 KiB, which fits)" in str(caught.value)
+    assert "a smaller batch" not in str(caught.value), "arguments and results take it all"
+
+
+def test_pins_that_do_not_fit_are_not_argued_with():
+    with pytest.raises(jaxplan.NothingFits, match=r"big.*1024,1024.*What would help: a larger budget"):
+        jaxplan.make_plan(lambda big: jnp.sum(big), shape(1024, 1024), mesh=MESH, pins={"big": P()}, memory_budget="1MiB")
+
+
+# --- the ledger --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", ["cpu", "v5e"])
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_the_ledger_adds_up_to_the_peak(name, machine):
+    program = programs()[name]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=MESH, machine=machine, donate_argnums=program.donate or None)
+    assert math.fsum(entry.total for entry in plan.ledger.entries) == pytest.approx(plan.peak_bytes, rel=1e-9)
+    assert sum(plan.ledger.by_kind.values()) == pytest.approx(plan.peak_bytes, rel=1e-9)
+
+
+@pytest.mark.parametrize("batch", [8, 4096])
+def test_state_is_told_apart(batch):
+    plan = jaxplan.make_plan(train_step, *train_args(batch), mesh=AbstractMesh((1,), ("x",)), machine="v5e", donate_argnums=0)
+    held = plan.ledger.by_kind
+    layer = 4 * WIDTH * WIDTH
+    assert held["parameters"] == LAYERS * layer and held["other state"] == 2 * LAYERS * layer + 4
+    assert held["other arguments"] == 4 * batch * WIDTH and held["outputs"] == 8
+    assert "gradients" in held and ("activations" in held) == (batch == 4096)
+
+
+def test_state_without_any_other_result():
+    """Parameters are then what more than element-wise work reads."""
+
+    def step(state, x):
+        w, momentum = state
+        momentum = 0.9 * momentum + jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
+        return w - 0.1 * momentum, momentum
+
+    plan = jaxplan.make_plan(step, (shape(64, 64), shape(64, 64)), shape(32, 64), mesh=AbstractMesh((1,), ("x",)), machine="v5e")
+    kinds = {entry.name: entry.kind for entry in plan.ledger.entries}
+    assert kinds["state/0"] == "parameters" and kinds["state/1"] == "other state" and kinds["x"] == "other arguments"
+
+
+def test_the_printed_plan_tells_what_lives_at_the_peak():
+    plan = jaxplan.make_plan(train_step, *train_args(4096), mesh=MESH, machine="v5e", donate_argnums=0)
+    told = str(plan)
+    assert "at the peak" in told and "activations" in told and "test_budget.py:" in told
+    assert " parameters, " in told.partition("peak memory")[2]
