@@ -78,8 +78,8 @@ def ledger(plan: Plan) -> Ledger:
         if buffer.kind != OUTPUT:
             kind = TRANSIENTS if buffer.kind != HELD else GRADIENTS if buffer.tensor in gradients else ACTIVATIONS
             add(kind, "", buffer.tensor, buffer.nbytes)
-    for tensor, nbytes in held.results:
-        add(OUTPUTS, traced.out_paths[graph.outputs.index(tensor)], tensor, nbytes)
+    for buffer in held.results:
+        add(OUTPUTS, traced.out_paths[graph.outputs.index(buffer.tensor)], buffer.tensor, buffer.nbytes)
     makers = {t: operator for operator in reversed(graph.operators) for t in operator.results}
     alike: dict[tuple[str, str, str, tuple[int, ...], float, str], int] = {}
     for (kind, name, tensor, nbytes), count in found.items():

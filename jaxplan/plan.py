@@ -13,7 +13,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.cost import Memory, Modelled, Reading, Step, cluster_exchanges, memory, reshard_steps, symbolic_cost, write_layout
+from jaxplan.cost import (
+    Memory,
+    Modelled,
+    Reading,
+    Step,
+    cluster_exchanges,
+    memory,
+    reshard_steps,
+    symbolic_cost,
+    symbolic_peak,
+    write_layout,
+)
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
@@ -301,10 +312,21 @@ class Plan:
         """Time of one call as a SymPy expression in dimensions, axis sizes (n_x) and machine symbols (r, m, g_x, l_x)."""
         return self._symbolic[0]
 
+    @cached_property
+    def _symbolic_peak(self) -> tuple[sympy.Expr, dict[Any, float]]:
+        return symbolic_peak(self.modelled, self.memory, self.input_layouts, self.names)
+
+    @property
+    def peak(self) -> sympy.Expr:
+        """Bytes per device at the peak as a SymPy expression in dimensions and axis sizes (n_x): what lives at the moment that
+        is the worst for these sizes."""
+        return self._symbolic_peak[0]
+
     @property
     def symbol_values(self) -> dict[Any, float]:
-        """The value of each symbol of `cost`; `plan.cost.subs(plan.symbol_values)` is `plan.seconds`."""
-        return dict(self._symbolic[1])
+        """The value of each symbol of `cost` and `peak`: `plan.cost.subs(plan.symbol_values)` is `plan.seconds`, and
+        `plan.peak.subs(plan.symbol_values)` is `plan.peak_bytes`."""
+        return {**self._symbolic_peak[1], **self._symbolic[1]}
 
     @cached_property
     def wire_bytes(self) -> dict[str, float]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import sympy
 from conftest import mesh_of
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.cost.memory import OUTPUT, Buffer, _outside_outputs
@@ -108,3 +109,18 @@ def test_a_deeper_model_holds_more_for_the_backward_pass():
 def test_a_machine_says_what_its_compiler_does():
     assert PRESETS["cpu"].materialises and not PRESETS["v5e"].materialises
     assert replace(PRESETS["v5e"], materialises=True) != PRESETS["v5e"]
+
+
+@pytest.mark.parametrize("machine", ["cpu", "v5e"])
+@pytest.mark.parametrize("name", sorted(programs()))
+def test_the_symbolic_peak_is_the_peak(name, machine):
+    program = programs()[name]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((4, 2), ("x", "y")), machine=machine)
+    assert float(plan.peak.subs(plan.symbol_values)) == pytest.approx(plan.peak_bytes, rel=1e-9)
+
+
+def test_a_peak_in_closed_form():
+    asked = {"mesh": AbstractMesh((4,), ("x",)), "dims": {"w": "K N", "x": "B K"}, "pins": {"x": P("x")}}
+    plan = jaxplan.make_plan(lambda w, x: x @ w, shape(256, 128), shape(512, 256), machine="v5e", **asked)
+    b, k, n, n_x = sympy.symbols("B K N n_x", positive=True)
+    assert sympy.expand(plan.peak - (4 * k * n + 4 * b * k / n_x + 4 * b * n / n_x)) == 0

@@ -6,7 +6,7 @@ from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices
-from jaxplan.cost.symbols import symbolic_cost
+from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "model",
     "reshard_steps",
     "symbolic_cost",
+    "symbolic_peak",
     "terminal_layout",
     "write_layout",
 ]

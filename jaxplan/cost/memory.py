@@ -33,26 +33,27 @@ HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
 @dataclass(frozen=True)
 class Buffer:
     """Bytes per device that live from place `first` to place `last` of the order. `tensor`: what they hold; `kind`: an
-    activation, the transient of an exchange, or an output of the program."""
+    activation, the transient of an exchange, or an output of the program; `axes`: the mesh axes that split it."""
 
     tensor: int
     kind: str
     nbytes: float
     first: int
     last: int
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: (tensor, bytes) of the outputs;
+    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs;
     `moment`: the place of it in the order of operators."""
 
     arguments: float
     outputs: float
     temporaries: float
     live: tuple[Buffer, ...]
-    results: tuple[tuple[int, float], ...]
+    results: tuple[Buffer, ...]
     moment: int
 
     @property
@@ -79,9 +80,11 @@ def memory(
 
     ties = dict(graph.ties)
     own: dict[int, float] = {}
+    results: dict[int, Buffer] = {}
     for position, tensor in enumerate(graph.outputs):
         if tensor >= 0 and not (position in ties and donated[ties[position]]):
             own[tensor] = local(tensor, outputs[position])
+            results[tensor] = Buffer(tensor, OUTPUT, own[tensor], 0, 0, _axes(outputs[position]))
     given = {graph.outputs[position] for position in ties if donated[ties[position]]}
     held, _ = _held(graph, facts, layouts, own, given, local)
     buffers = held + _transients(modelled, choices, facts, local)
@@ -98,7 +101,11 @@ def memory(
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
     total = sum(own.values())
     temporaries = float(lives[at]) if materialises else max(0.0, float(lives[at]) - written)
-    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(own.items()), at)
+    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(results.values()), at)
+
+
+def _axes(layout: Layout | None) -> tuple[int, ...]:
+    return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ def _held(
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     nbytes: dict[int, float] = {}
+    split: dict[int, Layout | None] = {}
 
     def touch(tensor: int, start: int, stop: int) -> None:
         root = roots.of(tensor)
@@ -199,7 +207,9 @@ def _held(
         if tensor in facts.fused:
             continue
         root = roots.of(tensor)
-        nbytes[root] = max(nbytes.get(root, 0.0), own.get(tensor, local(tensor, layouts.get(tensor))))
+        size = own.get(tensor, local(tensor, layouts.get(tensor)))
+        if size >= nbytes.get(root, 0.0):
+            nbytes[root], split[root] = size, layouts.get(tensor)
         start = made.get(tensor, 0)
         touch(tensor, start, max([start, *readers.get(tensor, ())]))
     for place, (_, produced), (_, final) in carries:
@@ -220,8 +230,10 @@ def _held(
         touch(tensor, made.get(tensor, 0), end)
         kinds[roots.of(tensor)] = OUTPUT
     kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in given}
-    buffers = [Buffer(root, kinds[root], size, first[root], last[root]) for root, size in nbytes.items() if root not in kept]
-    return buffers, roots
+    return [
+        Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
+        for root, size in nbytes.items() if root not in kept
+    ], roots  # fmt: skip
 
 
 def byte_shares(
@@ -281,15 +293,16 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
             users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
     found = [
-        Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users))
+        Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users), _axes(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             if exchange.operator in place:
-                parts = math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
-                at, size = place[exchange.operator], graph.tensors[exchange.tensor].nbytes / parts
-                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, at))
+                split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
+                size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
+                at = place[exchange.operator]
+                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, at, split))
     return found
 
 

@@ -10,10 +10,12 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.memory import OUTPUT, Memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.layout import Layout
 from jaxplan.rules import Kind
 
 if TYPE_CHECKING:
@@ -246,3 +248,23 @@ def symbolic_cost(
     whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), symbols.values
 
+
+def symbolic_peak(
+    modelled: Modelled, held: Memory, inputs: Sequence[Layout], names: DimensionNames
+) -> tuple[sympy.Expr, dict[Any, float]]:
+    """Bytes per device of the arguments, the outputs and what lives besides at the worst moment, as a SymPy expression, and the
+    value of each of its symbols. `inputs`: the layout of every flat input. Which moment is the worst is not in symbols."""
+    import sympy
+
+    graph = modelled.graph
+    symbols = Symbols(graph, modelled.numbers, names)
+    parts: dict[Any, int] = {}
+    arguments = [(tensor, [axis for axis, dim in enumerate(layout) if dim >= 0]) for tensor, layout in zip(graph.inputs, inputs)]
+    besides = [buffer for buffer in held.live if buffer.kind != OUTPUT]
+    others = [(buffer.tensor, buffer.axes) for buffer in (*held.results, *besides)]
+    for tensor, axes in (*arguments, *others):
+        value = symbols.nbytes(tensor)
+        for axis in axes:
+            value = value / symbols.sizes[axis]
+        parts[value] = parts.get(value, 0) + 1
+    return sympy.Add(*[times * value for value, times in parts.items()]), symbols.values
