@@ -8,11 +8,12 @@ or, where all results are state, that more than element-wise work reads; *other 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from jaxplan.cost.memory import HELD, OUTPUT
-from jaxplan.graph import Graph
+from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import INPUT
 from jaxplan.plan import Plan
 
@@ -85,14 +86,21 @@ def ledger(plan: Plan) -> Ledger:
     for (kind, name, tensor, nbytes), count in found.items():
         about, source = graph.tensors[tensor], ""
         if not name:
-            maker = makers.get(tensor)
-            while maker is not None and maker.equation is None and maker.operands and maker.operands[-1] in makers:
-                maker = makers[maker.operands[-1]]
+            maker = _written_by(tensor, makers)
             name, source = (maker.name, plan.source(maker)) if maker is not None else ("", "")
         key = (kind, name, about.dtype, about.shape, nbytes, source)
         alike[key] = alike.get(key, 0) + count
     entries = [Entry(*key[:4], count, *key[4:]) for key, count in alike.items()]
     return Ledger(tuple(sorted(entries, key=lambda e: (-e.total, KINDS.index(e.kind), e.name, e.source, e.shape))))
+
+
+def _written_by(tensor: int, makers: Mapping[int, Operator]) -> Operator | None:
+    """The operator that a user wrote to make a tensor: back through views and the edges of loops, and no edge twice."""
+    maker, seen = makers.get(tensor), set()
+    while maker is not None and maker.equation is None and maker.operands and maker.path not in seen:
+        seen.add(maker.path)
+        maker = makers.get(maker.operands[-1], maker)
+    return maker
 
 
 def _parameters(graph: Graph) -> set[int]:

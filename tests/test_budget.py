@@ -157,3 +157,16 @@ def test_the_printed_plan_tells_what_lives_at_the_peak():
     told = str(plan)
     assert "at the peak" in told and "activations" in told and "test_budget.py:" in told
     assert " parameters, " in told.partition("peak memory")[2]
+
+
+def test_a_loops_state_that_nothing_changes_is_told_by_whatever_is_known():
+    """Its only maker is the edge of the loop."""
+
+    def fn(x):
+        doubled = 2 * x
+        body = jax.checkpoint(lambda kept, total: (kept, total @ kept))  # JAX itself does not see that it hands on `kept`
+        kept, total = jax.lax.fori_loop(0, 3, lambda _, state: body(*state), (doubled, jnp.sin(doubled)))
+        return kept @ total
+
+    plan = jaxplan.make_plan(fn, shape(64, 64), mesh=AbstractMesh((1,), ("x",)), machine="cpu")
+    assert math.fsum(e.total for e in plan.ledger.entries) == plan.peak_bytes and str(plan)

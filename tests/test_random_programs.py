@@ -6,6 +6,7 @@ way is a small test of its own in test_random_found.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -33,6 +34,8 @@ from jaxplan.search import hsm2dl
 MESHES = ((8,), (4, 2), (2, 2, 2))
 BLOCKS, BLOCK = 20, 100
 """Of the slow tests: how many, and the programs of each."""
+TIGHT = 0.75
+"""A memory budget, as a share of what a plan without one takes."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,22 +94,29 @@ def any_layouts(seed: int) -> Callable[[Problem], Assignment]:
 @dataclass(frozen=True)
 class Setting:
     """What a program is planned for. `machine`: its place in `MACHINES`; `anywhere`: a seed of any legal layouts, 0 for the
-    default search; `pins`: a seed of layouts of inputs insisted on, 0 for none."""
+    default search; `pins`: a seed of layouts of inputs insisted on, 0 for none; `squeezed`: into less memory than it takes."""
 
     mesh: tuple[int, ...]
     machine: int
     anywhere: int
     pins: int
     donate: bool
+    squeezed: bool = False
 
     def plan(self, program: Program) -> jaxplan.Plan:
         """The program's plan."""
         fn, args = build(program)
-        return jaxplan.make_plan(
+        plan = jaxplan.make_plan(
             fn, *args, mesh=mesh_of(self.mesh), machine=MACHINES[self.machine], donate_argnums=0 if self.donate else None,
             search=any_layouts(self.anywhere) if self.anywhere else "hsm2dl",
             pins=random_pins(Random(self.pins), args[1], self.mesh) if self.pins else {},
         )  # fmt: skip
+        budget = TIGHT * plan.peak_bytes if self.squeezed else 0.0
+        if budget:
+            with contextlib.suppress(jaxplan.NothingFits):
+                plan = plan.replan(memory_budget=budget)
+                assert plan.peak_bytes <= budget
+        return plan
 
 
 def random_pins(random: Random, inputs: Mapping[str, np.ndarray], mesh: tuple[int, ...]) -> dict[str, PartitionSpec]:
@@ -129,7 +139,9 @@ def draw_case(random: Random, mesh: Sequence[int]) -> tuple[Program, Setting]:
     """A program and what to plan it for."""
     program = draw_program(random)
     machine, anywhere = random.randrange(len(MACHINES)), random.choice((0, 0, 1, 2))
-    return program, Setting(tuple(mesh), machine, anywhere, random.choice((0, 0, 1, 2)), random.random() < 0.5)
+    pins, donate = random.choice((0, 0, 1, 2)), random.random() < 0.5
+    squeezed = not anywhere and random.random() < 0.2
+    return program, Setting(tuple(mesh), machine, anywhere, pins, donate, squeezed)
 
 
 def random_case(seed: int) -> tuple[Program, Setting]:
