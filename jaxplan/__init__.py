@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxplan.agree import DifferentPlans as DifferentPlans
     from jaxplan.api import Plan as Plan, auto_shard as auto_shard, load_plan as load_plan, make_plan as make_plan
     from jaxplan.budget import NothingFits as NothingFits
     from jaxplan.hlo import Audit as Audit, audit as audit
@@ -25,6 +26,7 @@ _HOMES = {
     "Audit": "jaxplan.hlo",
     "rule": "jaxplan.rules",
     "Calibration": "jaxplan.measure",
+    "DifferentPlans": "jaxplan.agree",
     "calibrate": "jaxplan.measure",
     "load_machine": "jaxplan.machine",
     "save_machine": "jaxplan.machine",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "Audit",
     "Calibration",
+    "DifferentPlans",
     "LayoutError",
     "Link",
     "Machine",

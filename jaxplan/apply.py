@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxplan import _jax
+from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.plan import Plan
@@ -232,7 +233,8 @@ _CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
 class PlannedFunction:
     """A planned function, compiled on first use. Called like the original; places its arguments by itself.
 
-    Errors: ValueError if the arguments' structure, shapes or static values are not those that were planned for.
+    Errors: ValueError if the arguments' structure, shapes or static values are not those that were planned for; `DifferentPlans`
+    where the mesh spans processes that planned otherwise.
     """
 
     def __init__(self, plan: Plan, static: dict[int | str, Any], donate: Sequence[int]) -> None:
@@ -241,6 +243,7 @@ class PlannedFunction:
         self.plan, self._static = plan, static
         self._mesh = auto_mesh(plan.mesh)
         self._donate = frozenset(donate)
+        self._agreed = False
         self._ins = self._shardings(plan.input_layouts, plan.traced.in_avals)
         self._outs = self._shardings(plan.output_layouts, plan.traced.out_avals)
         flat = flat_function(plan, self._mesh)
@@ -260,6 +263,9 @@ class PlannedFunction:
         leaves = self._flatten(args, kwargs)
         if any(isinstance(leaf, _jax.Tracer) for leaf in leaves):
             return self.plan.traced.unflatten_outputs(self._called_inside(leaves))
+        if not self._agreed:
+            check_agreement(self.plan)
+            self._agreed = True
         placed = [
             self._place(leaf, sharding, position in self._donate)
             for position, (leaf, sharding) in enumerate(zip(leaves, self._ins, strict=True))

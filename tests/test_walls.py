@@ -30,7 +30,8 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 """The audit's rooms import each other and nothing else: it is the cost model's judge."""
 
 LEAVES: Mapping[str, tuple[str, ...]] = {
-    "apply": (),
+    "agree": ("files",),
+    "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),
     "report": ("ledger",),
