@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxplan.solve.core import Core, core_of
+from jaxplan.solve.compiled import HAVE_NUMBA
+from jaxplan.solve.core import BARRED, core_of
 from jaxplan.solve.dual import Dual
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
@@ -19,8 +20,30 @@ FIRST_STEP, LAST_STEP = 0.05, 5e-6
 """Steps of the dual's ascent, as `Dual.ascend` takes them, falling geometrically."""
 ASCENT = 300
 """Steps of one ascent."""
-CHUNK = 500
-"""Forests tried between two looks at the clock."""
+REFINEMENT = 20
+"""Steps of each later ascent."""
+SPREADS = (0.0, 1.0, 0.3, 2.0)
+"""Standard deviations of the logarithm by which the multipliers of a new start differ from the best ones, one after the other."""
+PASSES = 6
+"""Passes of the dual before a new start is rounded."""
+FOREST = 40
+"""Nodes of a forest, at most."""
+MOVES = 4.0 if HAVE_NUMBA else 0.1
+"""Forests tried in one annealing, per node."""
+CHUNKS = 20
+"""Looks at the clock in one annealing."""
+HEATS = 0.3, 3.0
+"""Heat of shaking, in costs per node, between these; annealing begins at the first."""
+PENALTIES = 0.3, 3.0
+"""Penalty of what is over the limit where shaking begins, in largest multipliers, between these."""
+GROWTH, ATTEMPTS = 1.2, 120
+"""The penalty's growth from one attempt at repair to the next."""
+SHAKES = 2
+"""Walks shaken for every new start."""
+REFINED = 6
+"""New walks between two ascents of the dual."""
+BLUR = 3.0
+"""How much more the costs of strategies are blurred than results may get worse."""
 KEPT = 4
 """Walks that are intensified."""
 PROVEN = 1e-9
@@ -101,6 +124,7 @@ class Search:
 
     def __init__(self, problem: IntervalProblem, incumbent: Incumbent, rng: np.random.Generator, deadline: float, rounds: float = math.inf) -> None:
         self.problem, self.incumbent, self.rng, self.deadline, self.rounds = problem, incumbent, rng, deadline, rounds
+        self.step = LAST_STEP
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
 
@@ -133,70 +157,112 @@ class Search:
             raise OutOfTime
 
     def improve(self) -> None:
-        """The whole search on the reduced problem."""
+        """The whole search on the reduced problem: new starts and annealing of the best walks take turns."""
         self.check()
         began = time.monotonic()
-        for _ in range(20):
+        self.size = len(self.core.start) - 1
+        chosen = np.zeros(self.size, dtype=np.int64)
+        for _ in range(PASSES):
             _, chosen, _ = self.dual.passes(1)
             self.note_bound()
         self.repair(Walk(self.core, chosen), self.dual.multipliers)
-        starts = self.ascend(began + 0.3 * (self.deadline - began))
-        walks: list[Walk] = []
-        for chosen, multipliers in starts:
-            walk = Walk(self.core, chosen)
-            self.repair(walk, multipliers)
-            self.walk(walk, multipliers, 20)
-            walks.append(walk)
-            if time.monotonic() > began + 0.6 * (self.deadline - began):
-                break
-        walks.sort(key=lambda walk: walk.cost if walk.feasible else math.inf)
-        walks = walks[:KEPT]
-        done = 0
-        while done < self.rounds:
-            done += 1
-            for walk in walks:
-                self.walk(walk, self.dual.best_multipliers, 10)
+        self.ascend(began + 0.4 * (self.deadline - began))
+        kept: list[Walk] = []
+        number = 0
+        while number < self.rounds:
+            if not kept or number % (1 + SHAKES) == 0:
+                walk = self.start(SPREADS[number // (1 + SHAKES) % len(SPREADS)])
+            else:
+                place = int(self.rng.integers(len(kept))) if self.rng.random() < 0.5 else 0
+                walk = self.shaken(kept[place])
+                if walk.cost < kept[place].cost:
+                    kept.pop(place)
+            if walk.feasible:
+                kept.append(walk)
+            distinct = {walk.cost: walk for walk in kept}
+            kept = [distinct[cost] for cost in sorted(distinct)[:KEPT]]
+            number += 1
+            if number % REFINED == 0:
+                self.refine()
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""
         self.incumbent.bound = max(self.incumbent.bound, self.dual.best + self.dual.offset)
         self.check()
 
-    def ascend(self, until: float) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ascend the dual; gives (positions, multipliers) of iterates to start from, the last first."""
-        seen = []
+    def ascend(self, until: float) -> None:
+        """Ascend the dual until its steps are small, or time is up: `refine` goes on from there."""
         for number in range(ASCENT):
-            share = number / ASCENT
-            multipliers = self.dual.multipliers
-            _, chosen = self.dual.ascend(FIRST_STEP ** (1 - share) * LAST_STEP**share)
+            self.step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (number / ASCENT)
+            _, chosen = self.dual.ascend(self.step)
             self.note_bound()
-            if number % 10 == 9:
-                seen.append((chosen, multipliers))
+            if 3 * number == ASCENT:
+                self.repair(Walk(self.core, chosen), self.dual.multipliers)
             if time.monotonic() > until:
                 break
-        return seen[::-1]
 
-    def repair(self, walk: Walk, multipliers: np.ndarray) -> None:
-        """Bring a walk within the limit by a penalty that grows."""
-        heaviest = float(multipliers.max(initial=0.0))
-        penalty = 0.1 * heaviest or abs(walk.cost) / max(1e-9, walk.excess)
-        for _ in range(60):
+    def refine(self) -> None:
+        """Ascend a little more from the best multipliers, with steps that shrink while that gains nothing."""
+        before = self.dual.best
+        self.dual.multipliers = self.dual.best_multipliers.copy()
+        self.dual.passes(PASSES)
+        for _ in range(REFINEMENT):
+            self.dual.ascend(self.step)
+            self.note_bound()
+        if self.dual.best - before <= 1e-3 * abs(before):
+            self.step *= 0.5
+
+    def start(self, spread: float) -> Walk:
+        """A new walk, from the dual's solution at multipliers near the best ones."""
+        best = self.dual.best_multipliers
+        self.dual.multipliers = multipliers = best * np.exp(spread * self.rng.standard_normal(len(best)))
+        _, chosen, _ = self.dual.passes(PASSES)
+        self.note_bound()
+        walk = Walk(self.core, chosen)
+        self.repair(walk, multipliers)
+        if walk.feasible:
+            self.anneal(walk, multipliers)
+        return walk
+
+    def shaken(self, walk: Walk) -> Walk:
+        """A walk from where another one stands, over the limit and back."""
+        again = Walk(self.core, walk.chosen)
+        multipliers = self.dual.best_multipliers
+        heat, first = (low * (high / low) ** self.rng.random() for low, high in (HEATS, PENALTIES))
+        penalty = first * (float(multipliers.max(initial=0.0)) or 1e-6 * abs(walk.cost))
+        for _ in range(3):
+            self.move(again, multipliers, penalty, heat)
+        self.repair(again, multipliers, penalty, heat)
+        if again.feasible:
+            self.anneal(again, multipliers)
+        return again
+
+    def repair(self, walk: Walk, multipliers: np.ndarray, penalty: float = 0.0, heat: float = 1.0) -> None:
+        """Bring a walk within the limit by a penalty that grows, from a tenth of the largest multiplier if none is given."""
+        penalty = penalty or 0.1 * float(multipliers.max(initial=0.0)) or abs(walk.cost) / max(1e-9, walk.excess)
+        for attempt in range(ATTEMPTS):
             if walk.feasible:
                 break
-            walk.move(self.rng, multipliers, penalty, CHUNK, 80, 0.95, 0.0)
+            self.move(walk, multipliers, penalty, heat if attempt < ATTEMPTS // 2 else 0.0)
             if walk.excess < self.nearest and self.reducer is not None:
                 self.nearest = walk.excess
                 self.incumbent.nearest = self.reducer, walk.chosen.copy()
-            penalty *= 1.5
-            self.check()
+            penalty *= GROWTH
         self.offer(walk)
 
-    def walk(self, walk: Walk, multipliers: np.ndarray, chunks: int) -> None:
-        """Improve a walk."""
-        for _ in range(chunks):
-            walk.move(self.rng, multipliers, 1e6 * float(multipliers.max(initial=1.0)), CHUNK, 80, 0.95, 0.0)
+    def anneal(self, walk: Walk, multipliers: np.ndarray) -> None:
+        """Improve a walk within the limit, cooling down to none."""
+        barrier = 1e6 * float(multipliers.max(initial=0.0)) or 1e6 * abs(walk.cost)
+        for chunk in range(CHUNKS):
+            self.move(walk, multipliers, barrier, HEATS[0] * max(0.0, 1.0 - chunk / (CHUNKS - 3)) ** 2)
             self.offer(walk)
-            self.check()
+
+    def move(self, walk: Walk, multipliers: np.ndarray, penalty: float, heat: float) -> None:
+        """Some moves at a heat in costs per node."""
+        heat *= abs(walk.cost + self.dual.offset) / self.size if walk.cost < BARRED / 10 else 0.0
+        moves = max(20, int(MOVES * self.size / CHUNKS))
+        walk.move(self.rng, multipliers, penalty, moves, FOREST, 0.95, heat, BLUR * heat)
+        self.check()
 
     def offer(self, walk: Walk) -> None:
         """Offer where a walk stands."""

@@ -128,9 +128,18 @@ def condition(core, work, number, placed, chosen):
 
 
 @compiled()
-def decide(core, work, placed, prices, scale, penalties, cuts):
-    """The forest's best choice at prices, into `work.pick`: `scale` times `prices`, `penalties` and the first `cuts` cuts."""
+def decide(core, work, placed, prices, scale, penalties, cuts, noise, randoms, at):
+    """The forest's best choice at prices, into `work.pick`: `scale` times `prices`, `penalties` and the first `cuts` cuts.
+
+    `noise`: each strategy costs so many exponential variates more, from `at` in `randoms` on.
+    """
     work.priced[: work.slot[placed]] = work.base[: work.slot[placed]]
+    if noise > 0.0:
+        for i in range(work.slot[placed]):
+            at += 1
+            if at >= len(randoms):
+                at = 0
+            work.priced[i] -= noise * np.log(1.0 - randoms[at])
     for k in range(placed):
         v = work.order[k]
         count = core.start[v + 1] - core.start[v]
@@ -226,7 +235,7 @@ def penalise(core, usage, penalty, penalties):
 
 
 @compiled()
-def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, joins, heat, randoms):
+def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, joins, heat, noise, randoms):
     """Try `moves` forests; `chosen` and `usage` follow what is accepted. Gives (change of cost, change of summed excess).
 
     Accepted is what does not raise cost + penalty * excess by more than `heat` times an exponential variate.
@@ -245,8 +254,9 @@ def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, 
         placed, at = grow(core, work, number, wanted, joins, randoms, at)
         condition(core, work, number, placed, chosen)
         cuts = 0
+        blur = noise * randoms[at] if randoms[at + 1] < 0.5 else 0.0
         while True:
-            decide(core, work, placed, prices, scale, penalties, cuts)
+            decide(core, work, placed, prices, scale, penalties, cuts, blur, randoms, at)
             delta, moved = true_change(core, work, placed, chosen)
             if moved == 0:
                 break
@@ -302,14 +312,14 @@ class Walk:
         self.excess = float(np.maximum(self.usage - self.core.capacity, 0.0).sum())
 
     def move(
-        self, rng: np.random.Generator, multipliers: np.ndarray, penalty: float, moves: int, size: int, joins: float, heat: float
+        self, rng: np.random.Generator, multipliers: np.ndarray, penalty: float, moves: int, size: int, joins: float, heat: float, noise: float = 0.0
     ) -> None:
         """Try so many forests of up to `size` nodes, at most LARGEST."""
         prices = np.concatenate([[0.0], np.cumsum(multipliers)])
         penalise(self.core, self.usage, penalty, self.penalties)
         improve(
             self.core, self.work, self.chosen, self.usage, prices, penalty, self.penalties,
-            moves, min(size, LARGEST), joins, heat, rng.random(16384),
+            moves, min(size, LARGEST), joins, heat, noise, rng.random(16384),
         )  # fmt: skip
         self.settle()
 
