@@ -36,8 +36,8 @@ HEATS = 0.3, 3.0
 """Heat of shaking, in costs per node, between these; annealing begins at the first."""
 PENALTIES = 0.3, 3.0
 """Penalty of what is over the limit where shaking begins, in largest multipliers, between these."""
-GROWTH, ATTEMPTS = 1.2, 120
-"""The penalty's growth from one attempt at repair to the next."""
+GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
+"""The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
 SHAKES = 2
 """Walks shaken for every new start."""
 REFINED = 6
@@ -159,14 +159,14 @@ class Search:
     def improve(self) -> None:
         """The whole search on the reduced problem: new starts and annealing of the best walks take turns."""
         self.check()
-        began = time.monotonic()
         self.size = len(self.core.start) - 1
         chosen = np.zeros(self.size, dtype=np.int64)
         for _ in range(PASSES):
             _, chosen, _ = self.dual.passes(1)
             self.note_bound()
-        self.repair(Walk(self.core, chosen), self.dual.multipliers)
-        self.ascend(began + 0.4 * (self.deadline - began))
+        self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
+        began = time.monotonic()
+        self.ascend(began + 0.5 * (self.deadline - began))
         kept: list[Walk] = []
         number = 0
         while number < self.rounds:
@@ -194,10 +194,8 @@ class Search:
         """Ascend the dual until its steps are small, or time is up: `refine` goes on from there."""
         for number in range(ASCENT):
             self.step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (number / ASCENT)
-            _, chosen = self.dual.ascend(self.step)
+            self.dual.ascend(self.step)
             self.note_bound()
-            if 3 * number == ASCENT:
-                self.repair(Walk(self.core, chosen), self.dual.multipliers)
             if time.monotonic() > until:
                 break
 
@@ -237,7 +235,9 @@ class Search:
             self.anneal(again, multipliers)
         return again
 
-    def repair(self, walk: Walk, multipliers: np.ndarray, penalty: float = 0.0, heat: float = 1.0) -> None:
+    def repair(
+        self, walk: Walk, multipliers: np.ndarray, penalty: float = 0.0, heat: float = 1.0, growth: float = GROWTH
+    ) -> None:
         """Bring a walk within the limit by a penalty that grows, from a tenth of the largest multiplier if none is given."""
         penalty = penalty or 0.1 * float(multipliers.max(initial=0.0)) or abs(walk.cost) / max(1e-9, walk.excess)
         for attempt in range(ATTEMPTS):
@@ -247,7 +247,7 @@ class Search:
             if walk.excess < self.nearest and self.reducer is not None:
                 self.nearest = walk.excess
                 self.incumbent.nearest = self.reducer, walk.chosen.copy()
-            penalty *= GROWTH
+            penalty *= growth
         self.offer(walk)
 
     def anneal(self, walk: Walk, multipliers: np.ndarray) -> None:
