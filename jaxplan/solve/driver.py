@@ -36,6 +36,8 @@ HEATS = 0.3, 3.0
 """Heat of shaking, in costs per node, between these; annealing begins at the first."""
 PENALTIES = 0.3, 3.0
 """Penalty of what is over the limit where shaking begins, in largest multipliers, between these."""
+COOLING = 1e-3
+"""What annealing cools by."""
 GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
 """The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
 SHAKES = 2
@@ -223,9 +225,12 @@ class Search:
         return walk
 
     def shaken(self, walk: Walk) -> Walk:
-        """A walk from where another one stands, over the limit and back."""
+        """A walk from where another one stands, over the limit and back; or, one time in three, only warmed."""
         again = Walk(self.core, walk.chosen)
         multipliers = self.dual.best_multipliers
+        if self.rng.random() < 1 / 3:
+            self.anneal(again, multipliers, HEATS[0] * COOLING ** self.rng.random())
+            return again
         heat, first = (low * (high / low) ** self.rng.random() for low, high in (HEATS, PENALTIES))
         penalty = first * (float(multipliers.max(initial=0.0)) or 1e-6 * abs(walk.cost))
         for _ in range(3):
@@ -250,11 +255,12 @@ class Search:
             penalty *= growth
         self.offer(walk)
 
-    def anneal(self, walk: Walk, multipliers: np.ndarray) -> None:
-        """Improve a walk within the limit, cooling down to none."""
+    def anneal(self, walk: Walk, multipliers: np.ndarray, heat: float = HEATS[0]) -> None:
+        """Improve a walk within the limit, cooling down to none by equal factors: costs per node differ by orders."""
         barrier = 1e6 * float(multipliers.max(initial=0.0)) or 1e6 * abs(walk.cost)
         for chunk in range(CHUNKS):
-            self.move(walk, multipliers, barrier, HEATS[0] * max(0.0, 1.0 - chunk / (CHUNKS - 3)) ** 2)
+            cool = chunk / (CHUNKS - 3)
+            self.move(walk, multipliers, barrier, heat * COOLING**cool if cool < 1 else 0.0)
             self.offer(walk)
 
     def move(self, walk: Walk, multipliers: np.ndarray, penalty: float, heat: float) -> None:
