@@ -84,7 +84,7 @@ BAD = {
     "costs no array": (nodes(costs={}), "problem.nodes.costs: dict where an array is wanted"),
     "too few costs": (nodes(costs=[[5, 1]]), "problem.nodes.costs: 1 entries for 2 nodes"),
     "too few tables": (edges(costs=[]), "problem.edges.costs: 0 entries for 1 edges"),
-    "a node without strategies": (nodes(costs=[[5, 1], []], usages=[[1, 4], []]), "problem.nodes.costs[1]: the node has no strategy"),
+    "no strategies": (nodes(costs=[[5, 1], []], usages=[[1, 4], []]), "problem.nodes.costs[1]: the node has no strategy"),
     "ragged usages": (nodes(usages=[[1], [2, 2]]), "problem.nodes.usages[0]: 1 usages for 2 strategies"),
     "ragged table": (edges(costs=[[0, 7, 1]]), "problem.edges.costs[0]: 3 costs for 2 x 2 strategies"),
     "ragged interval": (nodes(intervals=[[0, 4], [2]]), "problem.nodes.intervals[1]: [2] is not a pair of whole numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -20,8 +21,10 @@ from jaxplan.cli.output import Trouble, emit
 if TYPE_CHECKING:
     from jaxplan.solve import Incumbent, Solution
 
-RESERVE = 1.0
-"""Seconds of the limit kept for writing the answer down."""
+RESERVE = 0.5, 0.5
+"""What of the limit is kept for writing the answer down: seconds, and in times of reading the problem; at most half of it."""
+GLANCE = 0.05
+"""Seconds between two looks at the clock."""
 BETWEEN = 1.0
 """Seconds between two lines of progress, at least."""
 
@@ -66,7 +69,8 @@ class Job(threading.Thread):
 
     def __init__(self, path: str, seed: int, began: float, limit: float) -> None:
         super().__init__(daemon=True)
-        self.path, self.seed, self.began, self.limit = path, seed, began, limit
+        self.path, self.seed, self.began = path, seed, began
+        self.limit, self.last = limit, began + max(0.5 * limit, limit - RESERVE[0])
         self.ended = threading.Event()
         self.incumbent: Incumbent | None = None
         self.trouble: BaseException | None = None
@@ -78,12 +82,17 @@ class Job(threading.Thread):
             from jaxplan.iopddl import read_problem
             from jaxplan.solve import Incumbent, solve
 
+            gc.disable()  # there are millions of numbers and no cycles: a third of the time of reading and reducing
+            start = time.monotonic()
             problem = read_problem(self.path)
+            reserve = RESERVE[0] + RESERVE[1] * (time.monotonic() - start)
+            self.last = self.began + max(0.5 * self.limit, self.limit - reserve)
             self.incumbent = Incumbent(problem, self.say, began=self.began)
-            solve(problem, self.limit, self.seed, self.incumbent)
+            solve(problem, self.last - self.began, self.seed, self.incumbent)
         except BaseException as error:  # told by the main thread
             self.trouble = error
         finally:
+            gc.enable()
             self.ended.set()
 
     def say(self, line: str) -> None:
@@ -117,11 +126,11 @@ def solve(arguments: argparse.Namespace) -> int:
     SIGTERM or SIGINT. Status 1 if there is no feasible solution or none was found, 2 if the file cannot be read.
     """
     began = started()
-    limit = max(0.5 * arguments.time_limit, arguments.time_limit - RESERVE)
-    job, caught = Job(arguments.file, arguments.seed, began, limit), []
+    job, caught = Job(arguments.file, arguments.seed, began, arguments.time_limit), []
     with stopping(job, caught):
         job.start()
-        job.ended.wait(max(0.0, began + limit - time.monotonic()))
+        while not job.ended.wait(GLANCE) and time.monotonic() < job.last:
+            pass
         found = None if job.incumbent is None else job.incumbent.solution()
         if found is None:
             _explain(job, arguments, bool(caught))

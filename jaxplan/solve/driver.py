@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -122,9 +123,16 @@ class OutOfTime(Exception):
 
 
 class Search:
-    """One search: the reduced problem, its dual, and the walks."""
+    """One search: the reduced problem, its dual, and the walks. `rounds`: how many walks to try, besides the deadline."""
 
-    def __init__(self, problem: IntervalProblem, incumbent: Incumbent, rng: np.random.Generator, deadline: float, rounds: float = math.inf) -> None:
+    def __init__(
+        self,
+        problem: IntervalProblem,
+        incumbent: Incumbent,
+        rng: np.random.Generator,
+        deadline: float,
+        rounds: float = math.inf,
+    ) -> None:
         self.problem, self.incumbent, self.rng, self.deadline, self.rounds = problem, incumbent, rng, deadline, rounds
         self.step = LAST_STEP
         self.nearest = math.inf  # the least excess of usage of any walk
@@ -141,14 +149,13 @@ class Search:
             self.incumbent.offer(reducer, np.zeros(0, dtype=np.int64), reducer.constant)
             return
         self.dual = Dual(self.core, reducer.constant)
-        try:
+        with contextlib.suppress(OutOfTime):
             self.improve()
-        except OutOfTime:
-            pass
 
     def offer_smallest(self) -> None:
         """Every node at its smallest usage: where that is possible, there is something to print from the start."""
-        chosen = np.array([np.lexsort((cost, usage))[0] for cost, usage in zip(self.problem.costs, self.problem.usages)], dtype=np.int64)
+        pairs = zip(self.problem.costs, self.problem.usages)
+        chosen = np.array([np.lexsort((cost, usage))[0] for cost, usage in pairs], dtype=np.int64)
         cost = cost_of(self.problem, chosen)
         if math.isfinite(cost) and peak_usage(self.problem, chosen).usage <= self.problem.limit:
             self.incumbent.offer(None, chosen, cost)

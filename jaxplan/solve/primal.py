@@ -312,7 +312,15 @@ class Walk:
         self.excess = float(np.maximum(self.usage - self.core.capacity, 0.0).sum())
 
     def move(
-        self, rng: np.random.Generator, multipliers: np.ndarray, penalty: float, moves: int, size: int, joins: float, heat: float, noise: float = 0.0
+        self,
+        rng: np.random.Generator,
+        multipliers: np.ndarray,
+        penalty: float,
+        moves: int,
+        size: int,
+        joins: float,
+        heat: float,
+        noise: float = 0.0,
     ) -> None:
         """Try so many forests of up to `size` nodes, at most LARGEST."""
         prices = np.concatenate([[0.0], np.cumsum(multipliers)])

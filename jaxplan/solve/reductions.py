@@ -8,6 +8,7 @@ with at most two neighbours are eliminated, and times at which the limit cannot 
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -134,7 +135,7 @@ class Reducer:
     def restrict(self, u: int, keep: np.ndarray) -> None:
         """Keep the strategies of u at these positions. Raises NoSolutionError if there are none."""
         if not len(keep):
-            raise NoSolutionError(f"no feasible solution: no strategy of node {u} goes with the limit and its possible neighbours")
+            raise NoSolutionError(f"no feasible solution: every strategy of node {u} breaks the limit or has no possible neighbour")
         self.cost[u] = self.cost[u][keep]
         self.labels[u] = self.labels[u][keep]
         self.loads[u] = {span: usage[keep] for span, usage in self.loads[u].items()}
@@ -392,7 +393,7 @@ class RangeMin:
 def disjoint(loads: dict[tuple[int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
     """The same usages over spans that do not overlap, in order of time."""
     spans = sorted(loads)
-    if all(left[1] <= right[0] for left, right in zip(spans, spans[1:])):
+    if all(left[1] <= right[0] for left, right in pairwise(spans)):
         return {span: loads[span] for span in spans}
     bounds = np.unique(spans)
     begin, end = np.array(spans).T
