@@ -14,14 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxplan.cli.output import Trouble, emit
 
 if TYPE_CHECKING:
     from jaxplan.solve import Incumbent, Solution
 
-RESERVE = 0.5, 0.5
+RESERVE = 1.0, 0.5
 """What of the limit is kept for writing the answer down: seconds, and in times of reading the problem; at most half of it."""
 GLANCE = 0.05
 """Seconds between two looks at the clock."""
@@ -138,7 +138,7 @@ def solve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(job: Job, arguments: argparse.Namespace, stopped: bool) -> None:
+def _explain(job: Job, arguments: argparse.Namespace, stopped: bool) -> NoReturn:
     """Raises Trouble: why there is nothing to print."""
     from jaxplan.iopddl import ProblemFileError
     from jaxplan.solve import NoSolutionError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 try:
-    import numba
+    import numba  # pyright: ignore[reportMissingImports]
 except ImportError:  # the extra is not installed: NumPy and Python do the same, slower
     numba = None
 

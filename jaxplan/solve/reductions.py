@@ -135,7 +135,7 @@ class Reducer:
     def restrict(self, u: int, keep: np.ndarray) -> None:
         """Keep the strategies of u at these positions. Raises NoSolutionError if there are none."""
         if not len(keep):
-            raise NoSolutionError(f"no feasible solution: every strategy of node {u} breaks the limit or has no possible neighbour")
+            raise NoSolutionError(f"no feasible solution: no strategy of node {u} keeps the limit and has possible neighbours")
         self.cost[u] = self.cost[u][keep]
         self.labels[u] = self.labels[u][keep]
         self.loads[u] = {span: usage[keep] for span, usage in self.loads[u].items()}
