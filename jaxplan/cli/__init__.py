@@ -77,6 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = top.parse_args(argv)
     except SystemExit as stop:  # --help, --version, or a mistake that argparse has already explained
         return stop.code if isinstance(stop.code, int) else 0
+    arguments.own = argv is None  # the process was started for this command alone
     if arguments.command is None:
         top.print_help()
         print(BARE)

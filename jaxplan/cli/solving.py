@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -12,11 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jaxplan.cli.output import Trouble, emit
+from jaxplan.cli.output import Trouble, emit, explain
 
 if TYPE_CHECKING:
     from jaxplan.solve import Incumbent, Solution
@@ -103,7 +103,7 @@ class Job(threading.Thread):
             print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopping(job: Job, caught: list[int]) -> Iterator[None]:
     """SIGTERM and SIGINT end the wait for the job and are noted in `caught`."""
 
@@ -125,17 +125,35 @@ def solve(arguments: argparse.Namespace) -> int:
     Progress goes to stderr; the last line of stdout is the strategies as one JSON list, the best known when the time is over, at
     SIGTERM or SIGINT. Status 1 if there is no feasible solution or none was found, 2 if the file cannot be read.
     """
-    began = started()
+    began = started() if arguments.own else time.monotonic()
     job, caught = Job(arguments.file, arguments.seed, began, arguments.time_limit), []
+    status = 0
     with stopping(job, caught):
         job.start()
         while not job.ended.wait(GLANCE) and time.monotonic() < job.last:
             pass
-        found = None if job.incumbent is None else job.incumbent.solution()
-        if found is None:
-            _explain(job, arguments, bool(caught))
-        _report(job, found, arguments, caught)
-    return 0
+        try:
+            found = None if job.incumbent is None else job.incumbent.solution()
+            if found is None:
+                _explain(job, arguments, bool(caught))
+            _report(job, found, arguments, caught)
+        except Trouble as trouble:
+            explain(arguments.command, trouble)
+            status = trouble.status
+        _leave(job, status)
+    return status
+
+
+def _leave(job: Job, status: int) -> None:
+    """End the job, or the process where the job cannot be ended: the interpreter must not close down beside a running kernel."""
+    if job.incumbent is not None:
+        job.incumbent.stopped = True
+    job.join(GLANCE)
+    if job.is_alive():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
 
 
 def _explain(job: Job, arguments: argparse.Namespace, stopped: bool) -> NoReturn:

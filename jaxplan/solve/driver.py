@@ -55,7 +55,10 @@ PROVEN = 1e-9
 
 @dataclass
 class Incumbent:
-    """The best known so far, readable at any moment. `log`: called with a line of text when something improves."""
+    """The best known so far, readable at any moment. `log`: called with a line of text when something improves.
+
+    `stopped`: set it from another thread to end the search.
+    """
 
     problem: IntervalProblem
     log: Callable[[str], None] = lambda line: None
@@ -63,6 +66,7 @@ class Incumbent:
     bound: float = -math.inf
     reducer: Reducer | None = None
     began: float = field(default_factory=time.monotonic)
+    stopped: bool = False
     nearest: tuple[Reducer, np.ndarray] | None = None
     _held: tuple[Reducer | None, np.ndarray] | None = None
 
@@ -161,8 +165,8 @@ class Search:
             self.incumbent.offer(None, chosen, cost)
 
     def check(self) -> None:
-        """Raises OutOfTime at the deadline, and when there is nothing left to search."""
-        if time.monotonic() >= self.deadline or self.incumbent.proven:
+        """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
+        if self.incumbent.stopped or self.incumbent.proven or time.monotonic() >= self.deadline:
             raise OutOfTime
 
     def improve(self) -> None:
