@@ -1,6 +1,7 @@
 """The command line: what each command prints, how it ends, and what it says of mistakes. (`demo` has a file of its own.)"""
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -563,6 +564,9 @@ def test_every_command_of_the_page_works(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "train", raising=False)
     monkeypatch.chdir(tmp_path)
+    nodes = {"intervals": [[0, 2]], "costs": [[3, 1]], "usages": [[1, 2]]}
+    problem = {"nodes": nodes, "edges": {"nodes": [], "costs": []}, "usage_limit": 2}
+    (tmp_path / "problem.json.gz").write_bytes(gzip.compress(json.dumps({"problem": problem}).encode()))
     lines = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in commands(block)]
     for line in lines:
         assert cli.main(line) == 0, (line, capsys.readouterr().err)

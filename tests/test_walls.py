@@ -40,6 +40,8 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "state": ("report",),
     "measure": (),
     "files": ("ledger", "report"),
+    "solve": (),
+    "iopddl": ("solve",),
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
@@ -51,6 +53,8 @@ NO_JAX: Mapping[str, tuple[str, ...]] = {
     "reduce": ("problem",),
     "search": ("problem", "reduce"),
     "layout": (),
+    "solve": (),
+    "iopddl": ("solve",),
     "examples": (),
 }
 """Rooms that may import less than their place allows. All but `examples` are also kept free of JAX."""
@@ -241,7 +245,7 @@ def imports_without(code: str, *blocked: str) -> subprocess.CompletedProcess[str
     return run(BLOCK.format(blocked=set(blocked)) + textwrap.dedent(code))
 
 
-@pytest.mark.parametrize("room", ["layout", "problem", "reduce", "search"])
+@pytest.mark.parametrize("room", ["layout", "problem", "reduce", "search", "solve", "iopddl"])
 def test_the_search_side_imports_without_jax(room):
     done = imports_without(f"import jaxplan.{room}", "jax", "jaxlib")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxplan import __version__
-from jaxplan.cli import completion, demonstrate, functions, saved
+from jaxplan.cli import completion, demonstrate, functions, saved, solving
 from jaxplan.cli.output import Trouble, close_quietly, explain, to_devnull
 
 __all__ = ["COMMANDS", "main", "parser"]
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "check": Command("fail if a function's plan got costlier than a saved one", functions.check_options, functions.check),
     "audit": Command("compile a function and list what it really sends", functions.audit_options, functions.audit),
     "demo": Command("plan, run and audit a small language model on simulated devices", demonstrate.options, demonstrate.demo),
+    "solve": Command("solve a problem file of the contest on intra-operator parallelism", solving.options, solving.solve),
     "completion": Command("print a completion script for a shell", completion.options, print_completion),
 }
 
@@ -76,6 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = top.parse_args(argv)
     except SystemExit as stop:  # --help, --version, or a mistake that argparse has already explained
         return stop.code if isinstance(stop.code, int) else 0
+    arguments.own = argv is None  # the process was started for this command alone
     if arguments.command is None:
         top.print_help()
         print(BARE)

@@ -1,0 +1,159 @@
+"""Room `iopddl`: files of the ASPLOS/EuroSys 2025 contest on intra-operator parallelism, read, checked and written.
+
+A file is gzipped JSON: {"problem": {"name", "nodes": {"intervals", "costs", "usages"}, "edges": {"nodes", "costs"},
+"usage_limit"}}; intervals are half-open, edge costs are flattened row by row, and costs near 1e18 stand for "impossible".
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+
+from jaxplan.solve import IntervalProblem
+
+IMPOSSIBLE = 10**18
+"""How the format writes an impossible choice. From a tenth of it on, a cost is read as infinite."""
+
+
+class ProblemFileError(ValueError):
+    """A file that holds no problem. The message starts with the path inside the file, where there is one."""
+
+
+def read_problem(path: str | os.PathLike[str]) -> IntervalProblem:
+    """The problem in a file. Raises OSError if it cannot be opened and ProblemFileError if it is not of the format."""
+    try:
+        with gzip.open(path, "rb") as file:
+            text = file.read()
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ProblemFileError(f"{os.fspath(path)} is not a gzip file, or not a whole one: {error}") from None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProblemFileError(f"{os.fspath(path)} holds no JSON: {error}") from None
+    return problem_of(content)
+
+
+def problem_of(content: Any) -> IntervalProblem:
+    """The problem in a file's decoded JSON. Raises ProblemFileError."""
+    top = _member(content, "", "problem", dict)
+    nodes = _member(top, "problem", "nodes", dict)
+    edges = _member(top, "problem", "edges", dict)
+    intervals = _member(nodes, "problem.nodes", "intervals", list)
+    costs = _member(nodes, "problem.nodes", "costs", list)
+    usages = _member(nodes, "problem.nodes", "usages", list)
+    pairs = _member(edges, "problem.edges", "nodes", list)
+    tables = _member(edges, "problem.edges", "costs", list)
+    name = top.get("name", "")
+    if not isinstance(name, str):
+        raise ProblemFileError(f"problem.name: {name!r} is not a string")
+    for path, found, wanted in (
+        ("problem.nodes.costs", costs, intervals),
+        ("problem.nodes.usages", usages, intervals),
+        ("problem.edges.costs", tables, pairs),
+    ):
+        if len(found) != len(wanted):
+            raise ProblemFileError(f"{path}: {len(found)} entries for {len(wanted)} {path.split('.')[1]}")
+    lifetimes = _pairs(intervals, "problem.nodes.intervals")
+    for node in np.flatnonzero((lifetimes[:, 0] < 0) | (lifetimes[:, 1] < lifetimes[:, 0]))[:1]:
+        raise ProblemFileError(f"problem.nodes.intervals[{node}]: {lifetimes[node].tolist()} is not 0 <= start <= end")
+    ends = _pairs(pairs, "problem.edges.nodes")
+    for edge in np.flatnonzero(((ends < 0) | (ends >= len(costs))).any(axis=1) | (ends[:, 0] == ends[:, 1]))[:1]:
+        raise ProblemFileError(f"problem.edges.nodes[{edge}]: {ends[edge].tolist()} are not two of the {len(costs)} nodes")
+    vectors = [_costs(cost, f"problem.nodes.costs[{i}]") for i, cost in enumerate(costs)]
+    sizes = [_numbers(usage, f"problem.nodes.usages[{i}]") for i, usage in enumerate(usages)]
+    for i, (vector, size) in enumerate(zip(vectors, sizes)):
+        if not len(vector):
+            raise ProblemFileError(f"problem.nodes.costs[{i}]: the node has no strategy")
+        if len(size) != len(vector):
+            raise ProblemFileError(f"problem.nodes.usages[{i}]: {len(size)} usages for {len(vector)} strategies")
+        if size.min() < 0:
+            raise ProblemFileError(f"problem.nodes.usages[{i}][{size.argmin()}]: {size.min():g} is negative")
+    matrices = []
+    for i, (table, (tail, head)) in enumerate(zip(tables, ends.tolist())):
+        flat = _costs(table, f"problem.edges.costs[{i}]")
+        shape = len(vectors[tail]), len(vectors[head])
+        if len(flat) != shape[0] * shape[1]:
+            raise ProblemFileError(f"problem.edges.costs[{i}]: {len(flat)} costs for {shape[0]} x {shape[1]} strategies")
+        matrices.append(flat.reshape(shape))
+    limit = top.get("usage_limit")
+    if type(limit) not in (int, float) or not math.isfinite(limit):
+        raise ProblemFileError(f"problem.usage_limit: {_shown(limit)} is not a finite number")
+    if limit < 0:
+        raise ProblemFileError(f"problem.usage_limit: {limit:g} is negative")
+    return IntervalProblem(tuple(vectors), tuple(sizes), lifetimes, ends, tuple(matrices), float(limit), name)
+
+
+def content_of(problem: IntervalProblem) -> dict[str, Any]:
+    """What `problem_of` reads."""
+    return {
+        "problem": {
+            "name": problem.name,
+            "nodes": {
+                "intervals": problem.intervals.tolist(),
+                "costs": [_plain(cost) for cost in problem.costs],
+                "usages": [_plain(usage) for usage in problem.usages],
+            },
+            "edges": {"nodes": problem.edges.tolist(), "costs": [_plain(table.ravel()) for table in problem.tables]},
+            "usage_limit": _plain(np.array([problem.limit]))[0],
+        }
+    }
+
+
+def write_problem(problem: IntervalProblem, path: str | os.PathLike[str]) -> None:
+    """Write a file that `read_problem` reads back as the same problem."""
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        file.write(json.dumps(content_of(problem), allow_nan=False, separators=(",", ":")).encode())
+
+
+def _plain(values: np.ndarray) -> list[int | float]:
+    """Whole numbers as such: files of the contest have no other."""
+    return [IMPOSSIBLE if math.isinf(v) else int(v) if v.is_integer() else v for v in values.tolist()]
+
+
+def _member(holder: Any, path: str, key: str, kind: type) -> Any:
+    here = f"{path}.{key}" if path else key
+    if not isinstance(holder, dict) or key not in holder:
+        raise ProblemFileError(f"{here}: missing")
+    if not isinstance(holder[key], kind):
+        wanted = "an object" if kind is dict else "an array"
+        raise ProblemFileError(f"{here}: {type(holder[key]).__name__} where {wanted} is wanted")
+    return holder[key]
+
+
+def _numbers(values: Any, path: str) -> np.ndarray:
+    """A list of finite numbers as floats."""
+    if not isinstance(values, list):
+        raise ProblemFileError(f"{path}: {type(values).__name__} where an array of numbers is wanted")
+    for i, value in enumerate(values):
+        if type(value) is not int and (type(value) is not float or not math.isfinite(value)):
+            raise ProblemFileError(f"{path}[{i}]: {_shown(value)} is not a finite number")
+    try:
+        return np.array(values, dtype=float)
+    except OverflowError:
+        raise ProblemFileError(f"{path}: a number is beyond what a double holds") from None
+
+
+def _costs(values: Any, path: str) -> np.ndarray:
+    numbers = _numbers(values, path)
+    return np.where(numbers >= IMPOSSIBLE / 10, np.inf, numbers)
+
+
+def _pairs(rows: list[Any], path: str) -> np.ndarray:
+    """(n, 2) whole numbers."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != 2 or any(type(value) is not int for value in row):
+            raise ProblemFileError(f"{path}[{i}]: {_shown(row)} is not a pair of whole numbers")
+        if any(abs(value) >= 2**62 for value in row):
+            raise ProblemFileError(f"{path}[{i}]: {_shown(row)} is beyond what 64 bits hold")
+    return np.array(rows, dtype=np.int64).reshape(len(rows), 2)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,287 @@
+"""From a problem to a solution: reduce, ascend the dual, walk from its iterates, intensify the best walks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxplan.solve.compiled import HAVE_NUMBA
+from jaxplan.solve.core import BARRED, core_of
+from jaxplan.solve.dual import Dual
+from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
+from jaxplan.solve.primal import Walk
+from jaxplan.solve.reductions import Reducer, expand
+
+FIRST_STEP, LAST_STEP = 0.05, 5e-6
+"""Steps of the dual's ascent, as `Dual.ascend` takes them, falling geometrically."""
+ASCENT = 300
+"""Steps of one ascent."""
+REFINEMENT = 20
+"""Steps of each later ascent."""
+SPREADS = (0.0, 1.0, 0.3, 2.0)
+"""Standard deviations of the logarithm by which the multipliers of a new start differ from the best ones, one after the other."""
+PASSES = 6
+"""Passes of the dual before a new start is rounded."""
+FOREST = 40
+"""Nodes of a forest, at most."""
+MOVES = 4.0 if HAVE_NUMBA else 0.1
+"""Forests tried in one annealing, per node."""
+CHUNKS = 20
+"""Looks at the clock in one annealing."""
+HEATS = 0.3, 3.0
+"""Heat of shaking, in costs per node, between these; annealing begins at the first."""
+PENALTIES = 0.3, 3.0
+"""Penalty of what is over the limit where shaking begins, in largest multipliers, between these."""
+COOLING = 1e-3
+"""What annealing cools by."""
+GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
+"""The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
+SHAKES = 2
+"""Walks shaken for every new start."""
+REFINED = 6
+"""New walks between two ascents of the dual."""
+BLUR = 3.0
+"""How much more the costs of strategies are blurred than results may get worse."""
+KEPT = 4
+"""Walks that are intensified."""
+PROVEN = 1e-9
+"""A gap below which a solution counts as optimal."""
+
+
+@dataclass
+class Incumbent:
+    """The best known so far, readable at any moment. `log`: called with a line of text when something improves.
+
+    `stopped`: set it from another thread to end the search.
+    """
+
+    problem: IntervalProblem
+    log: Callable[[str], None] = lambda line: None
+    cost: float = math.inf
+    bound: float = -math.inf
+    reducer: Reducer | None = None
+    began: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+    nearest: tuple[Reducer, np.ndarray] | None = None
+    _held: tuple[Reducer | None, np.ndarray] | None = None
+
+    def offer(self, reducer: Reducer | None, chosen: np.ndarray, cost: float) -> None:
+        """Take a feasible assignment of the reduced problem (of the problem itself without a reducer) if it is better."""
+        if cost < self.cost:
+            self._held = (reducer, chosen.copy())
+            self.cost = cost
+            self.log(f"{time.monotonic() - self.began:7.1f} s  cost {cost:.9g}  bound {self.bound:.9g}")
+
+    def solution(self) -> Solution | None:
+        """The best solution, its cost and usages computed again from the problem; None if there is none."""
+        if self._held is None:
+            return None
+        reducer, chosen = self._held
+        strategies = chosen if reducer is None else expand(reducer, chosen)
+        cost, peak = cost_of(self.problem, strategies), peak_usage(self.problem, strategies)
+        if not math.isfinite(cost) or peak.usage > self.problem.limit:
+            raise AssertionError(f"a solution of cost {cost} and peak {peak} is not feasible: the search is wrong")
+        return Solution(strategies, cost, min(self.bound, cost))
+
+    @property
+    def proven(self) -> bool:
+        """No better solution exists, up to PROVEN."""
+        return math.isfinite(self.cost) and self.cost - self.bound <= PROVEN * abs(self.cost)
+
+    def shortage(self) -> str:
+        """What was missing where the search came nearest to a solution."""
+        if self.nearest is None:
+            return "no feasible solution found: the search had not begun"
+        reducer, chosen = self.nearest
+        strategies = expand(reducer, chosen)
+        peak = peak_usage(self.problem, strategies)
+        if peak.usage > self.problem.limit:
+            return (
+                f"no feasible solution found: the nearest uses {peak.usage:g} in [{peak.start}, {peak.end}), "
+                f"{peak.usage - self.problem.limit:g} more than the limit of {self.problem.limit:g}"
+            )
+        return "no feasible solution found: the nearest within the limit has impossible pairs of strategies"
+
+
+def solve(problem: IntervalProblem, time_limit: float = 60.0, seed: int = 0, incumbent: Incumbent | None = None) -> Solution:
+    """The best feasible solution found in `time_limit` seconds, with a lower bound; the best so far is in `incumbent`.
+
+    Raises NoSolutionError, with the interval and the shortage, if none exists or none was found.
+    """
+    incumbent = incumbent or Incumbent(problem)
+    search = Search(problem, incumbent, np.random.default_rng(seed), incumbent.began + time_limit)
+    search.run()
+    found = incumbent.solution()
+    if found is None:
+        raise NoSolutionError(incumbent.shortage())
+    return found
+
+
+class OutOfTime(Exception):
+    """The time limit is reached."""
+
+
+class Search:
+    """One search: the reduced problem, its dual, and the walks. `rounds`: how many walks to try, besides the deadline."""
+
+    def __init__(
+        self,
+        problem: IntervalProblem,
+        incumbent: Incumbent,
+        rng: np.random.Generator,
+        deadline: float,
+        rounds: float = math.inf,
+    ) -> None:
+        self.problem, self.incumbent, self.rng, self.deadline, self.rounds = problem, incumbent, rng, deadline, rounds
+        self.step = LAST_STEP
+        self.nearest = math.inf  # the least excess of usage of any walk
+        self.reducer: Reducer | None = None
+
+    def run(self) -> None:
+        """Search until the deadline or a proof. Raises NoSolutionError if the reductions show that there is no solution."""
+        self.offer_smallest()
+        reducer = self.reducer = Reducer(self.problem)
+        reducer.run()
+        self.core = core_of(reducer)
+        if len(self.core.start) == 1:  # the reductions have decided everything
+            self.incumbent.bound = reducer.constant
+            self.incumbent.offer(reducer, np.zeros(0, dtype=np.int64), reducer.constant)
+            return
+        self.dual = Dual(self.core, reducer.constant)
+        with contextlib.suppress(OutOfTime):
+            self.improve()
+
+    def offer_smallest(self) -> None:
+        """Every node at its smallest usage: where that is possible, there is something to print from the start."""
+        pairs = zip(self.problem.costs, self.problem.usages)
+        chosen = np.array([np.lexsort((cost, usage))[0] for cost, usage in pairs], dtype=np.int64)
+        cost = cost_of(self.problem, chosen)
+        if math.isfinite(cost) and peak_usage(self.problem, chosen).usage <= self.problem.limit:
+            self.incumbent.offer(None, chosen, cost)
+
+    def check(self) -> None:
+        """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
+        if self.incumbent.stopped or self.incumbent.proven or time.monotonic() >= self.deadline:
+            raise OutOfTime
+
+    def improve(self) -> None:
+        """The whole search on the reduced problem: new starts and annealing of the best walks take turns."""
+        self.check()
+        self.size = len(self.core.start) - 1
+        chosen = np.zeros(self.size, dtype=np.int64)
+        for _ in range(PASSES):
+            _, chosen, _ = self.dual.passes(1)
+            self.note_bound()
+        self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
+        began = time.monotonic()
+        self.ascend(began + 0.5 * (self.deadline - began))
+        kept: list[Walk] = []
+        number = 0
+        while number < self.rounds:
+            if not kept or number % (1 + SHAKES) == 0:
+                walk = self.start(SPREADS[number // (1 + SHAKES) % len(SPREADS)])
+            else:
+                place = int(self.rng.integers(len(kept))) if self.rng.random() < 0.5 else 0
+                walk = self.shaken(kept[place])
+                if walk.cost < kept[place].cost:
+                    kept.pop(place)
+            if walk.feasible:
+                kept.append(walk)
+            distinct = {walk.cost: walk for walk in kept}
+            kept = [distinct[cost] for cost in sorted(distinct)[:KEPT]]
+            number += 1
+            if number % REFINED == 0:
+                self.refine()
+
+    def note_bound(self) -> None:
+        """Carry the dual's bound over."""
+        self.incumbent.bound = max(self.incumbent.bound, self.dual.best + self.dual.offset)
+        self.check()
+
+    def ascend(self, until: float) -> None:
+        """Ascend the dual until its steps are small, or time is up: `refine` goes on from there."""
+        for number in range(ASCENT):
+            self.step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (number / ASCENT)
+            self.dual.ascend(self.step)
+            self.note_bound()
+            if time.monotonic() > until:
+                break
+
+    def refine(self) -> None:
+        """Ascend a little more from the best multipliers, with steps that shrink while that gains nothing."""
+        before = self.dual.best
+        self.dual.multipliers = self.dual.best_multipliers.copy()
+        self.dual.passes(PASSES)
+        for _ in range(REFINEMENT):
+            self.dual.ascend(self.step)
+            self.note_bound()
+        if self.dual.best - before <= 1e-3 * abs(before):
+            self.step *= 0.5
+
+    def start(self, spread: float) -> Walk:
+        """A new walk, from the dual's solution at multipliers near the best ones."""
+        best = self.dual.best_multipliers
+        self.dual.multipliers = multipliers = best * np.exp(spread * self.rng.standard_normal(len(best)))
+        _, chosen, _ = self.dual.passes(PASSES)
+        self.note_bound()
+        walk = Walk(self.core, chosen)
+        self.repair(walk, multipliers)
+        if walk.feasible:
+            self.anneal(walk, multipliers)
+        return walk
+
+    def shaken(self, walk: Walk) -> Walk:
+        """A walk from where another one stands, over the limit and back; or, one time in three, only warmed."""
+        again = Walk(self.core, walk.chosen)
+        multipliers = self.dual.best_multipliers
+        if self.rng.random() < 1 / 3:
+            self.anneal(again, multipliers, HEATS[0] * COOLING ** self.rng.random())
+            return again
+        heat, first = (low * (high / low) ** self.rng.random() for low, high in (HEATS, PENALTIES))
+        penalty = first * (float(multipliers.max(initial=0.0)) or 1e-6 * abs(walk.cost))
+        for _ in range(3):
+            self.move(again, multipliers, penalty, heat)
+        self.repair(again, multipliers, penalty, heat)
+        if again.feasible:
+            self.anneal(again, multipliers)
+        return again
+
+    def repair(
+        self, walk: Walk, multipliers: np.ndarray, penalty: float = 0.0, heat: float = 1.0, growth: float = GROWTH
+    ) -> None:
+        """Bring a walk within the limit by a penalty that grows, from a tenth of the largest multiplier if none is given."""
+        penalty = penalty or 0.1 * float(multipliers.max(initial=0.0)) or abs(walk.cost) / max(1e-9, walk.excess)
+        for attempt in range(ATTEMPTS):
+            if walk.feasible:
+                break
+            self.move(walk, multipliers, penalty, heat if attempt < ATTEMPTS // 2 else 0.0)
+            if walk.excess < self.nearest and self.reducer is not None:
+                self.nearest = walk.excess
+                self.incumbent.nearest = self.reducer, walk.chosen.copy()
+            penalty *= growth
+        self.offer(walk)
+
+    def anneal(self, walk: Walk, multipliers: np.ndarray, heat: float = HEATS[0]) -> None:
+        """Improve a walk within the limit, cooling down to none by equal factors: costs per node differ by orders."""
+        barrier = 1e6 * float(multipliers.max(initial=0.0)) or 1e6 * abs(walk.cost)
+        for chunk in range(CHUNKS):
+            cool = chunk / (CHUNKS - 3)
+            self.move(walk, multipliers, barrier, heat * COOLING**cool if cool < 1 else 0.0)
+            self.offer(walk)
+
+    def move(self, walk: Walk, multipliers: np.ndarray, penalty: float, heat: float) -> None:
+        """Some moves at a heat in costs per node."""
+        heat *= abs(walk.cost + self.dual.offset) / self.size if walk.cost < BARRED / 10 else 0.0
+        moves = max(20, int(MOVES * self.size / CHUNKS))
+        walk.move(self.rng, multipliers, penalty, moves, FOREST, 0.95, heat, BLUR * heat)
+        self.check()
+
+    def offer(self, walk: Walk) -> None:
+        """Offer where a walk stands."""
+        if walk.feasible:
+            self.incumbent.offer(self.reducer, walk.chosen, walk.cost + self.dual.offset)

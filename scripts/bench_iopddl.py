@@ -1,0 +1,107 @@
+"""`jaxplan solve` on every problem file of a folder: cost, proven gap, ratio to known best costs, seconds.
+
+    python scripts/bench_iopddl.py DIRECTORY [--seeds 5] [--share 0.1] [--results contest_results.json] [--time-limit 60]
+
+`--results`: JSON {last letters of the file's name: {"timeout_s": seconds, "contest_costs_best_six": [costs]}}. The time limit of
+an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. Every answer is evaluated
+again here, from the file's JSON alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def evaluate(problem: dict[str, Any], strategies: list[int]) -> float:
+    """The cost of a feasible answer. Raises ValueError if it is none."""
+    nodes, edges = problem["nodes"], problem["edges"]
+    if [not 0 <= s < len(c) for s, c in zip(strategies, nodes["costs"], strict=True)].count(True):
+        raise ValueError("a strategy that does not exist")
+    cost = sum(c[s] for c, s in zip(nodes["costs"], strategies))
+    for (tail, head), table in zip(edges["nodes"], edges["costs"]):
+        cost += table[strategies[tail] * len(nodes["costs"][head]) + strategies[head]]
+    change: dict[int, float] = defaultdict(float)
+    for (start, end), usage, chosen in zip(nodes["intervals"], nodes["usages"], strategies):
+        if end > start:
+            change[start] += usage[chosen]
+            change[end] -= usage[chosen]
+    peak = max(accumulate(change[t] for t in sorted(change)), default=0)
+    if peak > problem["usage_limit"]:
+        raise ValueError(f"uses {peak}, {peak - problem['usage_limit']} too much")
+    return cost
+
+
+def solve(file: Path, limit: float, seed: int) -> tuple[dict[str, Any], list[int], float]:
+    """Run the command: what it reports, its strategies, its seconds on the wall."""
+    command = [sys.executable, "-m", "jaxplan.cli", "solve", str(file), "--time-limit", str(limit), "--seed", str(seed), "--json"]
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    taken = time.monotonic() - began
+    if done.returncode:
+        raise ValueError(done.stderr.strip().splitlines()[-1])
+    facts, strategies = map(json.loads, done.stdout.splitlines()[-2:])
+    return facts, strategies, taken
+
+
+def main() -> None:
+    """Print the table, a row per instance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--share", type=float, default=0.1, help="of the timeout in the results file (default 0.1)")
+    parser.add_argument("--results", type=Path, help="known best costs and timeouts")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds where no timeout is known (default 60)")
+    parser.add_argument("--only", help="letters of the instances to run")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text()) if arguments.results else {}
+    print("| instance | limit s | seconds, worst | cost, median | bound, median | gap, worst | ratio, median | ratio, worst |")
+    print("|---|---|---|---|---|---|---|---|")
+    failures = 0
+    for file in sorted(arguments.directory.glob("*.json.gz")):
+        name = re.split(r"[-_.]", file.name.removesuffix(".json.gz"))[-1]
+        if arguments.only and name not in arguments.only:
+            continue
+        known = results.get(name)
+        limit = arguments.share * known["timeout_s"] if known else arguments.time_limit
+        with gzip.open(file) as opened:
+            problem = json.load(opened)["problem"]
+        costs, bounds, gaps, seconds, troubles = [], [], [], [], []
+        for seed in range(arguments.seeds):
+            try:
+                facts, strategies, taken = solve(file, limit, seed)
+                costs.append(evaluate(problem, strategies))
+            except ValueError as error:
+                troubles.append(f"{name}, seed {seed}: {error}")
+                continue
+            bounds.append(facts["bound"] if facts["bound"] is not None else float("-inf"))
+            gaps.append(facts["gap"] if facts["gap"] is not None else float("inf"))
+            seconds.append(taken)
+        if costs:
+            best = known["contest_costs_best_six"][0] if known else None
+            ratios = [f"{statistics.median(costs) / best:.5f}", f"{max(costs) / best:.5f}"] if best else ["", ""]
+            middle = f"{statistics.median(costs):.9g}", f"{statistics.median(bounds):.6g}"
+            row = [name, f"{limit:g}", f"{max(seconds):.1f}", *middle]
+            print("| " + " | ".join([*row, f"{100 * max(gaps):.2f}%", *ratios]) + " |", flush=True)
+        for trouble in troubles:
+            print(trouble, file=sys.stderr, flush=True)
+        failures += len(troubles)
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The solver for limits over lifetime intervals, against brute force; what it says holds with and without Numba."""
+
+import contextlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from jaxplan.solve import Incumbent, IntervalProblem, NoSolutionError, cost_of, least_peak, peak_usage, solve
+from jaxplan.solve.core import add_fixed, add_scaled, core_cost, core_of, core_usage, lowest
+from jaxplan.solve.driver import Search
+from jaxplan.solve.dual import Dual
+from jaxplan.solve.primal import Walk
+from jaxplan.solve.reductions import Reducer, dominated, expand
+
+
+def random_problem(seed, nodes=7, tightness=0.5, planted=False):
+    """Small whole costs with ties, barred pairs, doubled and reversed edges, empty lifetimes; a limit between the extremes.
+
+    `planted`: the smallest usages are allowed together, so that there is a solution.
+    """
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 5, nodes)
+    costs = [rng.integers(0, 30, k).astype(float) for k in counts]
+    usages = [rng.integers(0, 9, k).astype(float) * rng.integers(0, 2) for k in counts]
+    start = rng.integers(0, 12, nodes)
+    intervals = np.stack([start, start + rng.integers(0, 8, nodes)], axis=1)
+    edges, tables = [], []
+    for _ in range(int(1.6 * nodes)):
+        a, b = rng.choice(nodes, 2, replace=False).tolist()
+        table = rng.integers(0, 40, (counts[a], counts[b])).astype(float)
+        table[rng.random(table.shape) < 0.25 * rng.integers(0, 2)] = np.inf
+        if counts[a] == counts[b] and rng.random() < 0.2:
+            table = np.where(np.eye(counts[a], dtype=bool)[rng.permutation(counts[a])], table, np.inf)
+        if planted:
+            table[usages[a].argmin(), usages[b].argmin()] = 20.0
+        edges.append((a, b))
+        tables.append(table)
+    problem = IntervalProblem(
+        tuple(costs), tuple(usages), intervals, np.array(edges, dtype=np.int64).reshape(-1, 2), tuple(tables), 1e9
+    )
+    low = least_peak(problem).usage
+    most = peak_usage(problem, [int(u.argmax()) for u in usages]).usage
+    limit = float(np.floor(low + tightness * (most - low)))
+    return IntervalProblem(problem.costs, problem.usages, intervals, problem.edges, problem.tables, limit)
+
+
+def searched(problem, rounds=12, seed=0):
+    """A search without a clock: (the incumbent, the search)."""
+    incumbent = Incumbent(problem)
+    search = Search(problem, incumbent, np.random.default_rng(seed), math.inf, rounds)
+    search.run()
+    return incumbent, search
+
+
+def by_force(problem):
+    """The least feasible cost, from the definitions alone; infinity if there is none."""
+    times = range(int(problem.intervals.max(initial=0)) + 1)
+    alive = np.array([[a <= t < b for a, b in problem.intervals] for t in times])
+    best = math.inf
+    for choice in itertools.product(*[range(len(cost)) for cost in problem.costs]):
+        usage = alive @ np.array([u[s] for u, s in zip(problem.usages, choice)])
+        if usage.max(initial=0.0) <= problem.limit:
+            cost = sum(c[s] for c, s in zip(problem.costs, choice))
+            cost += sum(t[choice[a], choice[b]] for (a, b), t in zip(problem.edges, problem.tables))
+            best = min(best, cost)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_optimum_is_found_and_bounded(seed):
+    problem = random_problem(seed, tightness=(0.0, 0.3, 0.6)[seed % 3])
+    best = by_force(problem)
+    if math.isinf(best):
+        with contextlib.suppress(NoSolutionError):
+            assert searched(problem, 1)[0].solution() is None
+        return
+    found = searched(problem)[0].solution()
+    assert found is not None
+    assert found.cost == best == cost_of(problem, found.strategies)
+    assert found.bound <= best + 1e-9 * abs(best)
+    assert peak_usage(problem, found.strategies).usage <= problem.limit
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_reductions_keep_the_optimum(seed):
+    problem = random_problem(seed + 1000, tightness=(0.1, 0.4, 0.7)[seed % 3])
+    best = by_force(problem)
+    reducer = Reducer(problem)
+    try:
+        reducer.run()
+    except NoSolutionError:
+        assert math.isinf(best)
+        return
+    core = core_of(reducer)
+    least = math.inf
+    for choice in itertools.product(*[range(k) for k in np.diff(core.start)]):
+        chosen = np.array(choice, dtype=np.int64)
+        if (core_usage(core, chosen) > core.capacity).any() or core_cost(core, chosen) >= 1e17:
+            continue
+        cost = core_cost(core, chosen) + reducer.constant
+        strategies = expand(reducer, chosen)
+        assert cost_of(problem, strategies) == pytest.approx(cost, rel=1e-12)
+        assert peak_usage(problem, strategies).usage <= problem.limit
+        least = min(least, cost)
+    assert least == pytest.approx(best, rel=1e-12)
+
+
+def reduced(seed, nodes=40):
+    """A larger problem that reductions do not finish: (reducer, core)."""
+    for number in itertools.count(100 * seed):
+        reducer = Reducer(random_problem(number, nodes))
+        try:
+            reducer.run()
+        except NoSolutionError:
+            continue
+        core = core_of(reducer)
+        if len(core.start) > 8 and len(core.capacity):
+            return reducer, core
+
+
+def test_the_dual_bounds_what_is_feasible_and_never_falls():
+    for seed in range(5):
+        problem = random_problem(seed, tightness=0.3)
+        best = by_force(problem)
+        reducer = Reducer(problem)
+        try:
+            reducer.run()
+        except NoSolutionError:
+            continue
+        dual, last = Dual(core_of(reducer), reducer.constant), -math.inf
+        for number in range(60):
+            dual.ascend(0.05 * 0.9**number)
+            assert last <= dual.best + reducer.constant <= best + 1e-9 * abs(best)
+            last = dual.best + reducer.constant
+
+
+def test_a_walk_knows_its_cost_and_usage():
+    _, core = reduced(3)
+    rng = np.random.default_rng(0)
+    walk = Walk(core, np.zeros(len(core.start) - 1, dtype=np.int64))
+    for _ in range(5):
+        walk.move(rng, np.zeros(len(core.capacity)), 10.0, 20, 30, 0.9, 0.0)
+        kept = walk.cost, walk.usage.copy(), walk.excess
+        walk.settle()
+        assert kept[0] == walk.cost and np.array_equal(kept[1], walk.usage) and kept[2] == walk.excess
+        assert walk.cost == core_cost(core, walk.chosen)
+
+
+def test_the_incumbent_never_gets_worse():
+    problem = random_problem(5, 40, 0.6, planted=True)
+    costs = []
+    incumbent = Incumbent(problem, log=lambda line: costs.append(incumbent.cost))
+    Search(problem, incumbent, np.random.default_rng(0), math.inf, 4).run()
+    found = incumbent.solution()
+    assert found is not None and peak_usage(problem, found.strategies).usage <= problem.limit
+    assert len(costs) > 1 and costs == sorted(costs, reverse=True)
+    assert costs[-1] == incumbent.cost == pytest.approx(found.cost, rel=1e-12)
+
+
+def test_one_seed_gives_one_answer():
+    problem = random_problem(5, 40, 0.3, planted=True)
+    first, again = (searched(problem, 4, seed=7)[0] for _ in range(2))
+    assert first.cost == again.cost and first.bound == again.bound
+    assert np.array_equal(first.solution().strategies, again.solution().strategies)
+
+
+def test_no_strategy_small_enough_is_said_with_interval_and_shortage():
+    one = np.array([3.0])
+    problem = IntervalProblem(
+        (one, one), (one, one), np.array([[0, 5], [3, 9]]), np.zeros((0, 2), dtype=np.int64), (), limit=4.0
+    )
+    with pytest.raises(NoSolutionError, match=r"in \[3, 5\) the smallest usages add up to 6, 2 more than the limit of 4"):
+        solve(problem, 1.0)
+
+
+def test_pairs_that_exclude_one_another_are_no_solution():
+    free = np.zeros(2)
+    tables = tuple(np.where(np.eye(2, dtype=bool) == same, 0.0, np.inf) for same in (True, True, False))
+    problem = IntervalProblem(
+        (free,) * 3, (free,) * 3, np.array([[0, 1]] * 3), np.array([[0, 1], [1, 2], [0, 2]]), tables, limit=1.0
+    )
+    with pytest.raises(NoSolutionError, match="no feasible solution"):
+        solve(problem, 1.0)
+
+
+def test_a_problem_without_nodes():
+    problem = IntervalProblem((), (), np.zeros((0, 2), dtype=np.int64), np.zeros((0, 2), dtype=np.int64), (), 0.0)
+    found = solve(problem, 1.0)
+    assert found.cost == 0.0 and len(found.strategies) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"intervals": np.zeros((3, 2), dtype=np.int64)}, "intervals"),
+        ({"edges": np.array([[0, 0]]), "tables": (np.zeros((2, 2)),)}, "not between two"),
+        ({"edges": np.array([[0, 1]]), "tables": (np.zeros((2, 3)),)}, r"shape \(2, 3\)"),
+        ({"usages": (np.zeros(2), np.zeros(3))}, "node 1"),
+    ],
+)
+def test_a_problem_that_does_not_fit_together(change, said):
+    pair = (np.zeros(2), np.zeros(2))
+    parts = {
+        "costs": pair,
+        "usages": pair,
+        "intervals": np.zeros((2, 2), dtype=np.int64),
+        "edges": np.zeros((0, 2), dtype=np.int64),
+        "tables": (),
+        "limit": 1.0,
+    }
+    assert IntervalProblem(**parts).counts.tolist() == [2, 2]
+    with pytest.raises(ValueError, match=said):
+        IntervalProblem(**(parts | change))
+
+
+@pytest.mark.parametrize("strategies", [[0], [0, 2], [0, -1], [0.0, 1.0]])
+def test_strategies_that_are_none(strategies):
+    pair = (np.zeros(2), np.zeros(2))
+    problem = IntervalProblem(pair, pair, np.zeros((2, 2), dtype=np.int64), np.zeros((0, 2), dtype=np.int64), (), 1.0)
+    with pytest.raises(ValueError, match="strateg"):
+        cost_of(problem, strategies)
+
+
+# --- the kernels, compiled or not, against their definitions ------------------------------------------------
+
+
+def test_kernels():
+    rng = np.random.default_rng(0)
+    table = rng.random(100)
+    matrix = table[7 : 7 + 12].reshape(3, 4)
+    for from_tail, (mine, wide) in ((True, (3, 4)), (False, (4, 3))):
+        values, out, where = rng.random(mine), np.zeros(5), np.zeros(5, dtype=np.int64)
+        lowest(values, table, 7, 3, 4, from_tail, out, where)
+        joint = values[:, None] + (matrix if from_tail else matrix.T)
+        assert np.array_equal(out[:wide], joint.min(axis=0)) and np.array_equal(where[:wide], joint.argmin(axis=0))
+        out[:] = 1.0
+        add_fixed(out, table, 7, 3, 4, from_tail, 2)
+        row = matrix[:, 2] if from_tail else matrix[2]
+        assert np.array_equal(out[: len(row)], 1.0 + row) and (out[len(row) :] == 1.0).all()
+    out = np.ones(5)
+    add_scaled(out, table, 3, 4, 2.0)
+    assert np.array_equal(out, np.append(1.0 + 2.0 * table[3:7], 1.0))
+
+
+def test_domination():
+    cost = np.array([1.0, 2.0, 0.0, 1.0])
+    usage = np.array([[1.0, 1.0, 5.0, 1.0]])
+    wide = np.array([[0.0, 3.0], [0.0, 3.0], [0.0, 0.0], [0.0, np.inf]])
+    assert dominated(cost, usage, wide, np.array([0])).tolist() == [False, True, False, True]
+    assert dominated(cost, 0 * usage, wide, np.array([0])).tolist() == [True, True, False, True]
