@@ -32,8 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     sizes = tuple(int(size) for size in options.mesh.split("x"))
     mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
-    print("| program | sent, predicted | sent, compiled | ratio | unplanned | memory, modelled | memory, compiled | ratio | compiling |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    head = ("program", "sent, predicted", "sent, compiled", "ratio", "unplanned", "memory, modelled", "compiled", "ratio", "compiling")
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     errors, ratios = [], []
     for name in options.only:
         program = programs(options.size)[name]
@@ -55,8 +55,8 @@ def main() -> None:
             print(f"  not read in {name}: {line}", flush=True)
     off = [max(ratio, 1 / ratio) for ratio in ratios]
     print(
-        f"\n{options.topology}, {options.size}: bytes off by {statistics.median(errors):.2%} in the median, {max(errors):.2%} at worst; "
-        f"memory off by {statistics.median(off) - 1:.1%} in the median, {max(off):.2f} times at worst; at the most "
+        f"\n{options.topology}, {options.size}: bytes off by {statistics.median(errors):.2%} in the median, {max(errors):.2%} at "
+        f"worst; memory off by {statistics.median(off) - 1:.1%} in the median, {max(off):.2f} times at worst; at the most "
         f"{1 - min(ratios):.0%} under what was allocated"
     )
 
