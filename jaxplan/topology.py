@@ -14,8 +14,11 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-"""What libtpu else asks the metadata server of a cloud machine for."""
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+"""What libtpu else asks the metadata server of a cloud machine for; and that no TPU is taken, so that others may use it as well."""
 EXAMPLES = "v5e:4x4, v4:2x2x2, v5p:2x2x1 or v6e:2x4"
 
 
@@ -49,6 +52,8 @@ def _devices(name: str) -> list[Any]:
         try:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
         except jax.errors.JaxRuntimeError as error:
+            if "INVALID_ARGUMENT" not in str(error):
+                raise
             why = str(error).removeprefix("INVALID_ARGUMENT: ")
             raise ValueError(f"there is no TPU topology {name!r}; names are like {EXAMPLES}. libtpu says: {why}") from None
 

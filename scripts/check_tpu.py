@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = tuple(int(size) for size in options.mesh.split("x"))
     mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
-    head = ("program", "sent, predicted", "sent, compiled", "ratio", "unplanned", "memory, modelled", "compiled", "ratio", "compiling")
+    head = ("program", "sent, predicted", "compiled", "ratio", "unplanned", "memory, modelled", "compiled", "ratio", "compiling")
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     errors, ratios = [], []
     for name in options.only:
