@@ -18,7 +18,7 @@ NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
-"""What libtpu else asks the metadata server of a cloud machine for; and that no TPU is taken, so that others may use it as well."""
+"""What libtpu else asks a cloud machine's metadata server for; and that no TPU is taken, so that others may use it too."""
 EXAMPLES = "v5e:4x4, v4:2x2x2, v5p:2x2x1 or v6e:2x4"
 
 
