@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
     from jaxplan.rules import rule as rule
     from jaxplan.state import LayoutError as LayoutError
+    from jaxplan.whatif import MeshRanking as MeshRanking, best_mesh as best_mesh
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ _HOMES = {
     "NothingFits": "jaxplan.budget",
     "Machine": "jaxplan.machine",
     "Link": "jaxplan.machine",
+    "best_mesh": "jaxplan.whatif",
+    "MeshRanking": "jaxplan.whatif",
 }
 
 __all__ = [
@@ -43,10 +46,12 @@ __all__ = [
     "LayoutError",
     "Link",
     "Machine",
+    "MeshRanking",
     "NothingFits",
     "Plan",
     "audit",
     "auto_shard",
+    "best_mesh",
     "calibrate",
     "load_machine",
     "load_plan",

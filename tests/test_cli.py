@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan import cli
+from jaxplan import cli, measure
 from jaxplan.cli import arguments, output
 from jaxplan.files import read_plan, store
 
@@ -567,6 +567,9 @@ def test_every_command_of_the_page_works(tmp_path, monkeypatch, capsys):
     nodes = {"intervals": [[0, 2]], "costs": [[3, 1]], "usages": [[1, 2]]}
     problem = {"nodes": nodes, "edges": {"nodes": [], "costs": []}, "usage_limit": 2}
     (tmp_path / "problem.json.gz").write_bytes(gzip.compress(json.dumps({"problem": problem}).encode()))
+    monkeypatch.setenv("JAXPLAN_HOME", str(tmp_path / "home"))
+    for name, value in (("SIDES", (16,)), ("PASSES", (1 << 12,)), ("PAYLOADS", (64, 4096)), ("TARGET", 1e-4), ("REPEATS", 2)):
+        monkeypatch.setattr(measure, name, value)  # that it runs is tested, not what it measures
     lines = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in commands(block)]
     for line in lines:
         assert cli.main(line) == 0, (line, capsys.readouterr().err)

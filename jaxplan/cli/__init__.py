@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxplan import __version__
-from jaxplan.cli import completion, demonstrate, functions, saved, solving
+from jaxplan.cli import calibrating, completion, demonstrate, functions, questions, saved, solving, whatif
 from jaxplan.cli.output import Trouble, close_quietly, explain, to_devnull
 
 __all__ = ["COMMANDS", "main", "parser"]
@@ -35,9 +35,13 @@ def print_completion(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "plan": Command("plan a function and print or save the plan", functions.plan_options, functions.plan),
     "show": Command("print a saved plan", saved.show_options, saved.show),
+    "explain": Command("why an input, or a source line, is laid out as it is", questions.explain_options, questions.explain),
+    "why-not": Command("what another layout of an input would cost", questions.why_not_options, questions.why_not),
+    "best-mesh": Command("rank all meshes of so many devices", whatif.best_mesh_options, whatif.best_mesh),
     "diff": Command("what differs between two saved plans", saved.diff_options, saved.diff),
     "check": Command("fail if a function's plan got costlier than a saved one", functions.check_options, functions.check),
     "audit": Command("compile a function and list what it really sends", functions.audit_options, functions.audit),
+    "calibrate": Command("measure the devices of this machine", calibrating.options, calibrating.calibrate),
     "demo": Command("plan, run and audit a small language model on simulated devices", demonstrate.options, demonstrate.demo),
     "solve": Command("solve a problem file of the contest on intra-operator parallelism", solving.options, solving.solve),
     "completion": Command("print a completion script for a shell", completion.options, print_completion),
@@ -73,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     top = parser()
-    try:
-        arguments = top.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:  # a layout that begins with a whole dimension, -,model, is no option
+        arguments = top.parse_args(["None" + word[1:] if word.startswith("-,") else word for word in words])
     except SystemExit as stop:  # --help, --version, or a mistake that argparse has already explained
         return stop.code if isinstance(stop.code, int) else 0
     arguments.own = argv is None  # the process was started for this command alone

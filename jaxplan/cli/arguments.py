@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
 import inspect
@@ -78,14 +79,34 @@ def array_specs(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(found)
 
 
+def spec_entries(text: str) -> tuple[Any, ...]:
+    """(None, ("data", "model")) of "-,data+model" or of "P(None, ('data', 'model'))": per dimension an axis, several, or none."""
+    written = re.fullmatch(r"\s*(?:P|PartitionSpec)\((.*)\)\s*", text)
+    if written is not None:
+        try:
+            entries = ast.literal_eval(f"({written[1]},)") if written[1].strip() else ()
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            entries = (0,)
+        words = [word for entry in entries for word in (entry if isinstance(entry, tuple) else () if entry is None else (entry,))]
+        if not all(isinstance(word, str) and word for word in words):
+            raise ArgumentTypeError(f"{text!r} is no PartitionSpec; write P(None, 'model')")
+        return entries
+    split = [[word.strip() for word in entry.split("+")] for entry in text.split(",")] if text.strip() else []
+    split = [["-"] if entry == ["None"] else entry for entry in split]
+    if not all(entry == ["-"] or all(word.isidentifier() for word in entry) for entry in split):
+        raise ArgumentTypeError(f"{text!r} is no layout; write -,model for P(None, 'model')")
+    return tuple(None if entry == ["-"] else entry[0] if len(entry) == 1 else tuple(entry) for entry in split)
+
+
 def pin(text: str) -> tuple[str, tuple[Any, ...]]:
-    """("params/wq", (None, ("data", "model"))) of "params/wq=-,data+model": per dimension an axis, several, or none."""
+    """("params/wq", (None, ("data", "model"))) of "params/wq=-,data+model"."""
     path, equals, spec = text.rpartition("=")
-    entries = [entry.strip() for entry in spec.split(",")] if spec.strip() else []
-    words = [[word.strip() for word in entry.split("+")] for entry in entries]
-    if not (path and equals and all(word == "-" or word.isidentifier() for entry in words for word in entry)):
-        raise ArgumentTypeError(f"{text!r} is not PATH=SPEC; write params/wq=-,model for P(None, 'model')")
-    return path, tuple(None if entry == ["-"] else entry[0] if len(entry) == 1 else tuple(entry) for entry in words)
+    try:
+        if path and equals:
+            return path, spec_entries(spec)
+    except ArgumentTypeError:
+        pass
+    raise ArgumentTypeError(f"{text!r} is not PATH=SPEC; write params/wq=-,model for P(None, 'model')")
 
 
 def names(text: str) -> list[str]:

@@ -29,28 +29,39 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="such as train:step")
     parser.add_argument("--mesh", type=mesh_shape, required=True, help="such as data=4,model=2")
     shape_options(parser)
+    planning_options(parser)
+    parser.add_argument("--certify", action="store_true", help="also prove how far from the optimum the plan can be")
+    parser.add_argument("-o", "--output", metavar="FILE", help="save the plan")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def planning_options(parser: argparse.ArgumentParser) -> None:
+    """How to plan: --machine, --budget, --search, --pin, --donate."""
     parser.add_argument("--machine", default=None, help="a preset, such as v5e or h100, or your own by name (default: v5e)")
     parser.add_argument("--budget", default=None, help="bytes per device, such as 16GiB, or unlimited (default: the machine's)")
-    parser.add_argument("--search", default="hsm2dl", help="the search (default: hsm2dl)")
+    parser.add_argument("--search", default=None, help="the search (default: hsm2dl)")
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATH=SPEC",
         help="a layout to insist on: 'params/*/wq=-,model' for P(None, 'model'); may be given again",
     )  # fmt: skip
     parser.add_argument("--donate", type=names, metavar="NAMES", help="arguments whose buffers may be reused, such as w,state")
-    parser.add_argument("--certify", action="store_true", help="also prove how far from the optimum the plan can be")
-    parser.add_argument("-o", "--output", metavar="FILE", help="save the plan")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def planning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of `planning_options` that were given, as keywords of `make_plan`."""
+    given = {
+        "machine": arguments.machine, "search": arguments.search,
+        "memory_budget": math.inf if arguments.budget == "unlimited" else arguments.budget,
+        "pins": pins_of(arguments) or None, "donate_argnames": arguments.donate,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Plan a function on a mesh, from shapes alone: nothing is run or compiled, and no devices are needed."""
     fn = function_of(arguments.function)
     args = arguments_of(fn, arguments)
-    found = planned(
-        fn, args, mesh=abstract_mesh(arguments.mesh), machine=arguments.machine, search=arguments.search,
-        memory_budget=math.inf if arguments.budget == "unlimited" else arguments.budget, pins=pins_of(arguments),
-        donate_argnames=arguments.donate, certify=arguments.certify,
-    )  # fmt: skip
+    found = planned(fn, args, mesh=abstract_mesh(arguments.mesh), certify=arguments.certify, **planning(arguments))
     if arguments.output is not None:
         with progress(f"saving {arguments.output}"):
             save(found, arguments.output)

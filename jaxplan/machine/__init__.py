@@ -6,9 +6,10 @@
     find.py     which machine is meant
 """
 
-from jaxplan.machine.files import load_machine, save_machine
+from jaxplan.machine.files import load_machine, machine_json, named, save_machine
 from jaxplan.machine.find import machine
 from jaxplan.machine.nouns import Link, Machine, axis_links
 from jaxplan.machine.presets import DEFAULT, PRESETS
 
-__all__ = ["DEFAULT", "PRESETS", "Link", "Machine", "axis_links", "load_machine", "machine", "save_machine"]
+__all__ = ["DEFAULT", "PRESETS", "Link", "Machine", "axis_links", "load_machine", "machine", "machine_json", "named",
+           "save_machine"]  # fmt: skip

@@ -36,7 +36,7 @@ def save_machine(machine: Machine, path: str | Path) -> Path:
     """Write a machine; a file that was there is replaced at once or not at all. Gives the path. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_to_json(machine), indent=1) + "\n"
+    text = json.dumps(machine_json(machine), indent=1) + "\n"
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -80,7 +80,9 @@ def load_machine(path: str | Path) -> Machine:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
 
 
-def _to_json(machine: Machine) -> dict[str, Any]:
+def machine_json(machine: Machine) -> dict[str, Any]:
+    """What a machine file holds."""
+
     def link(one: Link) -> dict[str, Any]:
         return {"seconds_per_byte": one.seconds_per_byte, "latency_seconds": one.latency_seconds, "source": one.source}
 
