@@ -19,10 +19,18 @@ IN_FLOAT64 = {"resnet_momentum"}
 """In float32 one ReLU input of this seed lies within rounding of zero: on JAX 0.12 plain data parallelism over four devices
 flips its mask too, and is off by the same 6e-4. In float64 the error of a plan shows by itself."""
 MESHES = [(8,), (4, 2), (2, 2, 2), (4, 4)]
+LONG, SOME = {"decoder_scan", "decoder_unrolled", "resnet_momentum"}, {(8,), (4, 4)}
+"""Programs that take seconds each, and meshes on which they are tested among the slow ones."""
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", sorted(programs()))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=pytest.mark.slow if name in LONG and shape in SOME else ())
+        for name in sorted(programs())
+        for shape in MESHES
+    ],
+)  # fmt: skip
 def test_same_results_as_the_unplanned_function(name, shape):
     program = programs()[name]
     args = program.make_args(0)

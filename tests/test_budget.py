@@ -70,7 +70,7 @@ def test_a_tighter_budget_splits_state_first_and_moments_most_then_activations()
         assert now["other state"] / held[0]["other state"] <= 1.001 * now["parameters"] / held[0]["parameters"]
 
 
-@pytest.mark.parametrize("name", ["decoder_scan", "decoder_unrolled"])
+@pytest.mark.parametrize("name", ["decoder_scan", pytest.param("decoder_unrolled", marks=pytest.mark.slow)])
 def test_the_examples_of_training_are_squeezed_step_by_step(name):
     program = programs("full")[name]
     free, squeezed = path(program.fn, program.args, (0.9, 0.8), mesh=AbstractMesh((4, 4), ("x", "y")), machine="v5e")
