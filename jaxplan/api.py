@@ -33,6 +33,7 @@ from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, w
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
+from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, trace
 
 Search = str | Callable[[Problem], Assignment]
@@ -91,16 +92,19 @@ class Plan(_plan.Plan):
             donated = [leaf for i, arg in enumerate(args) if i in wanted for leaf in jax.tree.leaves(arg)]
         return PlannedFunction(self, dict(self.request.static), donated)
 
-    def audit(self) -> PlanAudit:
+    def audit(self, topology: str | None = None) -> PlanAudit:
         """What was predicted beside what XLA compiles, per exchange and per axis; printing it gives a table.
 
         Compiles the planned function for the shapes that were planned, donating what it donates; runs nothing. Loops whose trip
-        count the program does not say count as often as was planned. Raises ValueError for a plan made for an AbstractMesh.
+        count the program does not say count as often as was planned. `topology`: compile for a TPU slice by name, "v5e:4x4",
+        with libtpu and no TPU. Raises ValueError for a plan made for an AbstractMesh, unless a topology has devices for it.
         """
+        if topology is not None:
+            self = replace(self, mesh=topology_mesh(topology, self.axis_sizes))
         if not isinstance(self.mesh, jax.sharding.Mesh):
             raise ValueError(
                 "this plan was made for an AbstractMesh, and there is nothing to compile for: audit plan.replan(mesh=...) with a "
-                "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16)"
+                "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16), or with topology="
             )
         trips = self.request.while_trips
         return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))

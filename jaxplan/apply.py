@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -275,6 +276,17 @@ class PlannedFunction:
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
         return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs)])
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh it runs on."""
+        return self.plan.mesh
+
+    def on(self, mesh: Mesh) -> PlannedFunction:
+        """The same on the devices of another mesh of the same axes and sizes."""
+        if dict(mesh.shape) != dict(self.plan.mesh.shape):
+            raise ValueError(f"this plan is for the mesh {dict(self.plan.mesh.shape)}, not for {dict(mesh.shape)}; replan it")
+        return PlannedFunction(replace(self.plan, mesh=mesh), self._static, sorted(self._donate))
 
     def lower_planned(self) -> Any:
         """Lowered for the shapes that were planned for."""

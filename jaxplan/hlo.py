@@ -42,6 +42,7 @@ from .hlo_findings import Site, Walked, find_warnings
 from .hlo_records import Audit, Collective, Finding, Kernel
 from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, type_bytes
 from .hlo_work import flops_of, traffic_of
+from .topology import topology_mesh
 
 __all__ = ["Audit", "Collective", "Finding", "Kernel", "audit", "read_hlo"]
 
@@ -462,15 +463,24 @@ def _bits(axes: frozenset[str] | None, mesh_shape: Mapping[str, int]) -> int | N
     return sum(1 << i for i, (axis, size) in enumerate(mesh_shape.items()) if axis in axes and size > 1)
 
 
-def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwargs: Any) -> Audit:
+def audit(
+    fn: Any, *args: Any, mesh: Any = None, topology: str | None = None, while_trips: float = 1, **kwargs: Any
+) -> Audit:
     """Compile a jitted function for these arguments and read what it moves, computes and stores per device.
 
     `fn` is a function from `jax.jit` (or anything with its `.lower`), or already a `jax.stages.Lowered` or
     `Compiled`; arguments may be `jax.ShapeDtypeStruct`s. `mesh` (a Mesh, an AbstractMesh or a mapping from
     axis to size) names the axes; if None it is taken from the shardings of the arguments, then of the
     compiled program. `while_trips`: how often a loop is taken to run whose trip count the program does not say.
-    Raises TypeError for a function that was never jitted.
+
+    `topology`: compile for a TPU slice by name, "v5e:4x4", which need not be there: libtpu must (`pip install 'jaxplan[tpu]'`).
+    The function is a planned one, or takes its layouts from the NamedShardings of its arguments, which move to a mesh there.
+
+    Raises TypeError for a function that was never jitted, or for `topology` that was lowered already; ValueError for a topology
+    that does not exist or has another number of devices than the mesh.
     """
+    if topology is not None:
+        fn, args, kwargs, mesh = _moved(fn, args, kwargs, mesh, topology)
     if isinstance(fn, jax.stages.Compiled):
         compiled = fn
     elif isinstance(fn, jax.stages.Lowered):
@@ -498,6 +508,32 @@ def audit(fn: Any, *args: Any, mesh: Any = None, while_trips: float = 1, **kwarg
         alias_bytes=aliased,
         peak_bytes=peak,
     )
+
+
+def _moved(fn: Any, args: Any, kwargs: Any, mesh: Any, topology: str) -> tuple[Any, Any, Any, Any]:
+    """A function, its arguments and its mesh, for the devices of a topology."""
+    if not hasattr(fn, "lower") or isinstance(fn, (jax.stages.Lowered, jax.stages.Compiled)):
+        raise TypeError(f"to compile for {topology}, audit needs the jitted or planned function itself, got {type(fn).__name__}")
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    if mesh is None:
+        mesh = fn.mesh if hasattr(fn, "on") else _mesh_of([getattr(leaf, "sharding", None) for leaf in leaves])
+    if mesh is None:
+        raise ValueError(
+            f"to compile for {topology}, audit needs to know the mesh: give jaxplan's planned function, or arguments as "
+            "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))"
+        )
+    target = topology_mesh(topology, dict(getattr(mesh, "shape", mesh)))
+    if hasattr(fn, "on"):
+        return fn.on(target), args, kwargs, target
+    args, kwargs = jax.tree.unflatten(tree, [_moved_leaf(leaf, target) for leaf in leaves])
+    return fn, args, kwargs, target
+
+
+def _moved_leaf(leaf: Any, mesh: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    spec = sharding.spec if isinstance(sharding, jax.sharding.NamedSharding) else jax.sharding.PartitionSpec()
+    found = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
 
 def _split_by(sharding: Any) -> frozenset[str] | None:

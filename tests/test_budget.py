@@ -50,7 +50,7 @@ def path(fn, args, shares, **options):
     return free, [(share * free.peak_bytes, free.replan(memory_budget=share * free.peak_bytes)) for share in shares]
 
 
-def test_a_tighter_budget_splits_moments_first_then_parameters_then_activations():
+def test_a_tighter_budget_splits_state_first_and_moments_most_then_activations():
     """From data parallel to what is called ZeRO, and beyond; what it costs rises, and every plan fits."""
     shares = (0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
     free, squeezed = path(train_step, train_args(4096), shares, mesh=MESH, machine="h100", donate_argnums=0)
@@ -65,7 +65,9 @@ def test_a_tighter_budget_splits_moments_first_then_parameters_then_activations(
         return next(i for i, now in enumerate(held) if now[kind] < held[0][kind])
 
     assert held[0]["parameters"] == 4 * LAYERS * WIDTH * WIDTH, "whole, without a budget"
-    assert 0 < first_smaller("other state") < first_smaller("parameters") < first_smaller("activations")
+    assert 0 < first_smaller("other state") <= first_smaller("parameters") < first_smaller("activations")
+    for now in held[1 : first_smaller("activations")]:  # moments need not be gathered again
+        assert now["other state"] / held[0]["other state"] <= 1.001 * now["parameters"] / held[0]["parameters"]
 
 
 @pytest.mark.parametrize("name", ["decoder_scan", "decoder_unrolled"])
@@ -136,7 +138,7 @@ def test_state_is_told_apart(batch):
     layer = 4 * WIDTH * WIDTH
     assert held["parameters"] == LAYERS * layer and held["other state"] == 2 * LAYERS * layer + 4
     assert held["other arguments"] == 4 * batch * WIDTH and held["outputs"] == 8
-    assert "gradients" in held and ("activations" in held) == (batch == 4096)
+    assert ("activations" if batch == 4096 else "gradients") in held and ("activations" in held) == (batch == 4096)
 
 
 def test_state_without_any_other_result():

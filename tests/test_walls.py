@@ -25,7 +25,8 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
     "hlo_records": (),
     "hlo_vary": ("hlo_text",),
     "hlo_findings": ("hlo_records", "hlo_text", "hlo_vary"),
-    "hlo": ("hlo_records", "hlo_text", "hlo_work", "hlo_vary", "hlo_findings"),
+    "topology": (),
+    "hlo": ("hlo_records", "hlo_text", "hlo_work", "hlo_vary", "hlo_findings", "topology"),
 }
 """The audit's rooms import each other and nothing else: it is the cost model's judge."""
 

@@ -104,7 +104,7 @@ def refused() -> Iterator[None]:
         notes = getattr(error, "__notes__", [])
         if any("jaxplan was tracing" in note for note in notes):
             raise Trouble(f"the function does not trace: {type(error).__name__}", cause=error) from None
-        if isinstance(error, (ValueError, TypeError)):
+        if isinstance(error, (ValueError, TypeError, ModuleNotFoundError)):
             raise Trouble(str(error)) from None
         raise
 
@@ -209,12 +209,16 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=positive, help="simulated devices, for a function with shardings of its own (default: 8)"
     )
+    parser.add_argument(
+        "--topology", metavar="NAME", help="compile for a TPU slice, such as v5e:4x4, with libtpu and without a TPU"
+    )
     parser.add_argument("--json", action="store_true", help="print the audit as JSON")
 
 
 def audit(arguments: argparse.Namespace) -> int:
-    """Compile a function for simulated CPU devices and list what the compiled program really sends. With --mesh or --plan it is
-    laid out as planned, and the plan's prediction stands beside it; without, it must be under jax.jit with its own shardings."""
+    """Compile a function for simulated CPU devices, or for a TPU slice, and list what the compiled program really sends. With
+    --mesh or --plan it is laid out as planned, and the plan's prediction stands beside it; without, it must be under jax.jit with
+    its own shardings."""
     saved = read(arguments.plan) if arguments.plan else None
     shape = saved.mesh_shape if saved else arguments.mesh
     devices = math.prod(shape.values()) if shape else arguments.devices or 8
@@ -225,11 +229,11 @@ def audit(arguments: argparse.Namespace) -> int:
 
     if shape is None:
         with progress("compiling"), refused():
-            found, predicted = read_compiled(fn, *args), None
+            found, predicted = read_compiled(fn, *args, topology=arguments.topology), None
     else:
         laid = _laid_out(fn, args, arguments, shape)
         with progress("compiling"), refused():
-            found = read_compiled(laid.jit(), *args, mesh=laid.mesh)
+            found = read_compiled(laid.jit(), *args, mesh=laid.mesh, topology=arguments.topology)
         predicted = laid.wire_bytes
     if arguments.json:
         emit_json(audit_json(found, predicted))

@@ -1,0 +1,65 @@
+"""Predictions beside what the real TPU compiler makes of the example programs, with no TPU: bytes sent and memory.
+
+    pip install 'jaxplan[tpu]'
+    python scripts/check_tpu.py [--topology v5e:4x4] [--mesh 4x4] [--size full] [--only decoder_scan ...]
+
+Plans are for machine v5e, arguments that carry state are donated. Sent: MB per device and call over all axes. Memory: arguments +
+outputs - aliased + temporaries of `memory_analysis()`, MiB per device. Large programs take minutes to compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+import jaxplan
+from jaxplan.examples import programs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--mesh", default="4x4")
+    parser.add_argument("--size", choices=["small", "full"], default="full")
+    parser.add_argument("--only", nargs="+", default=list(programs()))
+    options = parser.parse_args()
+    sizes = tuple(int(size) for size in options.mesh.split("x"))
+    mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
+    head = ("program", "sent, predicted", "compiled", "ratio", "unplanned", "memory, modelled", "compiled", "ratio", "compiling")
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    errors, ratios = [], []
+    for name in options.only:
+        program = programs(options.size)[name]
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate or None)
+        start = time.perf_counter()
+        found = plan.audit(topology=options.topology)
+        took = time.perf_counter() - start
+        sent, compiled = found.predicted_bytes, math.fsum(found.compiled.values())
+        peak, allocated = plan.peak_bytes, found.compiled_peak_bytes
+        if max(sent, compiled):
+            errors.append(abs(sent - compiled) / max(compiled, 1.0))
+        ratios.append(peak / allocated)
+        print(
+            f"| {name} | {sent / 1e6:.3f} | {compiled / 1e6:.3f} | {sent / compiled if compiled else math.nan:.3f} "
+            f"| {found.total('unplanned') / max(compiled, 1.0):.2%} | {peak / 2**20:.1f} | {allocated / 2**20:.1f} "
+            f"| {peak / allocated:.2f} | {took:.0f} s |", flush=True,
+        )  # fmt: skip
+        for line in found.audit.unread:
+            print(f"  not read in {name}: {line}", flush=True)
+    off = [max(ratio, 1 / ratio) for ratio in ratios]
+    print(
+        f"\n{options.topology}, {options.size}: bytes off by {statistics.median(errors):.2%} in the median, {max(errors):.2%} at "
+        f"worst; memory off by {statistics.median(off) - 1:.1%} in the median, {max(off):.2f} times at worst; at the most "
+        f"{1 - min(ratios):.0%} under what was allocated"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Compiling for a TPU slice that is not there: how functions get onto its devices, and what is said when they cannot.
+
+What needs libtpu is slow, and skipped without it (`pip install 'jaxplan[tpu]'`); else simulated devices stand in for the slice.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import mesh_of
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
+
+import jaxplan
+from jaxplan import cli, topology
+from jaxplan.examples import programs
+
+try:
+    importlib.metadata.version("libtpu")
+    LIBTPU = True
+except importlib.metadata.PackageNotFoundError:
+    LIBTPU = False
+needs_libtpu = [pytest.mark.slow, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed: pip install 'jaxplan[tpu]'")]
+
+
+@pytest.fixture
+def slice_of_eight(monkeypatch):
+    monkeypatch.setattr(topology, "_devices", lambda name: jax.devices()[:8])
+
+
+def multiply(w, x):
+    return jnp.tanh(x @ w)
+
+
+def shape(*extents, sharding=None):
+    return jax.ShapeDtypeStruct(extents, jnp.float32, sharding=sharding)
+
+
+def test_a_plan_for_no_devices_is_audited_on_a_slice(slice_of_eight):
+    pins = {"w": P("x"), "x": P(None, "x")}
+    plan = jaxplan.make_plan(multiply, shape(64, 32), shape(16, 64), mesh=AbstractMesh((4, 2), ("x", "y")), pins=pins)
+    found = plan.audit(topology="v5e:2x4")
+    assert found.compiled == found.predicted and found.compiled["x"] > 0
+
+
+def test_a_planned_function_and_one_with_layouts_of_its_own_move_to_a_slice(slice_of_eight):
+    mesh = mesh_of((4, 2))
+    plan = jaxplan.make_plan(multiply, shape(64, 32), shape(16, 64), mesh=mesh, pins={"w": P("x"), "x": P(None, "x")})
+    run = plan.jit()
+    args = shape(64, 32), shape(16, 64)
+    sent = jaxplan.audit(run, *args).by_kind()
+    assert sum(sent.values()) > 0 and jaxplan.audit(run, *args, topology="v5e:2x4").by_kind() == sent
+    own = [shape(64, 32, sharding=NamedSharding(mesh, P("x"))), shape(16, 64, sharding=NamedSharding(mesh, P(None, "x")))]
+    sent = jaxplan.audit(jax.jit(multiply), *own).by_kind()
+    assert sum(sent.values()) > 0 and jaxplan.audit(jax.jit(multiply), *own, topology="v5e:2x4").by_kind() == sent
+
+
+def test_a_slice_of_another_size_is_refused(slice_of_eight):
+    plan = jaxplan.make_plan(multiply, shape(64, 32), shape(16, 64), mesh=AbstractMesh((4, 4), ("x", "y")))
+    with pytest.raises(ValueError, match="'v5e:2x4' has 8 devices, and the mesh x=4, y=4 has 16"):
+        plan.audit(topology="v5e:2x4")
+
+
+def test_what_says_nothing_of_a_mesh_or_was_lowered_already_is_refused():
+    with pytest.raises(ValueError, match="NamedSharding"):
+        jaxplan.audit(jax.jit(multiply), shape(64, 32), shape(16, 64), topology="v5e:2x4")
+    with pytest.raises(TypeError, match="the jitted or planned function itself, got Lowered"):
+        jaxplan.audit(jax.jit(multiply).lower(shape(64, 32), shape(16, 64)), topology="v5e:2x4")
+    with pytest.raises(TypeError, match="itself, got function"):
+        jaxplan.audit(multiply, shape(64, 32), shape(16, 64), topology="v5e:2x4")
+
+
+def test_without_libtpu_the_message_says_how_to_install_it(monkeypatch, capsys):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxplan\[tpu\]'"):
+        topology.topology_mesh("v5e:2x4", {"x": 8})
+    assert cli.main(["audit", "jax.nn:relu", "--mesh", "x=8", "--spec", "f32[8,8]", "--topology", "v5e:2x4"]) != 0
+    assert "pip install 'jaxplan[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_libtpu) for name in ("v9z:4x4", "nonsense", "v5e:3x9", "")])
+def test_a_topology_that_does_not_exist(name):
+    with pytest.raises(ValueError, match="v5e:4x4"):
+        topology.topology_mesh(name, {"x": 16})
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_libtpu) for name in ("decoder_scan", "mlp_sgd", "stencil")])
+def test_the_real_compiler(name):
+    """Small programs: bytes as planned, what is read is read whole, and the environment is left as it was."""
+    program, before = programs()[name], dict(os.environ)
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((4, 4), ("x", "y")), machine="v5e")
+    found = plan.audit(topology="v5e:4x4")
+    assert found.compiled == found.predicted and not found.audit.unread
+    assert found.compiled_peak_bytes > 0 and dict(os.environ) == before
