@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
     from jaxplan.rules import rule as rule
     from jaxplan.state import LayoutError as LayoutError
-    from jaxplan.whatif import MeshRanking as MeshRanking, best_mesh as best_mesh
+    from jaxplan.whatif import MeshRanking as MeshRanking, Sweep as Sweep, best_mesh as best_mesh, sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,8 @@ _HOMES = {
     "Link": "jaxplan.machine",
     "best_mesh": "jaxplan.whatif",
     "MeshRanking": "jaxplan.whatif",
+    "sweep": "jaxplan.whatif",
+    "Sweep": "jaxplan.whatif",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "MeshRanking",
     "NothingFits",
     "Plan",
+    "Sweep",
     "audit",
     "auto_shard",
     "best_mesh",
@@ -58,6 +61,7 @@ __all__ = [
     "make_plan",
     "rule",
     "save_machine",
+    "sweep",
 ]
 
 

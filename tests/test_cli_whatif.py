@@ -164,6 +164,38 @@ def test_mistakes_about_meshes_are_told(plan, capsys):
     assert "cannot be written" in failed(capsys, "best-mesh", *FUNCTION, "--devices", "8", "-o", "no/such/folder.json")
 
 
+# --- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def test_sweep_prints_and_gives_the_points(plan, capsys):
+    import whatifmodel  # type: ignore[import-not-found]
+
+    want = jaxplan.sweep(
+        whatifmodel.step, *whatifmodel.shapes(), devices=[4, 16], sizes={"B": [64, 128]}, dims={"x": "B F"}, link_speeds=[1, 0.5],
+        links="outer", machine="a100", axis_names=("data", "model"), pins={"w/up": P()},
+    )  # fmt: skip
+    line = ["sweep", *FUNCTION, "--devices", "4,16", "--size", "B=64,128", "--dims", "x=B F", "--link-speed", "1,0.5", "--links",
+            "outer", "--machine", "a100", "--axes", "data,model", "--pin", "w/up="]  # fmt: skip
+    assert json.loads(printed(capsys, *line, "--json")) == want.to_json()
+    assert printed(capsys, *line).splitlines()[:-1] == str(want).splitlines()[:-1]  # but for the milliseconds
+    found = json.loads(printed(capsys, "sweep", *FUNCTION, "--mesh", "a=2", "--mesh", "b=3,c=2", "--json"))["points"]
+    assert [point["mesh"] for point in found] == [{"a": 2}, {"b": 3, "c": 2}]
+
+
+def test_mistakes_about_sweeps_are_told(plan, capsys):
+    line = ["sweep", *FUNCTION, "--devices"]
+    assert "'x' is not a whole number" in failed(capsys, *line, "4,x")
+    assert "one of the arguments --devices --mesh is required" in failed(capsys, "sweep", *FUNCTION)
+    assert "'1,0' is no list of positive numbers" in failed(capsys, *line, "4", "--link-speed", "1,0")
+    assert "'B' is not NAME=SIZES" in failed(capsys, *line, "4", "--size", "B")
+    assert "'x' is not PATH=NAMES" in failed(capsys, *line, "4", "--dims", "x")
+    assert "dims names none" in failed(capsys, *line, "4", "--size", "B=8")
+    told = failed_with_cause(capsys, *line, "4", "--size", "F=8", "--dims", "x=B F")
+    assert "at F=8, one of the sizes of the sweep" in told and "does not trace" in told
+    rows = printed(capsys, *line, "4", "--budget", "1KB", status=1).splitlines()[3:5]
+    assert [row.split()[-2:] for row in rows] == [["no", "A"], ["no", "B"]]
+
+
 # --- calibrate -------------------------------------------------------------------------------------------------------
 
 

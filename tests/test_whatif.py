@@ -1,5 +1,6 @@
 """Meshes ranked from one trace: the same numbers as planning each anew, a fixed order, and clear errors."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -10,9 +11,11 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
+from jaxplan import api
 from jaxplan.budget import NothingFits
 from jaxplan.machine import machine as find_machine
-from jaxplan.whatif import AXIS_NAMES, distinct, factorisations
+from jaxplan.whatif import distinct, factorisations
+from jaxplan.whatif.meshes import AXIS_NAMES
 
 
 def f32(*shape):
@@ -73,15 +76,23 @@ def test_the_fastest_is_first_and_the_order_is_fixed(ranking):
     assert again.to_json() == ranking.to_json()
 
 
-def test_one_trace_is_enough():
-    calls = []
+@pytest.fixture
+def traces(monkeypatch):
+    """The rows of x in every trace that jaxplan asks for; JAX's own cache would hide some from the function."""
+    seen = []
+    trace = api.trace
 
-    def counted(params, x):
-        calls.append(1)
-        return train(params, x)
+    def counted(fn, args, *rest, **options):
+        seen.append(args[1].shape[0])
+        return trace(fn, args, *rest, **options)
 
-    found = jaxplan.best_mesh(counted, *ARGS, devices=64, machine="a100")
-    assert len(calls) == 1 and len(found.candidates) > 10 and found.elapsed < 20
+    monkeypatch.setattr(api, "trace", counted)
+    return seen
+
+
+def test_one_trace_is_enough(traces):
+    found = jaxplan.best_mesh(train, *ARGS, devices=64, machine="a100")
+    assert traces == [4096] and len(found.candidates) > 10 and found.elapsed < 20
 
 
 def test_the_table_has_a_line_per_mesh(ranking):
@@ -157,3 +168,140 @@ def test_one_device_is_a_mesh():
     found = jaxplan.best_mesh(train, *ARGS, devices=1, machine="v4")
     assert [c.shape for c in found.candidates] == [(1,)]
     assert found.candidates[0].efficiency == 1.0 and found.candidates[0].sent_bytes == 0
+
+
+# --- sweep -----------------------------------------------------------------------------------------------------------
+
+
+def sized(rows, width=1024):
+    return {"up": f32(256, width), "down": f32(width, 256)}, f32(rows, 256)
+
+
+def slower_links(machine, speed, links):
+    """As the docstring says, by hand."""
+    kinds = ("inner", "outer") if links == "all" else (links,)
+    for kind in kinds:
+        link = getattr(machine, kind)
+        changed = dataclasses.replace(link, seconds_per_byte=link.seconds_per_byte / speed)
+        machine = dataclasses.replace(machine, **{kind: changed})
+    return machine
+
+
+DIMS = {"x": "B F", "params/up": "F W", "params/down": "W F"}
+
+
+@pytest.fixture(scope="module")
+def swept():
+    return jaxplan.sweep(
+        train, *ARGS, devices=[4, 16], sizes={"B": [64, 4096], "W": [1024, 512]}, link_speeds=[1, 0.1], links="outer",
+        machine="a100", dims=DIMS,
+    )  # fmt: skip
+
+
+def test_every_point_of_a_grid_is_what_retracing_gives(swept):
+    want = {
+        (rows, width, speed, shape)
+        for rows, width, speed, devices in itertools.product((64, 4096), (1024, 512), (1.0, 0.1), (4, 16))
+        for shape in distinct(factorisations(devices, 2), AXIS_NAMES, find_machine("a100"))
+    }
+    found = {(p.sizes["B"], p.sizes["W"], p.link_speed, p.candidate.shape): p.candidate for p in swept.points}
+    assert set(found) == want and len(swept.points) == len(want) and not swept.refused
+    alone = {}
+    for (rows, width, speed, shape), candidate in found.items():
+        machine = slower_links(find_machine("a100"), speed, "outer")
+        plan = jaxplan.make_plan(train, *sized(rows, width), mesh=AbstractMesh(shape, AXIS_NAMES[: len(shape)]), machine=machine)
+        assert candidate.seconds == plan.seconds and candidate.sent_bytes == sum(plan.wire_bytes.values())
+        assert candidate.plan.peak_bytes == plan.peak_bytes and candidate.plan.in_specs == plan.in_specs
+        if (rows, width) not in alone:
+            one = jaxplan.make_plan(train, *sized(rows, width), mesh=AbstractMesh((1,), ("x",)), machine=machine)
+            alone[rows, width] = one.seconds
+        assert candidate.efficiency == pytest.approx(alone[rows, width] / (math.prod(shape) * plan.seconds), rel=1e-12)
+
+
+def test_plans_share_a_label_where_and_only_where_everything_lies_alike(swept):
+    for one, two in itertools.combinations(swept.points, 2):
+        plan, other = one.candidate.plan, two.candidate.plan
+        alike = plan.axis_names == other.axis_names and plan.layouts == other.layouts and plan.out_specs == other.out_specs
+        assert (one.label == two.label) == alike
+    labels = [point.label for point in swept.points]
+    assert 1 < len(set(labels)) < len(labels) and labels[0] == "A"
+
+
+def test_the_fastest_mesh_of_each_number_of_devices_is_marked(swept):
+    for key in itertools.product((64, 4096), (1024, 512), (1.0, 0.1), (4, 16)):
+        there = [p for p in swept.points if (p.sizes["B"], p.sizes["W"], p.link_speed, p.devices) == key]
+        (best,) = [p for p in there if p.best]
+        assert best.candidate.seconds == min(p.candidate.seconds for p in there)
+
+
+def test_a_sweep_traces_once_for_each_combination_of_sizes(traces):
+    found = jaxplan.sweep(train, *ARGS, devices=[2, 4, 8, 8], link_speeds=[1, 0.5, 0.5], machine="v4")
+    assert traces == [4096] and found.traces == 1 and len(found.points) == 2 * (1 + 2 + 2)
+    traces.clear()
+    found = jaxplan.sweep(train, *ARGS, devices=8, sizes={"B": [64, 4096, 512]}, dims={"x": "B F"}, machine="v4")
+    assert traces == [4096, 64, 512] and found.traces == 3
+
+
+def test_the_table_and_json_of_a_sweep(swept):
+    lines = str(swept).splitlines()
+    assert lines[0].startswith("Sweep of train, machine a100") and "link speed: of the links between nodes" in str(swept)
+    assert lines[2].split()[:5] == ["B", "W", "link", "speed", "devices"]
+    assert sum(line.endswith("*") for line in lines) == 16 and lines[3].split()[:4] == ["64", "1024", "1", "4"]
+    assert lines[-1].startswith(f"{len(swept.points)} points, ") and "traced 4 times" in lines[-1]
+    found = swept.to_json()["points"]
+    assert [p["seconds"] for p in found] == [p.candidate.seconds for p in swept.points]
+    assert found[0]["sizes"] == {"B": 64, "W": 1024} and found[0]["plan"] == "A"
+
+
+def test_stated_meshes_static_and_keyword_arguments_are_swept():
+    def scaled(kind, x, *, bias):
+        return (jnp.tanh(x) if kind == "tanh" else x) + bias
+
+    found = jaxplan.sweep(
+        scaled, "tanh", f32(64, 32), bias=f32(64, 32), meshes=[{"data": 4, "model": 2}, {"data": 8}], sizes={"B": [128]},
+        dims={"x": "B F", "bias": "B F"}, static_argnums=0, machine="v4",
+    )  # fmt: skip
+    assert [p.candidate.plan.axis_sizes for p in found.points] == [{"data": 4, "model": 2}, {"data": 8}]
+    assert [p.best for p in found.points].count(True) == 1
+    assert all(aval.shape == (128, 32) for p in found.points for aval in p.candidate.plan.traced.in_avals)
+
+
+def test_points_that_cannot_be_had_are_told():
+    found = jaxplan.sweep(train, *ARGS, devices=[2, 4], machine="v4", pins={"x": P("y")})
+    assert [r.mesh for r in found.refused] == [{"x": 2}, {"x": 4}] and "not planned     x=2, link speed 1" in str(found)
+    small = jaxplan.sweep(train, *ARGS, devices=[1, 16], machine="v4", memory_budget="6MB")
+    assert [p.candidate.fits for p in small.points if p.devices == 1] == [False]
+    assert not any(p.best for p in small.points if p.devices == 1) and any(p.best for p in small.points)
+    assert all(p.candidate.plan.peak_bytes <= 6e6 for p in small.points if p.candidate.fits)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        ({}, TypeError, "give either devices"),
+        ({"devices": 4, "meshes": [{"x": 4}]}, TypeError, "give either devices"),
+        ({"devices": []}, ValueError, "devices is an empty list"),
+        ({"devices": [4, 0]}, ValueError, "devices must be at least 1, got 0"),
+        ({"devices": "4"}, TypeError, "whole number"),
+        ({"meshes": []}, ValueError, "meshes is an empty list"),
+        ({"meshes": [{"x": 0}]}, ValueError, "meshes must be {axis: size} each"),
+        ({"devices": 4, "link_speeds": [0.0]}, ValueError, "link_speeds must be positive numbers.*got 0.0"),
+        ({"devices": 4, "link_speeds": []}, ValueError, "link_speeds must be positive"),
+        ({"devices": 4, "links": "wires"}, ValueError, "links may be 'all', 'inner', 'outer', got 'wires'"),
+        ({"devices": 4, "sizes": {"B": [8]}}, ValueError, "sizes names the dimension 'B'; dims names none"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "R F"}}, ValueError, "dims names F, R"),
+        ({"devices": 4, "sizes": {"B": [0]}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1, got 0"),
+        ({"devices": 4, "sizes": {"B": []}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "extents .256, 4096. 'B': sizes needs them"),
+        ({"devices": 4, "pins": {"x": P("q")}}, ValueError, "nothing can be planned; on {'x': 4}: pin 'x'"),
+    ],
+)
+def test_what_is_swept_wrongly_is_told(options, kind, told):
+    with pytest.raises(kind, match=told):
+        jaxplan.sweep(train, *ARGS, machine="v4", **options)
+
+
+def test_sizes_at_which_the_function_does_not_trace_are_named():
+    with pytest.raises(TypeError) as caught:
+        jaxplan.sweep(train, *ARGS, devices=4, machine="v4", sizes={"F": [128]}, dims={"x": "B F"})
+    assert "at F=128, one of the sizes of the sweep" in caught.value.__notes__

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("why an input, or a source line, is laid out as it is", questions.explain_options, questions.explain),
     "why-not": Command("what another layout of an input would cost", questions.why_not_options, questions.why_not),
     "best-mesh": Command("rank all meshes of so many devices", whatif.best_mesh_options, whatif.best_mesh),
+    "sweep": Command("plan for several devices, meshes, link speeds and sizes", whatif.sweep_options, whatif.sweep),
     "diff": Command("what differs between two saved plans", saved.diff_options, saved.diff),
     "check": Command("fail if a function's plan got costlier than a saved one", functions.check_options, functions.check),
     "audit": Command("compile a function and list what it really sends", functions.audit_options, functions.audit),

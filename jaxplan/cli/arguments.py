@@ -45,6 +45,38 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positives(text: str) -> list[int]:
+    """[8, 16] of "8,16"."""
+    return [positive(part.strip()) for part in text.split(",")]
+
+
+def speeds(text: str) -> list[float]:
+    """[1.0, 0.1] of "1,0.1"."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < speed < math.inf for speed in found):
+        raise ArgumentTypeError(f"{text!r} is no list of positive numbers; write 1,0.1")
+    return found
+
+
+def extents(text: str) -> tuple[str, list[int]]:
+    """("B", [256, 512]) of "B=256,512"."""
+    name, equals, sizes = (part.strip() for part in text.partition("="))
+    if not (name and equals):
+        raise ArgumentTypeError(f"{text!r} is not NAME=SIZES; write B=256,512")
+    return name, positives(sizes)
+
+
+def dimensions(text: str) -> tuple[str, str]:
+    """("batch/x", "B F") of "batch/x=B F"."""
+    path, equals, named = text.rpartition("=")
+    if not (path and equals and named.split()):
+        raise ArgumentTypeError(f"{text!r} is not PATH=NAMES; write 'x=B F'")
+    return path, named
+
+
 def percent(text: str) -> float:
     """0.02 of "2%" (or of "0.02")."""
     number, scale = (text.strip()[:-1], 100.0) if text.strip().endswith("%") else (text, 1.0)

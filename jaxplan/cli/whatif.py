@@ -1,10 +1,21 @@
-"""Commands that plan one function many times: `best-mesh`."""
+"""Commands that plan one function many times: `best-mesh`, `sweep`."""
 
 from __future__ import annotations
 
 import argparse
 
-from jaxplan.cli.arguments import arguments_of, function_of, names, positive, shape_options
+from jaxplan.cli.arguments import (
+    arguments_of,
+    dimensions,
+    extents,
+    function_of,
+    mesh_shape,
+    names,
+    positive,
+    positives,
+    shape_options,
+    speeds,
+)
 from jaxplan.cli.functions import planning, planning_options, refused, save
 from jaxplan.cli.output import emit, emit_json, progress
 
@@ -36,3 +47,44 @@ def best_mesh(arguments: argparse.Namespace) -> int:
     else:
         emit(text)
     return 0
+
+
+def sweep_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `jaxplan sweep`."""
+    parser.add_argument("function", metavar="MODULE:FUNCTION", help="such as train:step")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--devices", type=positives, metavar="N,N", help="numbers of devices, each in all its meshes: 8,16,64")
+    where.add_argument("--mesh", type=mesh_shape, action="append", help="a mesh, such as data=4,model=2; may be given again")
+    parser.add_argument("--axes", type=names, default=["x", "y"], help="names of up to so many axes (default: x,y)")
+    parser.add_argument("--link-speed", type=speeds, default=[1.0], metavar="X,X", help="times the machine's own, such as 1,0.1")
+    parser.add_argument("--links", choices=("all", "inner", "outer"), default="all", help="of which links (default: all)")
+    parser.add_argument(
+        "--size", type=extents, action="append", default=[], metavar="NAME=N,N",
+        help="extents of a dimension that --dims names, such as B=256,512; traces anew for each; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dims", type=dimensions, action="append", default=[], metavar="PATH=NAMES",
+        help="names of an input's dimensions, such as 'x=B F'; may be given again",
+    )  # fmt: skip
+    shape_options(parser)
+    planning_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Plan a function for many numbers of devices, mesh shapes, link speeds and sizes, in one table. Status 1 if nothing fits."""
+    fn = function_of(arguments.function)
+    args = arguments_of(fn, arguments)
+    with progress("sweeping"), refused():
+        from jaxplan.whatif import sweep as swept
+
+        found = swept(
+            fn, *args, devices=arguments.devices, meshes=arguments.mesh, sizes=dict(arguments.size), links=arguments.links,
+            link_speeds=arguments.link_speed, axis_names=arguments.axes, dims=dict(arguments.dims), **planning(arguments),
+        )  # fmt: skip
+        text = None if arguments.json else str(found)
+    if text is None:
+        emit_json(found.to_json())
+    else:
+        emit(text)
+    return 0 if any(point.candidate.fits for point in found.points) else 1

@@ -1,4 +1,4 @@
-"""Room `whatif`: one function on many meshes, ranked.
+"""All meshes of so many devices, ranked.
 
 All of it is planned from one trace.
 """
@@ -150,25 +150,25 @@ def best_mesh(
     """
     start = time.perf_counter()
     count, live = _devices(devices)
-    names = _names(axis_names)
+    names = checked_names(axis_names)
     found = find_machine(machine, _mesh((count,), names, live))
     budget = budget_bytes(memory_budget, found)
-    base = _base(fn, args, found, names, options)
+    base = base_plan(fn, args, found, names, options)
     shapes = factorisations(count, len(names))
     if not pins:
         shapes = distinct(shapes, names, found)
     candidates, refused = [], {}
     for shape in shapes:
         try:
-            candidates.append(_candidate(base, _mesh(shape, names, live), found, budget, pins or {}))
+            candidates.append(candidate(base, _mesh(shape, names, live), found, budget, pins or {}))
         except ValueError as error:
             refused[shape] = str(error)
     if not candidates:
         shape, why = next(iter(refused.items()))
         raise ValueError(f"no mesh of {count} devices can be planned; {'x'.join(map(str, shape))}: {why}")
-    candidates = sorted(candidates, key=_rank)
+    candidates = sorted(candidates, key=rank)
     if not candidates[0].fits:
-        least = min(candidates, key=lambda one: (one.smallest, _rank(one)))
+        least = min(candidates, key=lambda one: (one.smallest, rank(one)))
         raise NothingFits(
             f"no mesh of {count} devices fits {show_bytes(budget)} per device: the smallest peak found is "
             f"{show_bytes(least.smallest)}, on {least.mesh_text}. make_plan on that mesh says what makes it",
@@ -177,13 +177,13 @@ def best_mesh(
     return MeshRanking(count, found, budget, tuple(candidates), refused, time.perf_counter() - start)
 
 
-def _rank(candidate: Candidate) -> tuple[Any, ...]:
+def rank(candidate: Candidate) -> tuple[Any, ...]:
     """Fast before slow among those that fit, small before large among the others; ties to fewer axes."""
     plan, first = candidate.plan, 0.0 if candidate.fits else candidate.smallest
     return (not candidate.fits, first, candidate.seconds, plan.peak_bytes, len(candidate.shape), candidate.shape)
 
 
-def _base(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, names: Sequence[str], options: Any) -> Plan:
+def base_plan(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, names: Sequence[str], options: Any) -> Plan:
     """The trace that all plans come from, planned for one device, without budget."""
     for name in ("mesh", "certify"):
         if name in options:
@@ -192,9 +192,10 @@ def _base(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, names
     return make_plan(fn, *args, mesh=AbstractMesh((1,), (names[0],)), machine=machine, memory_budget=math.inf, **options)
 
 
-def _candidate(
+def candidate(
     base: Plan, mesh: Any, machine: Machine, budget: float, pins: Mapping[str, PartitionSpec]
 ) -> Candidate:
+    """The plan on one mesh; ValueError where it cannot be planned there at all."""
     try:
         plan = base.replan(mesh=mesh, machine=machine, memory_budget=budget, pins=pins)
     except NothingFits as error:
@@ -241,6 +242,11 @@ def _devices(devices: Any) -> tuple[int, list[Any] | None]:
         if not live:
             raise ValueError("devices is an empty list: at least one device is needed")
         return len(live), live
+    return device_count(devices), None
+
+
+def device_count(devices: Any) -> int:
+    """A whole number of at least 1; TypeError or ValueError for anything else."""
     try:
         count = None if isinstance(devices, bool) else operator.index(devices)
     except TypeError:
@@ -249,10 +255,11 @@ def _devices(devices: Any) -> tuple[int, list[Any] | None]:
         raise TypeError(f"devices must be a whole number or a list of jax.devices(), got {devices!r}")
     if count < 1:
         raise ValueError(f"devices must be at least 1, got {count}")
-    return count, None
+    return count
 
 
-def _names(names: Sequence[str]) -> tuple[str, ...]:
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of mesh axes; ValueError unless they are one or more, and differ."""
     given = tuple(names) if not isinstance(names, str) else (names,)
     if not given or len(set(given)) < len(given) or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"axis_names must be one or more different names, such as ('data', 'model'), got {names!r}")

@@ -1,0 +1,305 @@
+"""Devices, mesh shapes, link speeds and sizes in one table.
+
+Meshes, devices and links are planned from one trace. Sizes need a trace each: what a program computes from a shape while it is
+traced (the divisor of a mean, the length of an iota, a loop's trip count, a branch of Python) is a number in the trace, and
+nothing tells which of its numbers would change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from jaxplan.api import Plan, make_plan
+from jaxplan.budget import budget_bytes
+from jaxplan.machine import Link, Machine, machine as find_machine
+from jaxplan.report import show_bytes, show_seconds, table
+from jaxplan.whatif.meshes import Candidate, base_plan, candidate, checked_names, device_count, distinct, factorisations, rank
+
+Links = Literal["all", "inner", "outer"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep. `sizes`: {dimension: extent}; `link_speed`: of the links that were swept, 1 for the machine's own;
+    `label`: plans that lay everything out alike share it; `best`: no mesh of so many devices that fits is faster here."""
+
+    candidate: Candidate
+    sizes: Mapping[str, int]
+    link_speed: float
+    label: str
+    best: bool
+
+    @property
+    def devices(self) -> int:
+        """In the mesh."""
+        return math.prod(self.candidate.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, without the plan."""
+        where = {"devices": self.devices, "sizes": dict(self.sizes), "link_speed": self.link_speed}
+        return {**where, **self.candidate.to_json(), "plan": self.label, "best": self.best}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A point that cannot be planned, and why."""
+
+    sizes: Mapping[str, int]
+    link_speed: float
+    mesh: Mapping[str, int]
+    why: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` found; prints as a table. `traces`: how often the function was traced; `trace_seconds`: for that, for building
+    the graphs and for planning on one device; `plan_seconds`: of all points together."""
+
+    points: tuple[Point, ...]
+    refused: tuple[Refused, ...]
+    machine: Machine
+    links: Links
+    budget: float
+    traces: int
+    trace_seconds: float
+    plan_seconds: float
+
+    def __str__(self) -> str:
+        name = self.points[0].candidate.plan.traced.name
+        budget = "unlimited" if self.budget == math.inf else show_bytes(self.budget)
+        names = list(self.points[0].sizes)
+        header = (*names, "link speed", "devices", "mesh", "seconds", "efficiency", "sent", "peak", "fits", "plan", "")
+        rows = [self._row(point) for point in self.points]
+        lines = [f"Sweep of {name}, machine {self.machine.name}, memory budget {budget}", ""]
+        right = {*range(len(names) + 2), *range(len(names) + 3, len(names) + 7)}
+        lines += table(header, rows, right)
+        for one in self.refused:
+            at = " ".join(f"{key}={value}" for key, value in {**one.sizes, **one.mesh}.items())
+            lines.append(f"not planned     {at}, link speed {one.link_speed:g}: {one.why}")
+        each = 1e3 * self.plan_seconds / max(1, len(self.points))
+        lines += ["", "*: the fastest mesh that fits, of so many devices; link speed: of " + _WHICH[self.links]]
+        lines += [f"{len(self.points)} points, {each:.0f} ms each; traced {self.traces} times in {self.trace_seconds:.1f} s"]
+        return "\n".join(lines)
+
+    def _row(self, point: Point) -> tuple[str, ...]:
+        one = point.candidate
+        return (
+            *map(str, point.sizes.values()), f"{point.link_speed:g}", str(point.devices), one.mesh_text,
+            show_seconds(one.seconds), f"{one.efficiency:.1%}",
+            show_bytes(one.sent_bytes), show_bytes(one.plan.peak_bytes), "yes" if one.fits else "no",
+            point.label, "*" if point.best else "",
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The table for a machine to read."""
+        return {
+            "function": self.points[0].candidate.plan.traced.name, "machine": self.machine.name, "links": self.links,
+            "memory_budget": None if self.budget == math.inf else self.budget,
+            "points": [point.to_json() for point in self.points],
+            "refused": [
+                {"sizes": dict(one.sizes), "link_speed": one.link_speed, "mesh": dict(one.mesh), "why": one.why}
+                for one in self.refused
+            ],
+            "traces": self.traces,
+        }  # fmt: skip
+
+
+_WHICH = {"all": "all links", "inner": "the links inside a node", "outer": "the links between nodes"}
+
+
+def sweep(
+    fn: Callable[..., Any],
+    *args: Any,
+    devices: int | Sequence[int] | None = None,
+    meshes: Sequence[Mapping[str, int]] | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    link_speeds: Sequence[float] = (1.0,),
+    links: Links = "all",
+    machine: str | Machine | None = None,
+    axis_names: Sequence[str] = ("x", "y"),
+    memory_budget: int | float | str | None = None,
+    pins: Mapping[str, PartitionSpec] | None = None,
+    dims: Mapping[str, str] | Sequence[str | None] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Plan `fn(*args)` at every point of devices x mesh shape x link speed x sizes.
+
+    `devices`: one number or several, each in all its meshes as in `best_mesh`; or `meshes`: {axis: size} each. `link_speeds`:
+    what the bandwidth of the machine's links is multiplied by, of all or only of those inside a node or between nodes, as
+    `links` says ("all" takes in those stated by axis). `sizes`: {"B": [256, 512]}: extents of dimensions that `dims` names; the
+    function is traced once for each combination of them, otherwise once. The rest as in `best_mesh`.
+
+    Points on which nothing fits the memory budget are marked; points that cannot be planned are listed in `refused`. Raises
+    ValueError or TypeError where the request makes no sense or nothing at all can be planned; and what `fn` raises at sizes at
+    which it does not trace, with a note on the sizes.
+    """
+    names = checked_names(axis_names)
+    found = find_machine(machine)
+    budget = budget_bytes(memory_budget, found)
+    machines = {float(speed): _with_links(found, speed, links) for speed in _speeds(link_speeds)}
+    shapes = _shapes(devices, meshes, names, bool(pins))
+    start = time.perf_counter()
+    base = base_plan(fn, args, found, names, {**options, "dims": dims})
+    bases, traces = _bases(fn, len(args), base, sizes or {}, dims, options)
+    traced = time.perf_counter()
+    points: list[Point] = []
+    refused: list[Refused] = []
+    labels: dict[Any, str] = {}
+    for (at, base), (speed, linked), group in itertools.product(bases, machines.items(), shapes):
+        there = []
+        for shape in group(linked):
+            try:
+                mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+                there.append(candidate(base, mesh, linked, budget, pins or {}))
+            except ValueError as error:
+                refused.append(Refused(at, speed, shape, str(error)))
+        best = min((one for one in there if one.fits), key=rank, default=None)
+        for one in there:
+            label = labels.setdefault(_layouts(one.plan), _label(len(labels)))
+            points.append(Point(one, at, speed, label, one is best))
+    if not points:
+        raise ValueError(f"nothing can be planned; on {dict(refused[0].mesh)}: {refused[0].why}")
+    ended = time.perf_counter()
+    return Sweep(tuple(points), tuple(refused), found, links, budget, traces, traced - start, ended - traced)
+
+
+# --- what is swept ---------------------------------------------------------------------------------------------------
+
+Group = Callable[[Machine], Sequence[Mapping[str, int]]]
+"""The meshes of one number of devices, on a machine."""
+
+
+def _shapes(
+    devices: int | Sequence[int] | None, meshes: Sequence[Mapping[str, int]] | None, names: Sequence[str], pinned: bool
+) -> list[Group]:
+    if (devices is None) == (meshes is None):
+        raise TypeError("give either devices, one number or several, or meshes, such as [{'x': 4, 'y': 2}]")
+    if meshes is not None:
+        groups: dict[int, list[Mapping[str, int]]] = {}
+        for mesh in meshes:
+            whole = isinstance(mesh, Mapping) and mesh and all(isinstance(n, int) and n > 0 for n in mesh.values())
+            if not whole:
+                raise ValueError(f"meshes must be {{axis: size}} each, such as {{'x': 4, 'y': 2}}, got {mesh!r}")
+            groups.setdefault(math.prod(mesh.values()), []).append(dict(mesh))
+        if not groups:
+            raise ValueError("meshes is an empty list: at least one mesh is needed")
+        return [lambda _, found=found: found for found in groups.values()]
+    several = devices if isinstance(devices, Sequence) and not isinstance(devices, str) else [devices]
+    counts = list(dict.fromkeys(map(device_count, several)))
+    if not counts:
+        raise ValueError("devices is an empty list: at least one number is needed")
+
+    def group(count: int) -> Group:
+        shapes = factorisations(count, len(names))
+        return lambda machine: [
+            dict(zip(names, shape, strict=False)) for shape in (shapes if pinned else distinct(shapes, names, machine))
+        ]
+
+    return [group(count) for count in counts]
+
+
+def _speeds(speeds: Iterable[float]) -> list[float]:
+    """Each once."""
+    found = list(dict.fromkeys(speeds))
+    wrong = [s for s in found if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 < s < math.inf]
+    if wrong or not found:
+        got = wrong[0] if wrong else found
+        raise ValueError(f"link_speeds must be positive numbers, 1 for the machine's own speed, got {got!r}")
+    return [float(speed) for speed in found]
+
+
+def _with_links(machine: Machine, speed: float, links: Links) -> Machine:
+    """The machine with the bandwidth of some of its links multiplied; latencies stay."""
+    if links not in _WHICH:
+        raise ValueError(f"links may be {', '.join(map(repr, _WHICH))}, got {links!r}")
+
+    def scaled(link: Link, kind: str) -> Link:
+        return link.slower(1 / speed) if links in ("all", kind) and speed != 1 else link
+
+    stated = {axis: scaled(link, "stated") for axis, link in machine.axis_links.items()}
+    return replace(machine, inner=scaled(machine.inner, "inner"), outer=scaled(machine.outer, "outer"), axis_links=stated)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def _bases(
+    fn: Callable[..., Any], count: int, base: Plan, sizes: Mapping[str, Sequence[int]], dims: Any, options: Mapping[str, Any]
+) -> tuple[list[tuple[dict[str, int], Plan]], int]:
+    """Per combination of sizes a plan for one device, with its trace; and how many traces there were."""
+    extents = _extents(base)
+    for name, wanted in sizes.items():
+        if name not in extents:
+            known = ", ".join(sorted(extents)) or "none"
+            raise ValueError(f"sizes names the dimension {name!r}; dims names {known}: give dims={{'x': 'B S'}}, say")
+        if len(extents[name]) > 1:
+            raise ValueError(f"dims calls dimensions of extents {sorted(extents[name])} {name!r}: sizes needs them apart")
+        wrong = [n for n in wanted if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+        if wrong or not wanted:
+            raise ValueError(f"sizes[{name!r}] must be whole numbers of at least 1, got {wrong[0] if wrong else wanted!r}")
+    found, traces = [], 1
+    for values in itertools.product(*(dict.fromkeys(wanted) for wanted in sizes.values())):
+        at = dict(zip(sizes, values, strict=True))
+        if all(extents[name] == {extent} for name, extent in at.items()):
+            found.append((at, base))
+            continue
+        try:
+            found.append((at, _resized(fn, count, base, at, dims, options)))
+        except Exception as error:
+            error.add_note(f"at {', '.join(f'{name}={extent}' for name, extent in at.items())}, one of the sizes of the sweep")
+            raise
+        traces += 1
+    return found, traces
+
+
+def _extents(base: Plan) -> dict[str, set[int]]:
+    """{name that dims gives: extents of the input dimensions called so}."""
+    found: dict[str, set[int]] = {}
+    for (tensor, dim), name in base.dims.items():
+        found.setdefault(name, set()).add(base.modelled.graph.tensors[tensor].shape[dim])
+    return found
+
+
+def _resized(
+    fn: Callable[..., Any], count: int, base: Plan, at: Mapping[str, int], dims: Any, options: Mapping[str, Any]
+) -> Plan:
+    """Traced anew, with inputs of other extents."""
+    leaves = []
+    for tensor, aval in zip(base.modelled.graph.inputs, base.traced.in_avals, strict=True):
+        names = [base.dims.get((tensor, dim), "") for dim in range(len(aval.shape))]
+        shape = tuple(at.get(name, extent) for name, extent in zip(names, aval.shape, strict=True))
+        leaves.append(jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type))
+    args, kwargs = base.traced.unflatten_inputs(leaves)
+    whole = list(args)
+    static = base.request.static
+    for position in sorted(key for key in static if isinstance(key, int)):
+        whole.insert(position, static[position])
+    if len(whole) != count:
+        raise ValueError("of a function with static arguments, sizes can be swept only where static_argnums says which they are")
+    kwargs = kwargs | {key: value for key, value in static.items() if isinstance(key, str)}
+    rest = {key: value for key, value in options.items() if key not in kwargs}
+    machine, mesh = base.request.machine, base.request.mesh
+    return make_plan(fn, *whole, mesh=mesh, machine=machine, memory_budget=math.inf, dims=dims, **rest, **kwargs)
+
+
+# --- plans that are alike --------------------------------------------------------------------------------------------
+
+
+def _layouts(plan: Plan) -> Any:
+    """Equal for plans of one program that lay out every input, output and intermediate value alike, on axes of the same names."""
+    return plan.axis_names, plan.input_layouts, plan.output_layouts, tuple(sorted(plan.layouts.items()))
+
+
+def _label(number: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    letters = string.ascii_uppercase
+    return (_label(number // 26 - 1) if number >= 26 else "") + letters[number % 26]
