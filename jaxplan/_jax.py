@@ -67,7 +67,8 @@ def user_context(equation: Any) -> AbstractContextManager[Any]:
 
 def sub_jaxprs(equation: Any) -> Iterator[Any]:
     """Every jaxpr among an equation's parameters."""
-    return _core.jaxprs_in_params(equation.params)
+    found = getattr(_core, "jaxprs_in_params", None) or jax.core.jaxprs_in_params  # where it was before JAX 0.10
+    return found(equation.params)
 
 
 # --- primitives, for the rules ---
@@ -152,7 +153,7 @@ def shard_map_layouts(equation: Any) -> tuple[list[Asked], list[Asked]]:
 def bind_shard_map(equation: Any, values: list[Any], mesh: Any) -> list[Any]:
     """The same manual region on another mesh of the same axes (of other types, say)."""
     params = {**equation.params, "mesh": mesh.abstract_mesh}
-    return list(equation.primitive.bind(*values, **equation.primitive.get_bind_params(params)))
+    return list(_bind(equation.primitive, values, params))
 
 
 _TYPED = ("sharding", "out_sharding")
@@ -171,7 +172,7 @@ def bind(equation: Any, values: list[Any], devices: int) -> list[Any]:
         values = _clamped(values, *_STARTS[primitive](equation))
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:
         values = [_held(values[0]), *values[1:]]
-    outs = primitive.bind(*values, **primitive.get_bind_params(params))
+    outs = _bind(primitive, values, params)
     outs = list(outs) if primitive.multiple_results else [outs]
     return [_row_major(out) for out in outs] if primitive is fft_p and devices > 1 else outs
 
@@ -220,10 +221,17 @@ def _row_major(value: Any) -> Any:
     return with_layout_constraint(value, Layout(tuple(range(value.ndim))))
 
 
+def _bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Bind a primitive with the parameters of an equation. Before JAX 0.10 functions among them are operands."""
+    found = primitive.get_bind_params(params)
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    return primitive.bind(*functions, *values, **params)
+
+
 def rebind_custom(equation: Any, body: Any, values: list[Any]) -> list[Any]:
     """The same call with derivatives of its own (`custom_jvp`, `custom_vjp`), with another body for its value."""
     params = {**equation.params, "call_jaxpr": jax.make_jaxpr(body)(*values)}
-    return list(equation.primitive.bind(*values, **equation.primitive.get_bind_params(params)))
+    return list(_bind(equation.primitive, values, params))
 
 
 def solve_operands(equation: Any, operands: Sequence[Any]) -> list[Any]:
