@@ -156,7 +156,7 @@ def examples() -> dict[str, Callable[[], Example]]:
         "cummin": (lambda x: lax.cummin(x, 1), f),
         "cumprod": (lambda x: lax.cumprod(x, 1), f),
         "cumsum": (lambda x: lax.cumsum(x, 1), f),
-        "dce_sink": (bind("dce_sink?", prevent_mlir_dce=True), f),
+        "dce_sink": (bind("dce_sink?", **({"prevent_mlir_dce": True} if jax.__version_info__ >= (0, 10) else {})), f),
         "debug_callback": (lambda x: jax.debug.callback(_identity, x), f),
         "debug_print": (lambda x: jax.debug.print("{x}", x=x), f),
         "device_put": (lambda x: jax.device_put(x), f),
