@@ -11,7 +11,7 @@ from collections.abc import Mapping
 _REASONS: dict[str, str] = {
     "works on mesh axes by name, so it stands only inside a `shard_map`": """
         all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start all_gather_start
-        all_to_all all_to_all_done all_to_all_start axis_index pbroadcast pbroadcast_done pbroadcast_dynamic
+        all_to_all all_to_all_done all_to_all_start axis_index pgather pbroadcast pbroadcast_done pbroadcast_dynamic
         pbroadcast_start pmax pmin ppermute ppermute_done ppermute_start precv preduced psend psum psum_done
         psum_invariant psum_invariant_start psum_start pvary ragged_all_to_all reduce_scatter reduce_scatter_done
         reduce_scatter_start reduced_vary_cast reduced_vary_cast_p unreduced_pmax unreduced_pmin unreduced_psum
@@ -33,7 +33,7 @@ _REASONS: dict[str, str] = {
     """,
     "may become one kernel, whose blocks of scales would have to be cut with its operands; not yet checked": "scaled_dot",
     "calls functions that may do anything, and no equation says which dimensions they keep apart": """
-        call call_exported call_hi_primitive call_hi_primitive_linearized composite
+        call call_exported call_hi_primitive call_hi_primitive_linearized composite custom_transpose_call
         eval_jaxpr fused_call linear_call remat_opt
     """,
     "exists only while derivatives are taken; no program that is run holds one": """
@@ -50,6 +50,7 @@ _REASONS: dict[str, str] = {
     "tells the compiler about operands that other equations share; a layout would be overruled": """
         compute_on shard_alike xla_metadata_call xla_metadata_value
     """,
+    "is part of `pmap`, which spreads its work over devices by itself": "full_to_shard shard_to_full xla_pmap",
     "moves between the arrays of one process and of all": """
         global_array_to_host_local_array host_local_array_to_global_array
     """,
