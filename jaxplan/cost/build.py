@@ -86,6 +86,7 @@ def model(
     combines = Combines(setting, numbers, most)
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
     kinds: dict[Hashable, tuple[int, ClusterPrice]] = {}
+    made: dict[Hashable, Hashable] = {}
     interned: dict[AxisOptions, AxisOptions] = {}
     numbered, pinned_clusters, writers = [], set(), {}
     for index, cluster in enumerate(graph.clusters):
@@ -96,7 +97,10 @@ def model(
         if pin is not None:
             pinned_clusters.add(index)
         charged = bytes_cost.of(cluster) if bytes_cost else _free(len(cluster.writes), len(cluster.combines))
-        kind = (_cluster_kind(cluster, numbers, name, pin), charged)
+        made_like = (cluster.alike, name, pin)  # clusters made alike are of one kind; made otherwise, they may be too
+        if cluster.alike < 0 or made_like not in made:
+            made[made_like] = _cluster_kind(cluster, numbers, name, pin)
+        kind = (made[made_like], charged)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
             options = interned.setdefault(options, options)

@@ -7,7 +7,9 @@ loop body, and no dimension is asked for two things at once. Every other operato
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
 from jaxplan.rules import Kind
@@ -26,24 +28,25 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
     sources = _Sources(operators, readers, leaves)
     home: list[_Draft | None] = [None] * len(operators)
     drafts: list[_Draft] = []
-    known: dict[int, _Digest] = {}
+    forms = _Forms(tensors)
     for index in range(len(operators) - 1, -1, -1):
         operator = operators[index]
-        digest, draft = _digest(operator, tensors, known), None
+        draft = None
         if operator.rule.fusible and len(operator.results) == 1:
             tensor = operator.results[0]
-            if tensor not in leaves and readers[tensor]:
-                candidate = home[readers[tensor][0]]
-                if candidate is not None and candidate.scope == operator.scope and candidate.fusible:
-                    alone = all(home[reader] is candidate for reader in readers[tensor])
-                    draft = candidate if alone and candidate.join(index, operator, digest, tensors, sources) else None
+            near = readers[tensor]
+            if near and tensor not in leaves:
+                candidate = home[near[0]]
+                if candidate is not None and candidate.scope == operator.scope and candidate.form.fusible:
+                    alone = len(near) == 1 or all(home[reader] is candidate for reader in near)
+                    draft = candidate if alone and forms.join(candidate, index, operator, sources) else None
         if draft is None:
-            draft = _Draft(index, operator, digest, tensors)
+            draft = forms.start(index, operator)
             drafts.append(draft)
         home[index] = draft
     asked = [operator.results for operator in operators if operator.asked is not None]
-    needed = leaves.union(*asked, *[draft.reads for draft in drafts])
-    return [draft.close(needed) for draft in reversed(drafts)]
+    needed = leaves.union(*asked, *[draft.reads() for draft in drafts])
+    return [forms.close(draft, needed) for draft in reversed(drafts)]
 
 
 class _Sources:
@@ -69,43 +72,179 @@ class _Sources:
             self.known[tensor] = frozenset(found)
         return self.known[tensor]
 
+    def shared(self, some: Iterable[int], others: Iterable[int]) -> bool:
+        """Whether any of some tensors and any of others are computed from one."""
+        mine = set().union(*[self.of(tensor) for tensor in some])
+        return any(mine & self.of(tensor) for tensor in others)
+
 
 class _Draft:
-    """A cluster while operators join it."""
+    """A cluster while operators join it: a form, and which tensors and operators it is made of here, in order of appearance."""
+
+    __slots__ = ("form", "members", "places", "scope", "tensors")
+
+    def __init__(self, form: _Form, scope: int) -> None:
+        self.form, self.scope = form, scope
+        self.members: list[int] = []
+        self.tensors: list[int] = []
+        self.places: dict[int, int] = {}
+
+    def reads(self) -> list[int]:
+        """The tensors read so far."""
+        return [self.tensors[place] for place in self.form.reads]
+
+
+class _Forms:
+    """All that clusters have been made of so far. The layers of a model are made alike: what one step of the making comes
+    to is worked out once, and looked up after that."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        kinds: dict[Tensor, int] = {}
+        self.kinds = [kinds.setdefault(tensor, len(kinds)) for tensor in tensors]
+        self.digests: dict[int, _Digest] = {}
+        self.empty = _Form()
+        self.closed: dict[tuple[int, tuple[bool, ...]], tuple[int, Cluster]] = {}
+
+    def start(self, index: int, operator: Operator) -> _Draft:
+        """A cluster of one operator."""
+        draft = _Draft(self.empty, operator.scope)
+        step = self._step(draft, operator, (*operator.operands, *operator.results))
+        draft.form = step.form
+        draft.members.append(index)
+        return draft
+
+    def join(self, draft: _Draft, index: int, operator: Operator, sources: _Sources) -> bool:
+        """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
+        count = len(draft.tensors)
+        step = self._step(draft, operator, (*operator.operands, operator.results[0]))
+        fits = step.form is not None
+        if fits and step.asks:  # of two unrelated sums an axis could split only one
+            tensor, operands = operator.results[0], [t for t in operator.operands if t >= 0]
+            fits = sources.shared([read for read in draft.reads() if read != tensor], operands)
+        if not fits:
+            for tensor in draft.tensors[count:]:
+                del draft.places[tensor]
+            del draft.tensors[count:]
+            return False
+        draft.form = step.form
+        draft.members.append(index)
+        return True
+
+    def _step(self, draft: _Draft, operator: Operator, touched: tuple[int, ...]) -> _Step:
+        """What becomes of a draft's form by an operator. Tensors that the draft has not seen are given places."""
+        places, names, kinds = draft.places, draft.tensors, self.kinds
+        pattern, fresh = [], []
+        for tensor in touched:
+            place = -1
+            if tensor >= 0:
+                place = places.get(tensor, -1)
+                if place < 0:
+                    place = places[tensor] = len(names)
+                    names.append(tensor)
+                    fresh.append(kinds[tensor])
+            pattern.append(place)
+        form = draft.form
+        key = (id(operator.rule), operator.times, operator.read_times, tuple(pattern), tuple(fresh))
+        step = form.steps.get(key)
+        if step is None:
+            digest = _digest(operator, self.tensors, self.digests)
+            count = len(operator.operands)
+            alike = operator._replace(operands=tuple(pattern[:count]), results=tuple(pattern[count:]))
+            step = form.steps[key] = form.after(alike, digest, [self.tensors[t] for t in names])
+        return step
+
+    def close(self, draft: _Draft, needed: set[int]) -> Cluster:
+        """The finished cluster; only values somebody else needs are written."""
+        form, names = draft.form, draft.tensors
+        wanted = tuple([names[place] in needed for place, _ in form.writes])
+        key = (id(form), wanted)
+        if key not in self.closed:
+            self.closed[key] = (len(self.closed), form.close(wanted))
+        number, model = self.closed[key]
+        members = draft.members
+        return Cluster(
+            members=tuple(members[::-1]),
+            units=model.units,
+            reads=tuple([Terminal(names[place], leads) for place, leads in model.reads]),
+            writes=tuple([Terminal(names[place], leads) for place, leads in model.writes]),
+            work=tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work]),
+            combines=tuple([
+                Combine(members[c.operator], Terminal(names[c.result.tensor], c.result.leads), c.over, c.scatterable)
+                for c in model.combines
+            ]),
+            halos=tuple([
+                Halo(members[h.operator], Terminal(names[h.operand.tensor], h.operand.leads), h.factor, h.width, h.extent)
+                for h in model.halos
+            ]),
+            times=model.times,
+            read_times=model.read_times,
+            read_shares=model.read_shares,
+            write_shares=model.write_shares,
+            moves_bytes=model.moves_bytes,
+            apart=model.apart,
+            alike=number,
+        )  # fmt: skip
+
+
+class _Form:
+    """What a cluster is made of, its tensors and operators numbered as they came. Never changed once others may start from it."""
 
     __slots__ = (
-        "apart", "combines", "fusible", "halos", "members", "moves", "reads", "scope", "times", "units", "work", "writes",
+        "apart", "combines", "count", "fusible", "halos", "moves", "reads", "steps", "times", "units", "work", "writes",
     )  # fmt: skip
 
-    def __init__(self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> None:
-        self.fusible = operator.rule.fusible
-        self.scope, self.times = operator.scope, operator.times
-        self.members: list[int] = []
+    def __init__(self) -> None:
+        self.fusible = True
+        self.times = 1.0
+        self.count = 0
         self.units: list[int] = []
         self.reads: dict[int, dict[Leads, tuple[float, float]]] = {}  # by tensor: how often, which share of the bytes
         self.writes: dict[tuple[int, Leads], float] = {}  # which share of the bytes
-        self.work: dict[tuple[Leads, str], tuple[float, list[int]]] = {}  # by factors and dtype: operations, operators
+        self.work: dict[tuple[Leads, str], tuple[float, tuple[int, ...]]] = {}  # by factors and dtype: operations, operators
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
         self.apart: list[tuple[int, int]] = []
         self.moves = False
-        self._take(index, operator, digest, {}, tensors)
+        self.steps: dict[Hashable, _Step] = {}
 
-    def join(
-        self, index: int, operator: Operator, digest: _Digest, tensors: list[Tensor], sources: _Sources
-    ) -> bool:
-        """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
-        tensor = operator.results[0]
-        wanted = tuple(self.reads.get(tensor, ()))
-        if len(wanted) > 1:
-            return False
+    def _copy(self) -> _Form:
+        new = _Form()
+        new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
+        new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
+        new.reads, new.writes, new.work = dict(self.reads), dict(self.writes), dict(self.work)
+        return new
+
+    def after(self, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> _Step:
+        """The form with one more operator, which reads and makes `tensors`; none if their dimensions do not agree."""
+        new, same, mapping = self._copy(), [], {}
+        if self.count:
+            tensor = operator.results[0]
+            wanted = tuple(self.reads.get(tensor, ()))
+            found = self._matched(operator, digest, wanted) if len(wanted) < 2 else None
+            if found is None:
+                return _Step(None, False)
+            mapping, same = found
+            new.reads.pop(tensor, None)
+        else:
+            new.fusible, new.times = operator.rule.fusible, operator.times
+        asks = bool(self.combines) and any(f not in mapping for f in digest.partial)
+        new._take(operator, digest, mapping, tensors)
+        for keep, drop in same:
+            new._unite(keep, drop)
+        return _Step(new, asks)
+
+    def _matched(
+        self, operator: Operator, digest: _Digest, wanted: tuple[Leads, ...]
+    ) -> tuple[dict[int, int], list[tuple[int, int]]] | None:
+        """(the operator's factors as this cluster's, factors of this cluster that it walks as one), if they agree."""
         mapping: dict[int, int] = {}
         if wanted:  # a scalar is read without leads
             for own, mine in zip(digest.leads[-1], wanted[0], strict=True):
                 if (own < 0) != (mine < 0) or (own >= 0 and mapping.setdefault(own, mine) != mine):
-                    return False
+                    return None
             if len(set(mapping.values())) != len(mapping):
-                return False
+                return None
         same: list[tuple[int, int]] = []
         for slot, operand in enumerate(operator.operands):
             if operand in self.reads:
@@ -116,15 +255,7 @@ class _Draft:
                         mapping[own] = mine
                     elif own in mapping and mapping[own] != mine:
                         same.append((mine, mapping[own]))
-        if self.combines and any(f not in mapping for f in digest.partial):  # of two unrelated sums an axis could split only one
-            mine = set().union(*[sources.of(read) for read in self.reads if read != tensor])
-            if not any(mine & sources.of(operand) for operand in operator.operands if operand >= 0):
-                return False
-        self.reads.pop(tensor, None)
-        self._take(index, operator, digest, mapping, tensors)
-        for keep, drop in same:
-            self._unite(keep, drop)
-        return True
+        return mapping, same
 
     def _unite(self, keep: int, drop: int) -> None:
         """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does)."""
@@ -154,7 +285,7 @@ class _Draft:
         ]
 
     def _take(
-        self, index: int, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]
+        self, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]
     ) -> None:
         units = self.units
         for factor, size in digest.legal:
@@ -164,20 +295,20 @@ class _Draft:
                 units.append(size)
             elif units[mine] != size:
                 units[mine] = math.gcd(units[mine], size)
-        base = not self.members
-        self.members.append(index)
+        index = self.count
+        self.count += 1
         operands, count = operator.operands, len(operator.operands)
         times, touched = operator.read_times, operator.rule.touched
         mapping[-1] = -1
         renamed = {leads: tuple([mapping[f] for f in leads]) for leads in digest.distinct}
         mapped = [renamed[leads] for leads in digest.leads]
-        for slot, own in enumerate(mapped if base else mapped[:count]):  # only this cluster reads what a joining operator writes
+        for slot, own in enumerate(mapped if index == 0 else mapped[:count]):  # what a joining operator writes is read here only
             tensor = operands[slot] if slot < count else operator.results[slot - count]
             if tensor < 0 or not own:
                 continue
             share = touched[slot] if touched else 1.0
             if slot < count:
-                reads = self.reads.setdefault(tensor, {})
+                reads = self.reads[tensor] = dict(self.reads.get(tensor, ()))
                 often = times[slot] if times else operator.times
                 before = reads.get(own)
                 reads[own] = (often, share) if before is None else (max(often, before[0]), max(share, before[1]))
@@ -188,7 +319,7 @@ class _Draft:
         if digest.flops:
             first = next((t for t in (*operands, *operator.results) if t >= 0), -1)
             factors = tuple([mapping[f] for f, _ in digest.legal])
-            self._works(factors, tensors[first].dtype if first >= 0 else "float32", digest.flops, [index])
+            self._works(factors, tensors[first].dtype if first >= 0 else "float32", digest.flops, (index,))
         self.moves |= not operator.rule.free
         if digest.partial:
             over = frozenset([mapping[f] for f in digest.partial])
@@ -201,18 +332,17 @@ class _Draft:
                 extent = tensors[operands[0]].shape[mapped[0].index(mapping[f])]
                 self.halos.append(Halo(index, Terminal(operands[0], mapped[0]), mapping[f], width, extent))
 
-    def _works(self, factors: Leads, dtype: str, flops: float, members: list[int]) -> None:
+    def _works(self, factors: Leads, dtype: str, flops: float, members: tuple[int, ...]) -> None:
         """Operations that members do, whichever factors split them."""
         before = self.work.get((factors, dtype))
         self.work[factors, dtype] = (flops, members) if before is None else (before[0] + flops, before[1] + members)
 
-    def close(self, needed: set[int]) -> Cluster:
-        """The finished cluster; only values somebody else needs are written."""
-        self.members.reverse()
+    def close(self, wanted: tuple[bool, ...]) -> Cluster:
+        """The finished form; `wanted`: which of the values are needed by somebody else."""
         reads = [(tensor, leads, often) for tensor, seen in self.reads.items() for leads, often in seen.items()]
-        writes = [(tensor, leads, share) for (tensor, leads), share in self.writes.items() if tensor in needed]
+        writes = [(*where, share) for (where, share), keep in zip(self.writes.items(), wanted, strict=True) if keep]
         return Cluster(
-            members=tuple(self.members),
+            members=tuple(range(self.count)),
             units=tuple(self.units),
             reads=tuple([Terminal(tensor, leads) for tensor, leads, _ in reads]),
             writes=tuple([Terminal(tensor, leads) for tensor, leads, _ in writes]),
@@ -226,6 +356,13 @@ class _Draft:
             moves_bytes=self.moves,
             apart=tuple(self.apart),
         )
+
+
+class _Step(NamedTuple):
+    """What an operator makes of a form. `asks`: only if it and the cluster are computed from one tensor."""
+
+    form: _Form | None
+    asks: bool
 
 
 _PARTIAL = (Kind.SUM, Kind.COMBINE)
@@ -272,10 +409,10 @@ def _digest(operator: Operator, tensors: list[Tensor], known: dict[int, _Digest]
     return found
 
 
-def _merged(work: dict[tuple[Leads, str], tuple[float, list[int]]]) -> tuple[Work, ...]:
+def _merged(work: dict[tuple[Leads, str], tuple[float, tuple[int, ...]]]) -> tuple[Work, ...]:
     """One piece of work per set of factors and dtype."""
-    merged: dict[tuple[frozenset[int], str], tuple[float, list[int]]] = {}
+    merged: dict[tuple[frozenset[int], str], tuple[float, tuple[int, ...]]] = {}
     for (factors, dtype), (flops, members) in work.items():
         before = merged.get(key := (frozenset(factors), dtype))
-        merged[key] = (flops, members) if before is None else (before[0] + flops, [*before[1], *members])
-    return tuple([Work(flops, factors, dtype, tuple(members)) for (factors, dtype), (flops, members) in merged.items()])
+        merged[key] = (flops, members) if before is None else (before[0] + flops, before[1] + members)
+    return tuple([Work(flops, factors, dtype, members) for (factors, dtype), (flops, members) in merged.items()])

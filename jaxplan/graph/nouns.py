@@ -96,7 +96,8 @@ class Cluster(NamedTuple):
     `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
     program order; the last one names it. `read_times`: how often each of `reads` is read.
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
-    which only one may be given axes.
+    which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
+    made of share a number; -1: not known.
     """
 
     members: tuple[int, ...]
@@ -112,6 +113,7 @@ class Cluster(NamedTuple):
     write_shares: tuple[float, ...]
     moves_bytes: bool
     apart: tuple[tuple[int, int], ...] = ()
+    alike: int = -1
 
     @property
     def scatters(self) -> bool:
