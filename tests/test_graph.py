@@ -1,11 +1,14 @@
 """Room `graph`: what is fused, what is tied, how loops and branches are counted."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxplan.examples import programs
-from jaxplan.graph import build_graph
+from jaxplan.examples.decoder import SMALL, decoder
+from jaxplan.graph import Cluster, Graph, Terminal, build_graph
 from jaxplan.trace import trace
 
 F32 = jnp.float32
@@ -129,3 +132,36 @@ def test_unrelated_sums_are_not_laid_out_as_one():
         return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True))
 
     assert len(heavy(graph_of(layer_norm, shape(64, 32)))) == 1
+
+
+def test_clusters_made_alike_differ_in_names_only():
+    """Layers of an unrolled model share their makings, whatever the depth; `alike` may be trusted where prices are shared."""
+    counts = []
+    for layers in (3, 6):
+        program = decoder(replace(SMALL, layers=layers), "unrolled")
+        graph = build_graph(trace(program.fn, program.args, {}))
+        made: dict[int, list[Cluster]] = {}
+        for cluster in graph.clusters:
+            made.setdefault(cluster.alike, []).append(cluster)
+        counts.append(len(made))
+        assert -1 not in made and len(graph.clusters) > 2 * len(made)
+        for clusters in made.values():
+            assert len({_unnamed(graph, cluster) for cluster in clusters}) == 1
+    assert counts[0] == counts[1]
+
+
+def _unnamed(graph: Graph, cluster: Cluster) -> object:
+    """A cluster with tensors and operators replaced by what they are."""
+
+    def what(terminal: Terminal) -> object:
+        return graph.tensors[terminal.tensor], terminal.leads
+
+    place = {member: number for number, member in enumerate(cluster.members)}
+    return (
+        tuple(graph.operators[m].rule for m in cluster.members), cluster.units, cluster.times, cluster.moves_bytes, cluster.apart,
+        tuple(map(what, cluster.reads)), tuple(map(what, cluster.writes)),
+        cluster.read_times, cluster.read_shares, cluster.write_shares,
+        tuple((w.flops, w.factors, w.dtype, tuple(place[m] for m in w.members)) for w in cluster.work),
+        tuple((place[c.operator], what(c.result), c.over, c.scatterable) for c in cluster.combines),
+        tuple((place[h.operator], what(h.operand), h.factor, h.width, h.extent) for h in cluster.halos),
+    )  # fmt: skip

@@ -35,11 +35,15 @@ class Flat:
         self.calls: dict[Path, tuple[int, ...]] = {}
         self.while_trips = while_trips
         self._scopes = 0
+        self._kinds: dict[Any, Tensor] = {}
 
     def tensor(self, aval: Any) -> int:
         """A new tensor for an abstract value."""
-        dtype, itemsize = _dtype(getattr(aval, "dtype", None))
-        self.tensors.append(Tensor(tuple(getattr(aval, "shape", ())), dtype, itemsize))
+        key = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = Tensor(tuple(key[0]), *_dtype(key[1]))
+        self.tensors.append(kind)
         return len(self.tensors) - 1
 
     def like(self, tensor: int) -> int:

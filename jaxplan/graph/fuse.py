@@ -93,6 +93,17 @@ class _Draft:
         """The tensors read so far."""
         return [self.tensors[place] for place in self.form.reads]
 
+    def grow(self, form: _Form, member: int) -> None:
+        """Become another form by one more operator."""
+        self.form = form
+        self.members.append(member)
+
+    def forget(self, count: int) -> None:
+        """Keep only the first tensors."""
+        for tensor in self.tensors[count:]:
+            del self.places[tensor]
+        del self.tensors[count:]
+
 
 class _Forms:
     """All that clusters have been made of so far. The layers of a model are made alike: what one step of the making comes
@@ -109,27 +120,22 @@ class _Forms:
     def start(self, index: int, operator: Operator) -> _Draft:
         """A cluster of one operator."""
         draft = _Draft(self.empty, operator.scope)
-        step = self._step(draft, operator, (*operator.operands, *operator.results))
-        draft.form = step.form
-        draft.members.append(index)
+        draft.grow(self._step(draft, operator, (*operator.operands, *operator.results)).form, index)
         return draft
 
     def join(self, draft: _Draft, index: int, operator: Operator, sources: _Sources) -> bool:
         """Take in an operator whose result only this cluster reads; False if the dimensions do not agree."""
         count = len(draft.tensors)
         step = self._step(draft, operator, (*operator.operands, operator.results[0]))
-        fits = step.form is not None
+        fits = step.fits
         if fits and step.asks:  # of two unrelated sums an axis could split only one
             tensor, operands = operator.results[0], [t for t in operator.operands if t >= 0]
             fits = sources.shared([read for read in draft.reads() if read != tensor], operands)
-        if not fits:
-            for tensor in draft.tensors[count:]:
-                del draft.places[tensor]
-            del draft.tensors[count:]
-            return False
-        draft.form = step.form
-        draft.members.append(index)
-        return True
+        if fits:
+            draft.grow(step.form, index)
+        else:
+            draft.forget(count)
+        return fits
 
     def _step(self, draft: _Draft, operator: Operator, touched: tuple[int, ...]) -> _Step:
         """What becomes of a draft's form by an operator. Tensors that the draft has not seen are given places."""
@@ -216,14 +222,14 @@ class _Form:
         return new
 
     def after(self, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> _Step:
-        """The form with one more operator, which reads and makes `tensors`; none if their dimensions do not agree."""
+        """The form with one more operator, which reads and makes `tensors`, if their dimensions agree."""
         new, same, mapping = self._copy(), [], {}
         if self.count:
             tensor = operator.results[0]
             wanted = tuple(self.reads.get(tensor, ()))
             found = self._matched(operator, digest, wanted) if len(wanted) < 2 else None
             if found is None:
-                return _Step(None, False)
+                return _Step(self, False)
             mapping, same = found
             new.reads.pop(tensor, None)
         else:
@@ -232,7 +238,7 @@ class _Form:
         new._take(operator, digest, mapping, tensors)
         for keep, drop in same:
             new._unite(keep, drop)
-        return _Step(new, asks)
+        return _Step(new, True, asks)
 
     def _matched(
         self, operator: Operator, digest: _Digest, wanted: tuple[Leads, ...]
@@ -268,9 +274,7 @@ class _Form:
 
         self.units[keep] = math.gcd(self.units[keep], self.units[drop])
         self.units[drop] = 0
-        self.reads = {
-            tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()
-        }
+        self.reads = {tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()}
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
         self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
         work, self.work = self.work, {}
@@ -284,9 +288,7 @@ class _Form:
             replace(h, operand=Terminal(h.operand.tensor, new(h.operand.leads)), factor=new((h.factor,))[0]) for h in self.halos
         ]
 
-    def _take(
-        self, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]
-    ) -> None:
+    def _take(self, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]) -> None:
         units = self.units
         for factor, size in digest.legal:
             mine = mapping.get(factor)
@@ -359,10 +361,11 @@ class _Form:
 
 
 class _Step(NamedTuple):
-    """What an operator makes of a form. `asks`: only if it and the cluster are computed from one tensor."""
+    """What an operator makes of a form: the same, unless it `fits`. `asks`: only if both are computed from one tensor."""
 
-    form: _Form | None
-    asks: bool
+    form: _Form
+    fits: bool
+    asks: bool = False
 
 
 _PARTIAL = (Kind.SUM, Kind.COMBINE)
