@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxplan.agree import DifferentPlans as DifferentPlans
-    from jaxplan.api import Plan as Plan, auto_shard as auto_shard, load_plan as load_plan, make_plan as make_plan
+    from jaxplan.api import Plan as Plan, load_plan as load_plan, make_plan as make_plan
+    from jaxplan.auto import auto_shard as auto_shard
     from jaxplan.budget import NothingFits as NothingFits
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "auto_shard": "jaxplan.api",
+    "auto_shard": "jaxplan.auto",
     "load_plan": "jaxplan.api",
     "make_plan": "jaxplan.api",
     "Plan": "jaxplan.api",

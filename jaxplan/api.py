@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import gc
 import math
@@ -28,13 +27,14 @@ from jaxplan.hlo import audit
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
-from jaxplan.trace import Traced, trace
+from jaxplan.trace import Traced, static_values, trace
 
 Search = str | Callable[[Problem], Assignment]
 
@@ -163,7 +163,7 @@ class Plan(_plan.Plan):
         """
         if re.search(r":\d+$", path_or_line):
             return explain_line(self, path_or_line)
-        return explain_inputs(self, self, path_or_line, _inputs_at(self.traced, "explain", path_or_line))
+        return explain_inputs(self, self, path_or_line, inputs_at(self.traced, "explain", path_or_line))
 
     def why_not(self, pins: Mapping[str, PartitionSpec]) -> WhyNot:
         """The best plan with some inputs pinned (paths as in `pins=`), beside this one: what it costs more, why, what else moves.
@@ -256,12 +256,12 @@ def make_plan(
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    static = _static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(args, kwargs, static_argnums, static_argnames)
     request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
-        return _solve(traced, graph, request, _dimension_names(traced, graph, dims), stages)
+        return _solve(traced, graph, request, dimension_names(traced, graph, dims), stages)
 
 
 def load_plan(
@@ -295,7 +295,7 @@ def load_plan(
     asked = saved.asked
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = _static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
     request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
     with _collector_paused():
@@ -303,7 +303,7 @@ def load_plan(
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
             traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
-        numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), _pinned_layouts(traced, pins, saved.mesh_shape)
+        numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
         modelled = model(graph, numbers, layouts)
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
@@ -349,7 +349,7 @@ def _attempts(
     """From what bytes are charged to the best plan, and the machine it is for."""
     mesh_shape = dict(request.mesh.shape)
     numbers = Numbers(graph, mesh_shape, find_machine(request.machine, request.mesh))
-    pins = _pinned_layouts(traced, request.pins, mesh_shape)
+    pins = pinned_layouts(traced, request.pins, mesh_shape)
 
     @functools.cache
     def plain(follow: bool) -> Modelled:
@@ -424,163 +424,5 @@ def _check_certify(certify: bool | float) -> None:
         raise ValueError(f"certify must be True, False, or seconds for an integer program, got {certify!r}")
 
 
-def auto_shard(mesh: Any, **options: Any) -> Callable[[Callable[..., Any]], AutoSharded]:
-    """Decorate a function: it is planned on its first call per argument shapes, then runs as a cached jitted call.
-
-    Takes the keywords of `make_plan`. The result exposes `.plan(*args)` and `.lower(*args)`.
-    """
-
-    def decorate(fn: Callable[..., Any]) -> AutoSharded:
-        return AutoSharded(fn, mesh, options)
-
-    return decorate
-
-
-class AutoSharded:
-    """A function that plans itself."""
-
-    def __init__(self, fn: Callable[..., Any], mesh: Any, options: dict[str, Any]) -> None:
-        functools.update_wrapper(self, fn)
-        self._fn, self._mesh, self._options = fn, mesh, options
-        self._known: dict[Any, _Entry] = {}
-
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these arguments (arrays or shapes); made once per structure, shapes and static values."""
-        return self._entry(args, kwargs).plan
-
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Like `jax.jit(f).lower`."""
-        return self._planned(args, kwargs).lower(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._planned(args, kwargs)(*args, **kwargs)
-
-    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PlannedFunction:
-        entry = self._entry(args, kwargs)
-        if entry.run is None:
-            entry.run = entry.plan.jit()
-        return entry.run
-
-    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entry:
-        static = _static_values(args, kwargs, self._options.get("static_argnums"), self._options.get("static_argnames"))
-        dynamic = [a for i, a in enumerate(args) if i not in static], {k: v for k, v in kwargs.items() if k not in static}
-        leaves, tree = jax.tree.flatten(dynamic)
-        key = (tree, tuple(map(_signature, leaves)), tuple(static.items()))
-        known = self._known.get(key)
-        if known is None:
-            plan = make_plan(self._fn, *args, mesh=self._mesh, **self._options, **kwargs)
-            known = self._known[key] = _Entry(plan)
-        return known
-
-
-@dataclass
-class _Entry:
-    """What an `AutoSharded` keeps per argument shapes; `run` is made on the first call."""
-
-    plan: Plan
-    run: PlannedFunction | None = None
-
-
-def _signature(leaf: Any) -> Any:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return (tuple(leaf.shape), str(leaf.dtype), getattr(leaf, "weak_type", False))
-    return type(leaf)
-
-
-def _static_values(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    argnums: int | Sequence[int] | None,
-    argnames: str | Sequence[str] | None,
-) -> dict[int | str, Any]:
-    """{position or keyword: value} of the static arguments."""
-    numbers = [argnums] if isinstance(argnums, int) else list(argnums or ())
-    names = [argnames] if isinstance(argnames, str) else list(argnames or ())
-    values: dict[int | str, Any] = {n % len(args): args[n] for n in numbers if -len(args) <= n < len(args)}
-    values.update({name: kwargs[name] for name in names if name in kwargs})
-    return values
-
-
 def _request_pins(plan: Plan) -> dict[int, Layout]:
-    return _pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes)
-
-
-def _pinned_layouts(
-    traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int]
-) -> dict[int, Layout]:
-    """{flat input: layout} of what the user insists on; later pins override earlier ones."""
-    layouts: dict[int, Layout] = {}
-    for path, spec in pins.items():
-        for position in _inputs_at(traced, "pin", path):
-            layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
-    return layouts
-
-
-def _inputs_at(traced: Traced, what: str, path: str) -> list[int]:
-    """Flat inputs that a path names: a leaf, every leaf below a pytree prefix, or every path that a glob matches ("blocks/*/wq",
-    where a star stays within one level and two stars cross levels)."""
-    hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
-    if not hits and any(c in path for c in "*?["):
-        pattern = re.compile(_glob(path))
-        hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
-    if not hits:
-        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
-        raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
-    return hits
-
-
-def _glob(path: str) -> str:
-    """A glob as a regular expression; it also matches what lies below."""
-    words = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", path)
-    return "".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts) + "(/.*)?"
-
-
-def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> Layout:
-    axes = list(mesh_shape)
-    layout = [-1] * len(axes)
-    if len(spec) > len(shape):
-        raise ValueError(f"pin {path!r}: {spec} has {len(spec)} entries, but the input has shape {tuple(shape)}")
-    for dim, entry in enumerate(spec):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        parts = 1
-        for name in names:
-            if name not in mesh_shape:
-                raise ValueError(f"pin {path!r}: {spec} names axis {name!r}; the mesh has {axes}")
-            if layout[axes.index(name)] >= 0:
-                raise ValueError(f"pin {path!r}: {spec} uses axis {name!r} twice")
-            layout[axes.index(name)] = dim
-            parts *= mesh_shape[name]
-        if list(names) != sorted(names, key=axes.index):
-            wanted = tuple(sorted(names, key=axes.index))
-            raise ValueError(
-                f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}, here as {wanted}; another "
-                "order of blocks is reached by a mesh with its axes in that order"
-            )
-        if shape[dim] % parts:
-            raise ValueError(f"pin {path!r}: dimension {dim} of {tuple(shape)} is not divisible by {parts} ({spec})")
-    return tuple(layout)
-
-
-def _dimension_names(
-    traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
-) -> dict[tuple[int, int], str]:
-    """{(tensor, dimension): name} from what the user wrote."""
-    if not dims:
-        return {}
-    if not isinstance(dims, Mapping):
-        args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
-        written = {i: text for arg, text in zip(args, dims, strict=False) if text for i in jax.tree.leaves(arg)}
-    else:
-        written = {}
-        for path, text in dims.items():
-            written.update(dict.fromkeys(_inputs_at(traced, "dims", path), text))
-    names = {}
-    for position, text in written.items():
-        words = text.split()
-        if len(words) == len(traced.in_avals[position].shape):
-            names.update({(graph.inputs[position], d): word for d, word in enumerate(words)})
-        elif position in written and len(written) == 1:
-            extents = tuple(traced.in_avals[position].shape)
-            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {extents}")
-    return names
+    return pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,3 +188,17 @@ def _subtrees(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
 
     visit(tree)
     return found
+
+
+def static_values(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str] | None,
+) -> dict[int | str, Any]:
+    """{position or keyword: value} of the static arguments."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums or ())
+    names = [argnames] if isinstance(argnames, str) else list(argnames or ())
+    values: dict[int | str, Any] = {n % len(args): args[n] for n in numbers if -len(args) <= n < len(args)}
+    values.update({name: kwargs[name] for name in names if name in kwargs})
+    return values

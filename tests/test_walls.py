@@ -32,6 +32,7 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
+    "pins": (),
     "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),
@@ -46,7 +47,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
-FRONT = ("api", "whatif", "examples", "demo", "cli")
+FRONT = ("api", "auto", "whatif", "examples", "demo", "cli")
 """What a user calls: each may import the flow, the leaves, and what stands before it here."""
 
 NO_JAX: Mapping[str, tuple[str, ...]] = {

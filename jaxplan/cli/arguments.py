@@ -193,7 +193,7 @@ def imported(text: str) -> Any:
 
 def function_of(text: str) -> Callable[..., Any]:
     """The function that MODULE:NAME names; of one under `auto_shard`, the function itself."""
-    from jaxplan.api import AutoSharded
+    from jaxplan.auto import AutoSharded
 
     found = imported(text)
     if not callable(found):

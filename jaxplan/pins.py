@@ -1,0 +1,95 @@
+"""Room `pins`: what the user says about inputs by path: layouts that are insisted on, and names for dimensions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxplan.graph import Graph
+from jaxplan.layout import Layout
+from jaxplan.trace import Traced
+
+
+def pinned_layouts(
+    traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int]
+) -> dict[int, Layout]:
+    """{flat input: layout} of what the user insists on; later pins override earlier ones."""
+    layouts: dict[int, Layout] = {}
+    for path, spec in pins.items():
+        for position in inputs_at(traced, "pin", path):
+            layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
+    return layouts
+
+
+def inputs_at(traced: Traced, what: str, path: str) -> list[int]:
+    """Flat inputs that a path names: a leaf, every leaf below a pytree prefix, or every path that a glob matches ("blocks/*/wq",
+    where a star stays within one level and two stars cross levels)."""
+    hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
+    if not hits and any(c in path for c in "*?["):
+        pattern = re.compile(_glob(path))
+        hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
+    if not hits:
+        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
+        raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
+    return hits
+
+
+def _glob(path: str) -> str:
+    """A glob as a regular expression; it also matches what lies below."""
+    words = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*|\*|\?|\[[^\]]*\])", path)
+    return "".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts) + "(/.*)?"
+
+
+def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> Layout:
+    axes = list(mesh_shape)
+    layout = [-1] * len(axes)
+    if len(spec) > len(shape):
+        raise ValueError(f"pin {path!r}: {spec} has {len(spec)} entries, but the input has shape {tuple(shape)}")
+    for dim, entry in enumerate(spec):
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        parts = 1
+        for name in names:
+            if name not in mesh_shape:
+                raise ValueError(f"pin {path!r}: {spec} names axis {name!r}; the mesh has {axes}")
+            if layout[axes.index(name)] >= 0:
+                raise ValueError(f"pin {path!r}: {spec} uses axis {name!r} twice")
+            layout[axes.index(name)] = dim
+            parts *= mesh_shape[name]
+        if list(names) != sorted(names, key=axes.index):
+            wanted = tuple(sorted(names, key=axes.index))
+            raise ValueError(
+                f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}, here as {wanted}; another "
+                "order of blocks is reached by a mesh with its axes in that order"
+            )
+        if shape[dim] % parts:
+            raise ValueError(f"pin {path!r}: dimension {dim} of {tuple(shape)} is not divisible by {parts} ({spec})")
+    return tuple(layout)
+
+
+def dimension_names(
+    traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
+) -> dict[tuple[int, int], str]:
+    """{(tensor, dimension): name} from what the user wrote."""
+    if not dims:
+        return {}
+    if not isinstance(dims, Mapping):
+        args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
+        written = {i: text for arg, text in zip(args, dims, strict=False) if text for i in jax.tree.leaves(arg)}
+    else:
+        written = {}
+        for path, text in dims.items():
+            written.update(dict.fromkeys(inputs_at(traced, "dims", path), text))
+    names = {}
+    for position, text in written.items():
+        words = text.split()
+        if len(words) == len(traced.in_avals[position].shape):
+            names.update({(graph.inputs[position], d): word for d, word in enumerate(words)})
+        elif position in written and len(written) == 1:
+            extents = tuple(traced.in_avals[position].shape)
+            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {extents}")
+    return names
