@@ -26,10 +26,10 @@ from jaxplan.cost import (
     write_layout,
 )
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.price import halo_bytes
+from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
-from jaxplan.graph.flatten import VIEW
+from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, Spec, shards, spec_of
 from jaxplan.trace import Traced
 
@@ -240,6 +240,12 @@ class Plan:
                 found.append(PlannedExchange(
                     "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
                 ))  # fmt: skip
+            for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
+                about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
+                ticks = self.modelled.numbers.ticks
+                found.append(PlannedExchange(
+                    "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, "next stage", self.source(self._maker(op))
+                ))  # fmt: skip
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
@@ -270,7 +276,7 @@ class Plan:
                 runs[-1].append(step)
             elif step.kind != "slice":
                 runs.append([step])
-        sizes, source = self.modelled.numbers.sizes, self.source(op) if runs else ""
+        sizes, source = self.modelled.numbers.sizes, self.source(self._maker(op)) if runs else ""
         return [
             PlannedExchange(
                 run[0].kind, tuple(self.axis_names[a] for step in run for a in step.axes),
@@ -279,6 +285,13 @@ class Plan:
             )
             for run in runs
         ]  # fmt: skip
+
+    def _maker(self, operator: Operator) -> Operator:
+        """Of what goes round a loop, the operator that makes it; any other operator itself."""
+        if operator.name != BOUNDARY or operator.path[-2] != "carry":
+            return operator
+        made = {tensor: maker for maker in self.modelled.graph.operators for tensor in maker.results}
+        return made.get(operator.operands[1], operator)
 
     def source(self, operator: Operator) -> str:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
@@ -298,10 +311,11 @@ class Plan:
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
         alike: dict[Any, list[int]] = {}
-        for path, tensor in zip(self.traced.in_paths, self.modelled.graph.inputs, strict=True):
-            key = (without_indices(path), self.modelled.graph.tensors[tensor].shape)
+        graph = self.modelled.whole
+        for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
+            key = (without_indices(path), graph.tensors[tensor].shape)
             alike.setdefault(key, []).append(tensor)
-        return DimensionNames(self.modelled.graph, self.dims, list(alike.values()))
+        return DimensionNames(graph, self.dims, list(alike.values()))
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:

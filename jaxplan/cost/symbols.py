@@ -10,9 +10,11 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.formulas import pipeline_ticks
 from jaxplan.cost.memory import OUTPUT, Memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
+from jaxplan.cost.stages import Stages
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
@@ -175,10 +177,11 @@ def _stream(letters: str, taken: set[str]) -> Any:
 class Symbols:
     """Evaluates costs as SymPy expressions; `values` maps every symbol used to its number."""
 
-    def __init__(self, graph: Graph, numbers: Numbers, names: DimensionNames) -> None:
+    def __init__(self, graph: Graph, numbers: Numbers, names: DimensionNames, stages: Stages | None = None) -> None:
+        """`stages`: of the pipeline that the graph is cut for, if it is: tensors then are a micro-batch's share."""
         import sympy
 
-        self.graph, self.numbers, self.names = graph, numbers, names
+        self.graph, self.numbers, self.names, self.stages = graph, numbers, names, stages
         self.values: dict[Any, float] = {}
         self._dimension = {name: sympy.Symbol(name, positive=True) for name in names.names}
         self.sizes = [self._symbol(f"n_{axis}", size) for axis, size in zip(numbers.axis_names, numbers.sizes, strict=True)]
@@ -191,10 +194,29 @@ class Symbols:
         self.values[symbol] = value
         return symbol
 
+    @property
+    def microbatches(self) -> Any:
+        """How many of them the pipeline's batch is cut into."""
+        return self._symbol("M_micro", self.stages.asked.microbatches) if self.stages else 1
+
+    @property
+    def ticks(self) -> Any:
+        return pipeline_ticks(self.microbatches, self.sizes[self.stages.asked.axis]) if self.stages else 1
+
+    def repeats(self, inside: bool, times: float) -> tuple[Any, float]:
+        """(factor in symbols, number) of what runs so many times; `inside`: at every tick of the pipeline."""
+        if not inside or self.stages is None:
+            return 1, times
+        asked = self.stages.asked
+        layers = times / self.stages.ticks  # of one stage
+        return (self.ticks, layers) if not self.stages.even else (self.ticks / self.sizes[asked.axis], layers * asked.stages)
+
     def nbytes(self, tensor: int) -> Any:
         sizes: dict[Any, int] = {}
         value = self.names.product(self.names.tensor_atoms(tensor), self._dimension, sizes)
         self.values.update(sizes)
+        if self.stages is not None and tensor in self.stages.divided:
+            value = value / self.microbatches
         return self.graph.tensors[tensor].itemsize * value
 
     def flops(self, work: Work) -> Any:
@@ -207,6 +229,8 @@ class Symbols:
             value: Any = sympy.nsimplify(rule.flops) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
             for atoms in self.names.operator_factors[member]:
                 value = value * self.names.product(atoms, self._dimension, sizes)
+            if self.stages is not None and member in self.stages.divided_operators:
+                value = value / self.microbatches
             total = total + value
         self.values.update(sizes)
         return total
@@ -230,22 +254,24 @@ def symbolic_cost(
     """The whole program's time as a SymPy expression, and the value of each of its symbols."""
     import sympy
 
-    symbols = Symbols(modelled.graph, modelled.numbers, names)
+    symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
     parts: dict[Any, float] = {}
 
-    def pay(value: Any, times: float) -> None:
+    def pay(value: Any, times: float, inside: bool) -> None:
         if value != 0 and times:
-            parts[value] = parts.get(value, 0.0) + times
+            factor, times = symbols.repeats(inside, times)
+            parts[value * factor] = parts.get(value * factor, 0.0) + times
 
     for index, cluster in enumerate(modelled.graph.clusters):
         options: Sequence[Option] = modelled.chosen(choices, index)
-        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times)
+        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, stages is not None and index in stages.inside)
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
             nbytes = symbols.nbytes(reading.tensor)
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times)
-    whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
+            inside = stages is not None and stages.runs_inside(reading.writer, reading.reader)
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, inside)
+    whole = [(round(times) if math.isclose(times, round(times), rel_tol=1e-12) else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), symbols.values
 
 
@@ -257,7 +283,7 @@ def symbolic_peak(
     import sympy
 
     graph = modelled.graph
-    symbols = Symbols(graph, modelled.numbers, names)
+    symbols = Symbols(graph, modelled.numbers, names, modelled.stages)
     parts: dict[Any, int] = {}
     arguments = [(tensor, [axis for axis, dim in enumerate(layout) if dim >= 0]) for tensor, layout in zip(graph.inputs, inputs)]
     besides = [buffer for buffer in held.live if buffer.kind != OUTPUT]
