@@ -1,9 +1,9 @@
 """A mesh axis laid along the layers of scans, as prices see it: the graph of one micro-batch, and what is paid on top.
 
 Every device along the axis holds some layers of each of the scans (a *stage*) and works on one micro-batch at a time; at every
-*tick* all of them hand what they carry to the next. With m micro-batches over k stages that is m + k - 1 ticks (Huang et al., "GPipe",
-NeurIPS 2019), at each of which every device works, on nothing useful while the pipeline fills and drains: the bubble. What is
-exchanged inside a body is exchanged at every tick, supersteps and all.
+*tick* all of them hand what they carry to the next. With m micro-batches over k stages that is m + k - 1 ticks (Huang et al.,
+"GPipe", NeurIPS 2019), at each of which every device works, on nothing useful while the pipeline fills and drains: the bubble.
+What is exchanged inside a body is exchanged at every tick, supersteps and all.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Staging:
-    """What is asked: `axis` (a number of the mesh) over the layers of `loops` (paths of scans), of `length` layers each, `most` of them
-    on one stage at most, in `microbatches`.
+    """What is asked: `axis` (a number of the mesh), of size `stages`, over the layers of `loops`, in `microbatches`.
 
+    `loops`: {path of a scan: (its layers, layers of the longest stage)}.
     `rows`: {tensor: its dimension that holds the batch}, for tensors inside the bodies and what enters or leaves them. `summed`:
     final values of carries and stacked outputs that add up over micro-batches.
     """
@@ -33,24 +33,22 @@ class Staging:
     axis: int
     stages: int
     microbatches: int
-    loops: tuple[Path, ...]
-    length: int
-    most: int
+    loops: Mapping[Path, tuple[int, int]]
     rows: Mapping[int, int]
     summed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing that
-    the axis does there, where it is not free. `inside`: clusters that run at every tick. `divided`: tensors, and operators, that hold
-    or work on a micro-batch's share."""
+    """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing
+    that the axis does there, where it is not free. `inside`: clusters that run at every tick, and the scan that they are in.
+    `divided`: tensors, and operators, that hold or work on a micro-batch's share."""
 
     asked: Staging
     whole: Graph
     graph: Graph
     options: Mapping[int, Option]
-    inside: frozenset[int]
+    inside: Mapping[int, Path]
     divided: frozenset[int]
     divided_operators: frozenset[int]
 
@@ -59,30 +57,25 @@ class Stages:
         """Steps of the whole pipeline, one way."""
         return int(pipeline_ticks(self.asked.microbatches, self.asked.stages))
 
-    @property
-    def even(self) -> bool:
-        """Whether every stage has as many layers."""
-        return self.asked.most * self.asked.stages == self.asked.length
-
-    def runs_inside(self, writer: int, reader: int) -> bool:
-        """Whether what one cluster reads of another is read at every tick."""
-        return writer in self.inside or reader in self.inside
+    def loop(self, writer: int, reader: int) -> Path | None:
+        """The scan at whose every tick one cluster reads what another writes; None where that is read once a call."""
+        return self.inside.get(reader, self.inside.get(writer))
 
 
 def stage_graph(graph: Graph, asked: Staging) -> Stages:
     """Cut the bodies of scans into micro-batches, and lay the axis along what they stack."""
-    loops = set(asked.loops)
-    scopes = {op.scope for op in graph.operators if _within(op, loops)}
+    loops = asked.loops
+    scopes = {op.scope: loop for op in graph.operators if (loop := _within(op, loops)) is not None}
     inner = {t for op in graph.operators if op.scope in scopes for t in op.results}
     inner |= {op.results[0] for op in graph.operators if _edge(op, loops) and op.path[-2] != "out"}
     cut = _Cut(graph, asked, inner)
-    clusters, options, inside, worked = [], {}, set(), set()
+    clusters, options, inside, worked = [], {}, {}, set()
     for index, cluster in enumerate(graph.clusters):
         last = graph.operators[cluster.members[-1]]
         if last.scope in scopes:
-            cluster, divided = cut.body(cluster)
+            inside[index] = scopes[last.scope]
+            cluster, divided = cut.body(cluster, inside[index])
             worked |= divided
-            inside.add(index)
             options[index] = Option()
         elif _edge(last, loops):
             cluster = cut.edge(cluster, last)
@@ -90,15 +83,15 @@ def stage_graph(graph: Graph, asked: Staging) -> Stages:
             options[index] = Option(along[0]) if along else Option()
         clusters.append(cluster)
     micro = replace(graph, tensors=tuple(cut.tensors), clusters=tuple(clusters))
-    return Stages(asked, graph, micro, options, frozenset(inside), frozenset(cut.divided), frozenset(worked))
+    return Stages(asked, graph, micro, options, inside, frozenset(cut.divided), frozenset(worked))
 
 
-def _within(op: Operator, loops: set[Path]) -> bool:
-    """Whether an operator runs inside the body of one of the loops."""
-    return not _edge(op, loops) and any(op.path[:depth] in loops for depth in range(1, len(op.path)))
+def _within(op: Operator, loops: Mapping[Path, Any]) -> Path | None:
+    """The loop inside whose body an operator runs, if any."""
+    return None if _edge(op, loops) else next((op.path[:n] for n in range(1, len(op.path)) if op.path[:n] in loops), None)
 
 
-def _edge(op: Operator, loops: set[Path]) -> bool:
+def _edge(op: Operator, loops: Mapping[Path, Any]) -> bool:
     return op.name == BOUNDARY and op.path[:-2] in loops
 
 
@@ -115,9 +108,9 @@ class _Cut:
             shape = (*about.shape[:dim], about.shape[dim] // asked.microbatches, *about.shape[dim + 1 :])
             self.tensors[tensor] = Tensor(shape, about.dtype, about.itemsize)
         ticks = int(pipeline_ticks(asked.microbatches, asked.stages))
-        self.more = ticks * asked.most / asked.length
+        self.more = {loop: ticks * most / length for loop, (length, most) in asked.loops.items()}
 
-    def body(self, cluster: Cluster) -> tuple[Cluster, set[int]]:
+    def body(self, cluster: Cluster, loop: Path) -> tuple[Cluster, set[int]]:
         """A cluster of the body, and the operators whose work is divided by the number of micro-batches."""
         batch = self._batch(cluster)
         work, divided = [], set()
@@ -126,9 +119,10 @@ class _Cut:
                 divided |= set(piece.members)
                 piece = piece._replace(flops=piece.flops / self.asked.microbatches)
             work.append(piece)
-        times = tuple([self.more * often for often in cluster.read_times])
+        more = self.more[loop]
+        times = tuple([more * often for often in cluster.read_times])
         units = self._units(cluster, batch)
-        cut = cluster._replace(units=units, work=tuple(work), times=self.more * cluster.times, read_times=times, alike=-1)
+        cut = cluster._replace(units=units, work=tuple(work), times=more * cluster.times, read_times=times, alike=-1)
         return cut, divided
 
     def edge(self, cluster: Cluster, op: Operator) -> Cluster:
@@ -136,7 +130,7 @@ class _Cut:
         it layer by layer; what is carried is handed on at every tick, and at the end is on the last stage, or partial on all."""
         units = self._units(cluster, self._batch(cluster))
         times = tuple([
-            often * (self.more if read.tensor in self.inner else 1.0)
+            often * (self.more[op.path[:-2]] if read.tensor in self.inner else 1.0)
             for read, often in zip(cluster.reads, cluster.read_times, strict=True)
         ])  # fmt: skip
         cluster = cluster._replace(units=units, read_times=times, alike=-1)
@@ -151,7 +145,8 @@ class _Cut:
                 handed += (Handed(cluster.members[-1], Terminal(op.results[0], leads[op.results[0]]), along),)
             return cluster._replace(units=(*units, stages), combines=combines, handed=handed)
         stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
-        if self.asked.most * stages != self.asked.length or op.rule.factors[:1] == () or not _stacks(op):
+        length, most = self.asked.loops[op.path[:-2]]
+        if most * stages != length or not stacks(op):
             return cluster
 
         def laid(terminals: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
@@ -172,6 +167,6 @@ class _Cut:
         ])  # fmt: skip
 
 
-def _stacks(op: Operator) -> bool:
+def stacks(op: Operator) -> bool:
     """Whether one side of a loop's boundary is the other, stacked."""
     return len(op.rule.operands[0]) != len(op.rule.results[0])

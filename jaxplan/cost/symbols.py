@@ -14,7 +14,7 @@ from jaxplan.cost.formulas import pipeline_ticks
 from jaxplan.cost.memory import OUTPUT, Memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
-from jaxplan.cost.stages import Stages
+from jaxplan.cost.stages import Path, Stages
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
@@ -203,13 +203,14 @@ class Symbols:
     def ticks(self) -> Any:
         return pipeline_ticks(self.microbatches, self.sizes[self.stages.asked.axis]) if self.stages else 1
 
-    def repeats(self, inside: bool, times: float) -> tuple[Any, float]:
-        """(factor in symbols, number) of what runs so many times; `inside`: at every tick of the pipeline."""
-        if not inside or self.stages is None:
+    def repeats(self, loop: Path | None, times: float) -> tuple[Any, float]:
+        """(factor in symbols, number) of what runs so many times; `loop`: a scan of the pipeline, if it does so at every tick."""
+        if loop is None or self.stages is None:
             return 1, times
-        asked = self.stages.asked
-        layers = times / self.stages.ticks  # of one stage
-        return (self.ticks, layers) if not self.stages.even else (self.ticks / self.sizes[asked.axis], layers * asked.stages)
+        asked, layers = self.stages.asked, times / self.stages.ticks  # of one stage
+        length, most = asked.loops[loop]
+        even = most * asked.stages == length
+        return (self.ticks / self.sizes[asked.axis], layers * asked.stages) if even else (self.ticks, layers)
 
     def nbytes(self, tensor: int) -> Any:
         sizes: dict[Any, int] = {}
@@ -257,22 +258,29 @@ def symbolic_cost(
     symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
     parts: dict[Any, float] = {}
 
-    def pay(value: Any, times: float, inside: bool) -> None:
+    def pay(value: Any, times: float, loop: Path | None) -> None:
         if value != 0 and times:
-            factor, times = symbols.repeats(inside, times)
+            factor, times = symbols.repeats(loop, times)
             parts[value * factor] = parts.get(value * factor, 0.0) + times
 
     for index, cluster in enumerate(modelled.graph.clusters):
         options: Sequence[Option] = modelled.chosen(choices, index)
-        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, stages is not None and index in stages.inside)
+        loop = stages.loop(index, index) if stages else None
+        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, loop)
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
             nbytes = symbols.nbytes(reading.tensor)
-            inside = stages is not None and stages.runs_inside(reading.writer, reading.reader)
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, inside)
-    whole = [(round(times) if math.isclose(times, round(times), rel_tol=1e-12) else sympy.Float(times)) * value for value, times in parts.items()]
-    return sympy.Add(*whole), symbols.values
+            loop = stages.loop(reading.writer, reading.reader) if stages else None
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop)
+    return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values
+
+
+def _count(times: float) -> Any:
+    """A whole number as such; sums of parts of it may have been rounded."""
+    import sympy
+
+    return round(times) if math.isclose(times, round(times), rel_tol=1e-12) else sympy.Float(times)
 
 
 def symbolic_peak(

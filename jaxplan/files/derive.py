@@ -19,10 +19,25 @@ from jaxplan.cost.price import cluster_terms, terms_seconds
 from jaxplan.files.compare import primitive_changes
 from jaxplan.files.fingerprint import program_of
 from jaxplan.files.fold import unique_paths
-from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, Ledger, Live, PlanFileError, SavedExchange, SavedPlan, Split
+from jaxplan.files.nouns import (
+    Asked,
+    Axis,
+    Cost,
+    Entries,
+    Leaf,
+    Ledger,
+    Live,
+    PlanFileError,
+    SavedExchange,
+    SavedPipeline,
+    SavedPlan,
+    Split,
+)
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
 from jaxplan.ledger import ledger
+from jaxplan.pipeline import Pipeline
+from jaxplan.pipeline.analysis import chain_of, scan_at
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
@@ -55,7 +70,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
         program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
-        _splits(plan),
+        _splits(plan), _pipeline(plan.pipeline),
     )  # fmt: skip
 
 
@@ -76,7 +91,14 @@ def _asked(plan: Plan) -> Asked:
         words.setdefault(places[tensor], {})[dim] = name
     dims = {path: " ".join(name for _, name in sorted(found.items())) for path, found in words.items()}
     pins = {path: entries_of(spec) for path, spec in request.pins.items()}
-    return Asked(search, budget, pins, float(request.while_trips), request.certify, dims)
+    return Asked(search, budget, pins, float(request.while_trips), request.certify, dims, request.pipeline, request.microbatches)
+
+
+def _pipeline(pipeline: Pipeline | None) -> SavedPipeline | None:
+    if pipeline is None:
+        return None
+    chains = tuple([(tuple(chain.path), chain.layers) for chain in pipeline.chains])
+    return SavedPipeline(pipeline.axis, pipeline.microbatches, pipeline.schedule, chains)
 
 
 def _leaves(
@@ -217,6 +239,20 @@ def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, i
             raise PlanFileError(f"asked.dims: no input has the path {path!r}")
         found.update({(tensors[path], dim): word for dim, word in enumerate(text.split())})
     return found
+
+
+def pipeline_of(saved: SavedPlan, traced: Traced) -> Pipeline | None:
+    """The pipeline of a saved plan, in a program traced anew. Raises PlanFileError where it cannot run in these stages."""
+    staged = saved.pipeline
+    if staged is None:
+        return None
+    try:
+        chains = [
+            chain_of(scan_at(traced.jaxpr.jaxpr, path), path, layers, staged.microbatches) for path, layers in staged.chains
+        ]
+        return Pipeline(staged.axis, saved.mesh_shape[staged.axis], staged.microbatches, staged.schedule, tuple(chains))
+    except ValueError as error:
+        raise PlanFileError(f"pipeline: {error}") from None
 
 
 def choices_of(saved: SavedPlan, modelled: Modelled) -> np.ndarray:

@@ -19,6 +19,7 @@ from jaxplan.files.nouns import (
     Primitives,
     Program,
     SavedExchange,
+    SavedPipeline,
     SavedPlan,
     Split,
 )
@@ -49,6 +50,8 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "while_trips": _number(asked.while_trips),
             "certify": asked.certify,
             "dims": dict(asked.dims),
+            **({} if asked.pipeline == "auto" else {"pipeline": asked.pipeline}),
+            **({} if asked.microbatches is None else {"microbatches": asked.microbatches}),
         },
         "program": {
             "fingerprint": saved.program.fingerprint,
@@ -64,6 +67,7 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "rows": [_split_json(split) for split in rows],
             "order": fold_sequence([rows[split] for split in saved.splits]),
         },
+        **({} if saved.pipeline is None else {"pipeline": _pipeline_json(saved.pipeline)}),
     }  # fmt: skip
 
 
@@ -82,12 +86,27 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
     primitives = {name: Primitives(count, digest) for name, (count, digest) in program["primitives"].items()}
     return SavedPlan(
         value["function"], value["versions"], mesh, _machine(value["machine"]),
-        Asked(asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"]),
+        Asked(
+            asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"],
+            asked.get("pipeline", "auto"), asked.get("microbatches"),
+        ),
         Program(program["fingerprint"], primitives), tuple(value["unknown"]),
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
-        _splits(value["choices"], names),
+        _splits(value["choices"], names), _pipeline(value["pipeline"], names) if "pipeline" in value else None,
     )  # fmt: skip
+
+
+def _pipeline_json(pipeline: SavedPipeline) -> dict[str, Any]:
+    chains = [{"scan": list(path), "layers": list(layers)} for path, layers in pipeline.chains]
+    return {**vars(pipeline), "chains": chains}
+
+
+def _pipeline(value: Mapping[str, Any], names: Sequence[str]) -> SavedPipeline:
+    if value["axis"] not in names:
+        raise PlanFileError(f"pipeline.axis: {value['axis']!r} is no axis of the mesh {tuple(names)}")
+    chains = tuple((tuple(chain["scan"]), tuple(chain["layers"])) for chain in value["chains"])
+    return SavedPipeline(value["axis"], value["microbatches"], value["schedule"], chains)
 
 
 def _number(value: float) -> int | float:

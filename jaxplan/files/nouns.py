@@ -100,7 +100,7 @@ class Split(NamedTuple):
 @dataclass(frozen=True)
 class Asked:
     """What was asked for. `search`: the name of one, or None if it was a callable. `memory_budget`: bytes, "16GiB", "unlimited"
-    or None. `dims`: {input path: names of its dimensions}."""
+    or None. `dims`: {input path: names of its dimensions}. `pipeline`: "auto", an axis or None."""
 
     search: str | None
     memory_budget: float | str | None
@@ -108,6 +108,8 @@ class Asked:
     while_trips: float
     certify: bool | float
     dims: Mapping[str, str]
+    pipeline: str | None = "auto"
+    microbatches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,22 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class SavedPipeline:
+    """A mesh axis laid along layers. `chains`: (where a scan stands in the program, layers per stage)."""
+
+    axis: str
+    microbatches: int
+    schedule: str
+    chains: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
 class SavedPlan:
     """A plan written down.
 
     `versions`: of jaxplan and jax, that made it. `unknown`: primitives without a rule. `inputs`, `outputs`: by pytree path.
     `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order.
+    `pipeline`: None where no axis is laid along layers.
     """
 
     function: str
@@ -168,6 +181,7 @@ class SavedPlan:
     memory: Ledger
     exchanges: tuple[SavedExchange, ...]
     splits: tuple[Split, ...]
+    pipeline: SavedPipeline | None = None
 
     @property
     def mesh_shape(self) -> dict[str, int]:
