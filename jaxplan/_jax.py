@@ -265,7 +265,7 @@ def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
 
 
 def _is_key(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -133,9 +133,9 @@ def _only_added_to(equation: Any) -> set[int]:
         var, out = body.invars[consts + k], body.outvars[k]
         readers = [e for e in body.eqns if any(v is var for v in e.invars)]
         read = sum(v is out for e in body.eqns for v in e.invars) + sum(v is out or v is var for v in body.outvars)
-        if len(readers) == 1 and readers[0].primitive in _ADDS and readers[0].outvars[0] is out and read == 1:
-            if sum(v is var for v in readers[0].invars) == 1:
-                found.add(k)
+        added = len(readers) == 1 and readers[0].primitive in _ADDS and readers[0].outvars[0] is out
+        if added and read == 1 and sum(v is var for v in readers[0].invars) == 1:
+            found.add(k)
     return found
 
 
@@ -167,9 +167,9 @@ def pipeline_of(
 ) -> Pipeline:
     """A pipeline of a program: its scans over layers laid over the stages.
 
-    `paths`: the scans (`None`: the outermost ones that can run in stages, of which there must be one). `layers`: {length of a scan:
-    layers per stage}; scans of a length that it leaves out have as equal stages as can be. Raises PipelineError where a scan cannot
-    run in stages, naming the operator and line; ValueError for numbers that do not fit.
+    `paths`: the scans (`None`: the outermost ones that can run in stages, at least one). `layers`: {length of a scan: layers per
+    stage}; scans of a length that it leaves out have as equal stages as can be. Raises PipelineError where a scan cannot run
+    in stages, naming the operator and line; ValueError for numbers that do not fit.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r}; it may be {' or '.join(map(repr, SCHEDULES))}")

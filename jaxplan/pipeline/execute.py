@@ -131,8 +131,8 @@ def from_stage(value: Any, holds: Any, axis: str) -> Any:
 
 
 def everywhere(value: Any, axis: str) -> Any:
-    """The sum over all stages. 16-bit floats are summed as 32-bit ones: XLA's CPU compiler fails on all-reduces of the former in a
-    region that is manual over some axes only (seen with jaxlib 0.10 and 0.12)."""
+    """The sum over all stages. 16-bit floats are summed as 32-bit ones: XLA's CPU compiler fails on all-reduces of the former in
+    a region that is manual over some axes only (seen with jaxlib 0.10 and 0.12)."""
 
     def summed(v: Any) -> Any:
         wide = jnp.int32 if v.dtype == jnp.bool_ else jnp.float32 if is_short(v.dtype) else v.dtype
@@ -142,8 +142,8 @@ def everywhere(value: Any, axis: str) -> Any:
 
 
 def run_chain(equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values: Sequence[Any], body_of: BodyOf) -> list[Any]:
-    """The results of a scan, run in stages. `values`: its operands; stacked ones may be `Staged`, as stacked results that have rows
-    are. `mesh`: its axes of type Auto."""
+    """The results of a scan, run in stages. `values`: its operands; stacked ones may be `Staged`, as stacked results with rows are.
+    `mesh`: its axes of type Auto."""
     m, axis = pipeline.microbatches, pipeline.axis
     consts, carries, xs = parts(chain, values)
     initial = [v for v, role in zip(carries, chain.carries, strict=True) if role.kind is Kind.TOTAL]
@@ -191,7 +191,7 @@ def run_chain(equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values
     moving, staying = iter(finals), iter([v + t.astype(v.dtype) for v, t in zip(initial, totals, strict=True)])
     outs = [next(staying if role.kind is Kind.TOTAL else moving) for role in chain.carries]
     outs = [join_rows(v, role) if role.kind is Kind.CUT else v for v, role in zip(outs, chain.carries, strict=True)]
-    outs = [v.astype(var.aval.dtype) if v.dtype != var.aval.dtype else v for v, var in zip(outs, equation.outvars, strict=False)]
+    outs = [v.astype(var.aval.dtype) if role == SUM else v for v, var, role in zip(outs, equation.outvars, chain.carries)]
     ys = [leave_stacked(v, role, chain) for v, role in zip(stores, chain.ys, strict=True)]
     types = [aval.dtype for aval in equation.params["jaxpr"].out_avals[len(chain.carries) :]]
     return outs + [v.astype(t) if role == SUM else v for v, role, t in zip(ys, chain.ys, types, strict=True)]

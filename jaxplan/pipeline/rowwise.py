@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxplan import _jax
@@ -72,8 +73,10 @@ def micro_shape(shape: Sequence[int], role: Role, m: int) -> tuple[int, ...]:
 
 
 def rows_through(equation: Any, roles: Sequence[Role], m: int) -> tuple[list[Role], Edit]:
-    """The roles of the results of an equation that reads rows, and what to change of it. Raises PipelineError, naming the operator
-    and its line, where it does not work row by row."""
+    """The roles of the results of an equation that reads rows, and what to change of it.
+
+    Raises PipelineError, naming the operator and its line, where it does not work row by row.
+    """
     if equation.primitive is _RESHAPE:
         out = _reshaped(equation, roles[0], m)
         return [out], Edit({}, {"new_sizes": micro_shape(equation.params["new_sizes"], out, m)})
@@ -237,7 +240,7 @@ def sums_through(equation: Any, roles: Sequence[Role], origin: str) -> tuple[lis
     primitive, sums = equation.primitive, [slot for slot, role in enumerate(roles) if role.kind is Kind.SUM]
     outs = [SUM] * len(equation.outvars)
     if primitive in _ALONE and sums == [0]:
-        if primitive is not _CONVERT or _family(equation.invars[0]) == _family(equation.outvars[0]):
+        if primitive is not _CONVERT or not _rounds(equation):
             return outs, Edit({}, {})
     elif primitive in _TOGETHER or primitive is _SCATTER_ADD:
         first, last = _TOGETHER.get(primitive, (0, None))
@@ -245,7 +248,7 @@ def sums_through(equation: Any, roles: Sequence[Role], origin: str) -> tuple[lis
         if set(sums) <= set(added):
             once = [s for s in added if s not in sums and not _is_zero(equation.invars[s])]
             return outs, Edit(dict.fromkeys(once, SUM), {})
-    elif (primitive in _PRODUCTS and len(sums) == 1) or (primitive is _DIV and sums == [0] and _family(equation.invars[0]) != "i"):
+    elif (primitive in _PRODUCTS and len(sums) == 1) or (primitive is _DIV and sums == [0] and not _whole_numbers(equation)):
         return outs, Edit({}, {})
     refuse(
         equation,
@@ -253,9 +256,13 @@ def sums_through(equation: Any, roles: Sequence[Role], origin: str) -> tuple[lis
     )
 
 
-def _family(var: Any) -> str:
-    """Whole numbers, or any others."""
-    return "i" if np.dtype(var.aval.dtype).kind in "iub" else "f"
+def _whole_numbers(equation: Any) -> bool:
+    return not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact)
+
+
+def _rounds(equation: Any) -> bool:
+    """Whether a conversion takes numbers to whole numbers."""
+    return _whole_numbers(equation) and jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
 
 
 def _is_zero(var: Any) -> bool:

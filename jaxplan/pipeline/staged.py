@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxplan.pipeline.nouns import Chain, Kind, Role
-from jaxplan.pipeline.rowwise import SAME, SUM
+from jaxplan.pipeline.rowwise import SUM
 
 
 def take_rows(value: Any, role: Role, row: Any, m: int) -> Any:
@@ -120,8 +120,3 @@ def leave_stacked(value: Any, role: Role, chain: Chain) -> Any:
     """The reverse of `enter_stacked`; rows are left where they are until somebody asks for the whole."""
     return Staged(value, chain.layers, role) if role.kind is Kind.CUT else drop_filling(value, chain.layers, 0)
 
-
-__all__ = [
-    "SAME", "Staged", "drop_filling", "edited", "enter_stacked", "fill_stages", "join_rows", "leave_stacked", "once", "split_rows",
-    "take_rows", "whole",
-]  # fmt: skip
