@@ -18,6 +18,10 @@ SCHEDULES = ("gpipe", "1f1b")
 keeps the residuals of at most 2 * stages - 1 micro-batches."""
 
 
+class PipelineError(ValueError):
+    """A program, or a part of it, that cannot run in stages. The message says which operator of which line, and why."""
+
+
 class Kind(enum.Enum):
     """How a value of a chain's body depends on the micro-batch."""
 
@@ -61,7 +65,7 @@ class Chain:
     def __post_init__(self) -> None:
         if any(count < 1 for count in self.layers):
             raise ValueError(
-                f"{self.length} layers cannot be laid over {len(self.layers)} stages as {self.layers}: every stage needs at least one"
+                f"{self.length} layers cannot be laid over {len(self.layers)} stages as {self.layers}: every stage needs one"
             )
         if not any(role.kind is Kind.CUT for role in self.carries):
             raise ValueError(f"a chain carries rows of the batch from layer to layer, and none of {self.carries} does")
