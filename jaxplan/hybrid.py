@@ -15,9 +15,7 @@ from jaxplan.budget import Attempt, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
 from jaxplan.cost.formulas import pipeline_ticks
 from jaxplan.graph import Graph
-from jaxplan.pipeline import Chain, Pipeline, even_layers
-from jaxplan.pipeline.analysis import chain_of, pipeline_of, scan_at, scans
-from jaxplan.pipeline.nouns import PipelineError
+from jaxplan.pipeline import Chain, Pipeline, PipelineError, chain_of, even_layers, pipeline_of, scan_at, scans
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
 from jaxplan.plan import Plan
 from jaxplan.trace import Traced
@@ -62,8 +60,8 @@ def counts(rows: int, stages: int, microbatches: int | None = None) -> list[int]
 
 
 def chain_groups(traced: Traced) -> list[tuple[Chain, ...]]:
-    """Chains of layers that may be laid along an axis together: those of one length (the forward and the backward pass of a model),
-    and all of them. None where the program has no scan that hands rows of a batch from layer to layer."""
+    """Chains of layers that may be laid along an axis together: those of one length (the forward and the backward pass of a
+    model), and all of them. None where the program has no scan that hands rows of a batch from layer to layer."""
     found: list[Chain] = []
     for scan in scans(traced.jaxpr.jaxpr):
         if scan.length > 1 and not any(scan.path[: len(chain.path)] == chain.path for chain in found):
@@ -77,14 +75,18 @@ def chain_groups(traced: Traced) -> list[tuple[Chain, ...]]:
 
 
 def candidates(
-    graph: Graph, numbers: Numbers, groups: Sequence[Sequence[Chain]], axes: Sequence[int], microbatches: int | None
-) -> list[Candidate]:
-    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together."""
+    graph: Graph, numbers: Numbers, groups: Sequence[Sequence[Chain]], axes: Sequence[int], microbatches: int | None,
+    forced: bool = False,
+) -> list[Candidate]:  # fmt: skip
+    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together. Stages with
+    unequal numbers of layers, which send whole parameters to and fro, are for who asks for the axis (`forced`)."""
     found = []
     for chains in groups:
         shortest = min([chain.length for chain in chains])
         rows = math.gcd(*[chain.rows for chain in chains])
         stages = [axis for axis in axes if 1 < numbers.sizes[axis] <= shortest]
+        if not forced:
+            stages = [axis for axis in stages if not any(chain.length % numbers.sizes[axis] for chain in chains)]
         if not stages:
             continue
         about = outline(graph, numbers, chains)
@@ -120,7 +122,7 @@ def hopeless(plan: Plan, microbatches: int | None) -> bool:
 
 
 def hopeful(plan: Plan, found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that may be faster than a plan without a pipeline: by the bound, and unless the axis' link is slow by the estimate."""
+    """Those that may be faster than a plan without a pipeline: by the bound, and unless its link is slow by the estimate."""
     numbers, slow = plan.modelled.numbers, slow_axes(plan.modelled.numbers)
     used: dict[int, tuple[Spent, tuple[bool, ...]]] = {}
 
@@ -161,7 +163,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     graph, numbers = using.graph, using.numbers
     if asked is not None and asked != AUTO:
         groups = forced_groups(using.traced, numbers, asked, microbatches)
-        found = candidates(graph, numbers, groups, [numbers.axis_names.index(asked)], microbatches)
+        found = candidates(graph, numbers, groups, [numbers.axis_names.index(asked)], microbatches, True)
         return _forced(using, found, asked)
     attempt = using.attempts(None)
     plain = attempt(None)
@@ -218,8 +220,8 @@ class _Tried(Generic[SomePlan]):
 def _searched(
     using: Choosing[SomePlan], found: Sequence[Candidate], ceiling: float, most: int | None
 ) -> _Tried[SomePlan]:
-    """The candidates' plans that take less than `ceiling` seconds. `most`: candidates that are searched per axis and chains, None:
-    all that the bound leaves."""
+    """The candidates' plans that take less than `ceiling` seconds. `most`: candidates that are searched per axis and chains,
+    None: all that the bound leaves."""
     best: SomePlan | None = None
     large: list[tuple[SomePlan, Attempt[SomePlan]]] = []
     tried: dict[tuple[int, int], int] = {}
@@ -287,8 +289,8 @@ def forced_groups(
             pipeline_of(traced.jaxpr.jaxpr, axis, 2, microbatches or 1)
         except ValueError as error:
             raise PipelineError(
-                f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers that hands rows of a batch "
-                "from one layer to the next"
+                f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers that hands rows of a "
+                "batch from one layer to the next"
             ) from None
     longest = max(min(chain.length for chain in chains) for chains in groups)
     if size > longest:

@@ -244,9 +244,10 @@ class Plan:
                 ))  # fmt: skip
             for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
                 about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
-                ticks = self.modelled.numbers.ticks
+                ticks = self.modelled.numbers.ticks if handed.every_tick else cluster.times
+                what = "next stage" if handed.every_tick else "stages of unequal length"
                 found.append(PlannedExchange(
-                    "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, "next stage", self.source(self._maker(op))
+                    "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
                 ))  # fmt: skip
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         for reading in self.modelled.readings:

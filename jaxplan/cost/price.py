@@ -184,9 +184,10 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
     for _, axis, value in halo_bytes(cluster, options, setting, algebra):
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
-    for _, axis, value in handed_bytes(cluster, options, algebra):
-        sent[axis] = sent.get(axis, 0) + value * algebra.ticks
-        rounds[axis] = rounds.get(axis, 0) + algebra.ticks
+    for handed, axis, value in handed_bytes(cluster, options, algebra):
+        often = algebra.ticks if handed.every_tick else 1
+        sent[axis] = sent.get(axis, 0) + value * often
+        rounds[axis] = rounds.get(axis, 0) + often
     return Terms(tuple(work), local, sent, rounds)
 
 
@@ -216,7 +217,7 @@ def halo_bytes(
 
 
 def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[Handed, int, Value]]:
-    """(what, axis, bytes sent per device) of all that is handed to the next stage of a pipeline, at one tick."""
+    """(what, axis, bytes sent per device) of all that goes from stage to stage of a pipeline, each time."""
     used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
     return [
         (handed, axis, _local_bytes(handed.operand, used, algebra))

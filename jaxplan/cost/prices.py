@@ -166,8 +166,8 @@ class ClusterPrice:
             if self.cluster.halos:
                 for _, axis, slab in halo_bytes(self.cluster, options, self._combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
-            for _, axis, slab in handed_bytes(self.cluster, options, self.numbers):
-                value += self.numbers.ticks * sent_seconds({axis: slab}, {axis: 1}, self.numbers)
+            for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
+                value += (self.numbers.ticks if handed.every_tick else 1) * sent_seconds({axis: slab}, {axis: 1}, self.numbers)
             self._exchanged[row] = value
         return value
 

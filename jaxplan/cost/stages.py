@@ -127,7 +127,8 @@ class _Cut:
 
     def edge(self, cluster: Cluster, op: Operator) -> Cluster:
         """What enters or leaves a pipelined loop. A factor of its own, the last one, is the axis': what is stacked lies along
-        it layer by layer; what is carried is handed on at every tick, and at the end is on the last stage, or partial on all."""
+        it layer by layer; what is carried is handed on at every tick, and at the end is on the last stage, or partial on all.
+        Where stages have unequal numbers of layers, no axis can lie so: what is stacked is moved to and fro, all of it."""
         units = self._units(cluster, self._batch(cluster))
         times = tuple([
             often * (self.more[op.path[:-2]] if read.tensor in self.inner else 1.0)
@@ -146,8 +147,13 @@ class _Cut:
             return cluster._replace(units=(*units, stages), combines=combines, handed=handed)
         stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
         length, most = self.asked.loops[op.path[:-2]]
-        if most * stages != length or not stacks(op):
+        if not stacks(op):
             return cluster
+        if most * stages != length:
+            inside = op.results[0] if op.path[-2] == "in" else op.operands[0]
+            moved = [t for t in (*cluster.reads, *cluster.writes) if t.tensor == stacked and inside not in self.rows]
+            handed = tuple([Handed(cluster.members[-1], terminal, along, every_tick=False) for terminal in moved])
+            return cluster._replace(units=(*units, stages), handed=handed) if handed else cluster
 
         def laid(terminals: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
             return tuple([Terminal(t.tensor, (along, *t.leads[1:])) if t.tensor == stacked else t for t in terminals])

@@ -36,8 +36,7 @@ from jaxplan.files.nouns import (
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
 from jaxplan.ledger import ledger
-from jaxplan.pipeline import Pipeline
-from jaxplan.pipeline.analysis import chain_of, scan_at
+from jaxplan.pipeline import Pipeline, chain_of, scan_at
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES

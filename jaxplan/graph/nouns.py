@@ -92,11 +92,12 @@ class Halo:
 
 @dataclass(frozen=True)
 class Handed:
-    """What the loop of a member hands to the next stage of a pipeline at every tick, along cluster factor `factor`."""
+    """What the loop of a member hands to other stages of a pipeline along cluster factor `factor`: at every tick, or once."""
 
     operator: int
     operand: Terminal
     factor: int
+    every_tick: bool = True
 
 
 class Cluster(NamedTuple):

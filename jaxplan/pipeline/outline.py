@@ -29,10 +29,10 @@ PROBE = 2
 class Outline:
     """What chains of layers come to, whatever is split how.
 
-    `probe`: the chains in two stages. `outside`: seconds of local work outside of them on one device. `layers`, per cluster inside:
-    how often it runs in a call; arithmetic that a micro-batch has its share of, arithmetic that it has not, and the same of memory
-    traffic, in seconds. `carried`: (bytes of a whole batch, times a call, whether a micro-batch has its share) of what goes from
-    stage to stage; `finals`: bytes of what is on the last stage in the end.
+    `probe`: the chains in two stages. `outside`: seconds of local work outside of them on one device. `layers`, per cluster
+    inside: how often it runs in a call; arithmetic that a micro-batch has its share of, arithmetic that it has not, and the same
+    of memory traffic, in seconds. `carried`: (bytes of a whole batch, times a call, whether a micro-batch has its share) of
+    what goes from stage to stage; `finals`: bytes of what is on the last stage in the end.
     """
 
     chains: tuple[Chain, ...]
@@ -88,9 +88,9 @@ def outline(graph: Graph, numbers: Numbers, chains: Sequence[Chain]) -> Outline:
     for cluster in probe.graph.clusters:
         carried += [
             (float(graph.tensors[h.operand.tensor].nbytes), cluster.times, h.operand.tensor in probe.divided)
-            for h in cluster.handed
+            for h in cluster.handed if h.every_tick
         ]  # fmt: skip
-        handed = {h.factor for h in cluster.handed}
+        handed = {h.factor for h in cluster.handed if h.every_tick}
         finals += [float(graph.tensors[c.result.tensor].nbytes) for c in cluster.combines if c.over and c.over <= handed]
     table = np.array(rows).T if rows else np.zeros((5, 0))
     return Outline(chains, probe, outside, table, tuple(carried), tuple(finals))
