@@ -165,6 +165,8 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
         groups = forced_groups(using.traced, numbers, asked, microbatches)
         found = candidates(graph, numbers, groups, [numbers.axis_names.index(asked)], microbatches, True)
         return _forced(using, found, asked)
+    if microbatches is not None and asked == AUTO:
+        check_microbatches(chain_groups(using.traced), microbatches)
     attempt = using.attempts(None)
     plain = attempt(None)
     fits = plain.peak_bytes <= using.budget
@@ -172,7 +174,6 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
         return using.fitted(attempt, plain)
     axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
     groups = chain_groups(using.traced) if axes and scanned(graph) else []
-    check_microbatches(groups, microbatches)
     found = candidates(graph, numbers, groups, axes, microbatches)
     if fits:
         found = hopeful(plain, found)
@@ -286,7 +287,7 @@ def forced_groups(
     groups = chain_groups(traced)
     if not groups:
         try:
-            pipeline_of(traced.jaxpr.jaxpr, axis, 2, microbatches or 1)
+            pipeline_of(traced.jaxpr.jaxpr, axis, 2, microbatches or 2)
         except ValueError as error:
             raise PipelineError(
                 f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers that hands rows of a "

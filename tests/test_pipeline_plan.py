@@ -31,6 +31,16 @@ def layers(x, weights):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
 
+def descend(x, weights):
+    """One step down the gradient: a forward and a backward chain."""
+
+    def loss(weights):
+        return jnp.mean(jnp.square(layers(x, weights)))
+
+    value, gradient = jax.value_and_grad(loss)(weights)
+    return value, weights - 0.1 * gradient
+
+
 def shapes(rows=16, width=32, depth=4):
     return jax.ShapeDtypeStruct((rows, width), jnp.float32), jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
 
@@ -40,14 +50,19 @@ def shapes(rows=16, width=32, depth=4):
 
 @pytest.mark.parametrize(("axis", "microbatches", "depth"), [("s", 1, 4), ("t", 4, 4), ("d", 8, 4), ("s", 4, 5)])
 def test_the_symbolic_cost_of_a_pipeline_is_the_number_that_the_search_compared(axis, microbatches, depth):
-    program = decoder(replace(SMALL, sequence=8, width=32, layers=depth), "scan")
     plan = jaxplan.make_plan(
-        program.fn, *program.args, mesh=MESH, machine=SLOW_WORK, pipeline=axis, microbatches=microbatches
+        descend, *shapes(depth=depth), mesh=MESH, machine=SLOW_WORK, pipeline=axis, microbatches=microbatches
     )
     assert plan.pipeline.axis == axis and plan.pipeline.microbatches == microbatches
     assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
     assert float(plan.peak.subs(plan.symbol_values)) == pytest.approx(plan.peak_bytes, rel=1e-9)
     assert "M_micro" in {str(symbol) for symbol in plan.cost.free_symbols}
+
+
+@pytest.mark.slow
+def test_the_symbolic_cost_of_a_pipelined_decoder_is_the_number_that_the_search_compared():
+    plan = jaxplan.make_plan(DECODER.fn, *DECODER.args, mesh=MESH, machine=SLOW_WORK, pipeline="s", microbatches=4)
+    assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
 
 
 def test_work_alone_takes_as_long_as_the_bubble_says():
@@ -85,7 +100,7 @@ def test_a_stage_holds_its_share_of_what_is_stacked():
     )
     stacked = [i for i, path in enumerate(plan.traced.in_paths) if "blocks" in path]
     assert stacked and all(plan.input_bytes(i) == one.input_bytes(i) / 4 for i in stacked)
-    kept = [b for b in plan.memory.live if len(plan.modelled.graph.tensors[b.tensor].shape) == 4 and b.kind == "activation"]
+    kept = [b for b in plan.memory.live if plan.modelled.graph.tensors[b.tensor].shape[:2] == (4, 16)]
     assert kept and all(plan.axis_names.index("s") in b.axes for b in kept), "what the forward pass keeps lies with its layer"
 
 
@@ -116,9 +131,9 @@ STATE = dict(donate_argnums=(0, 1))
 
 
 def test_across_a_slow_link_a_model_too_large_for_one_group_is_laid_in_stages():
-    """Two groups of four with fast links, a hundred times slower ones between them; the state does not fit four devices."""
+    """Two groups of four with fast links, links twenty times slower between them; the state does not fit four devices."""
     fast = machine("a100").inner
-    groups = machine("a100").with_axis("s", fast.slower(100)).with_axis("d", fast)
+    groups = machine("a100").with_axis("s", fast.slower(20)).with_axis("d", fast)
     mesh = AbstractMesh((2, 4), ("s", "d"))
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(LARGE.args[:2]))
     asked = dict(mesh=mesh, machine=groups, memory_budget=0.9 * state / 4, **STATE)
@@ -166,7 +181,7 @@ def test_a_plan_without_a_pipeline_is_never_worse_than_one_that_was_chosen():
 def test_a_pipeline_survives_replanning_and_a_file(tmp_path):
     plan = jaxplan.make_plan(DECODER.fn, *DECODER.args, mesh=MESH, machine=SLOW_WORK, pipeline="s", microbatches=4)
     again = plan.replan(pins={"params/embedding": P("d")})
-    assert again.pipeline == plan.pipeline and again.seconds >= plan.seconds * (1 - 1e-9)
+    assert again.pipeline == plan.pipeline and again.in_specs[0]["embedding"] == P("d")
     assert plan.replan(pipeline=None, microbatches=None).pipeline is None
     plan.save(tmp_path / "plan.json")
     loaded = jaxplan.load_plan(tmp_path / "plan.json", DECODER.fn, *DECODER.args)
@@ -188,21 +203,15 @@ def test_the_printed_plan_says_who_has_which_layers():
 
 
 def test_a_planned_hybrid_computes_what_the_function_does_and_sends_what_was_planned():
-    args = DECODER.make_args(0)
-    plan = jaxplan.make_plan(
-        DECODER.fn, *DECODER.args, mesh=mesh_of((2, 2, 2)), machine=SLOW_WORK, pipeline="x", microbatches=4
-    )
+    x, w = (jax.random.normal(jax.random.key(n), shape.shape) for n, shape in enumerate(shapes()))
+    plan = jaxplan.make_plan(descend, *shapes(), mesh=mesh_of((2, 2, 2)), machine=SLOW_WORK, pipeline="x", microbatches=4)
     assert all(any(layout[axis] >= 0 for layout in plan.layouts.values()) for axis in (1, 2)), "the other axes work too"
-    run = plan.jit(donate_argnums=())
-    assert_close(jax.jit(DECODER.fn)(*args), run(*args))
-    sent = plan.audit()
-    predicted = {e.kind: 0.0 for e in plan.exchanges}
-    assert predicted and sent is not None
-    handed = sum(e.total_bytes for e in plan.exchanges if e.operator == "next stage")
-    compiled = sum(
-        c.total_bytes for c in sent.audit.collectives if c.kind == "collective-permute" and tuple(c.axes) == ("x",)
-    )
-    assert compiled == pytest.approx(handed)
+    assert_close(jax.jit(descend)(x, w / 8), plan.jit()(x, w / 8))
+    found = plan.audit()
+    handed = [row for row in found.exchanges if row.kind == "collective-permute" and row.axes == ("x",)]
+    assert handed and {row.status for row in handed} == {"matched"}, str(found)
+    assert sum(row.compiled_times for row in handed) == 2 * (4 + 2 - 1), "m + k - 1 forward, and as many backward"
+    assert found.predicted_bytes == pytest.approx(found.compiled_bytes, rel=0.05), str(found)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -228,7 +237,7 @@ def mixing(x, weights):
         (layers, 4, {"s": 2}, {"pipeline": 3}, "pipeline must be 'auto', None, or the name of a mesh axis, got 3"),
         (layers, 4, {"s": 2}, {"microbatches": 0}, "microbatches must be a whole number of at least 1"),
         (lambda x, w: x @ w[0], 4, {"s": 2}, {"pipeline": "s"}, "jax.lax.scan over stacked layers"),
-        (mixing, 4, {"s": 2}, {"pipeline": "s"}, r"reduce_sum at .*test_pipeline_plan\.py:\d+"),
+        (mixing, 4, {"s": 2}, {"pipeline": "s"}, r"sub at .*test_pipeline_plan\.py:\d+ reads a sum over the rows"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_searched(fn, depth, mesh, asked, message, monkeypatch):
