@@ -78,8 +78,8 @@ def candidates(
     graph: Graph, numbers: Numbers, groups: Sequence[Sequence[Chain]], axes: Sequence[int], microbatches: int | None,
     forced: bool = False,
 ) -> list[Candidate]:  # fmt: skip
-    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together. Stages with
-    unequal numbers of layers, which send whole parameters to and fro, are for who asks for the axis (`forced`)."""
+    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together. Stages
+    with unequal numbers of layers, which send whole parameters to and fro, are for who asks for the axis (`forced`)."""
     found = []
     for chains in groups:
         shortest = min([chain.length for chain in chains])

@@ -127,7 +127,7 @@ def test_micro_batches_are_divisors_near_powers_of_two():
 
 # --- when one is chosen ----------------------------------------------------------------------------------------------
 
-STATE = dict(donate_argnums=(0, 1))
+STATE = {"donate_argnums": (0, 1)}
 
 
 def test_across_a_slow_link_a_model_too_large_for_one_group_is_laid_in_stages():
@@ -136,7 +136,7 @@ def test_across_a_slow_link_a_model_too_large_for_one_group_is_laid_in_stages():
     groups = machine("a100").with_axis("s", fast.slower(20)).with_axis("d", fast)
     mesh = AbstractMesh((2, 4), ("s", "d"))
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(LARGE.args[:2]))
-    asked = dict(mesh=mesh, machine=groups, memory_budget=0.9 * state / 4, **STATE)
+    asked = {"mesh": mesh, "machine": groups, "memory_budget": 0.9 * state / 4, **STATE}
     plan = jaxplan.make_plan(LARGE.fn, *LARGE.args, **asked)
     assert plan.pipeline is not None and plan.pipeline.axis == "s" and plan.peak_bytes <= 0.9 * state / 4
     none = jaxplan.make_plan(LARGE.fn, *LARGE.args, pipeline=None, certify=True, **{**asked, "memory_budget": np.inf})
@@ -193,9 +193,10 @@ def test_a_pipeline_survives_replanning_and_a_file(tmp_path):
 
 
 def test_the_printed_plan_says_who_has_which_layers():
-    plan = jaxplan.make_plan(layers, *shapes(depth=6), mesh=AbstractMesh((2,), ("s",)), machine="v4", pipeline="s", microbatches=4)
+    asked = {"mesh": AbstractMesh((2,), ("s",)), "machine": "v4", "pipeline": "s"}
+    plan = jaxplan.make_plan(layers, *shapes(depth=6), microbatches=4, **asked)
     assert "s (2): pipeline (6 layers, 3 on each stage), 4 micro-batches, gpipe, bubble 20.0%" in str(plan)
-    plan = jaxplan.make_plan(layers, *shapes(depth=5), mesh=AbstractMesh((2,), ("s",)), machine="v4", pipeline="s", microbatches=1)
+    plan = jaxplan.make_plan(layers, *shapes(depth=5), microbatches=1, **asked)
     assert "pipeline (5 layers, 3+2 on the stages), 1 micro-batch, gpipe, bubble 50.0%" in str(plan)
 
 
@@ -253,5 +254,5 @@ def test_a_loop_of_unknown_length_is_no_chain():
     def until(x, w):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 1.0, lambda x: x @ w[0], x)
 
-    with pytest.raises(ValueError, match="it has none.*jax.lax.scan over stacked layers"):
+    with pytest.raises(ValueError, match=r"it has none.*jax\.lax\.scan over stacked layers"):
         jaxplan.make_plan(until, *shapes(), mesh=AbstractMesh((2,), ("s",)), machine="v4", pipeline="s")

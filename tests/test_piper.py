@@ -35,10 +35,10 @@ def everything(layers, devices, microbatches, memory, all_devices=False, sync=Tr
                 if used > devices or (all_devices and used != devices):
                     continue
                 found = [Stage(a, b, d, t) for a, b, (d, t) in zip(edges, edges[1:], pairs, strict=False)]
-                held = [
-                    sum(l.state[s.tensor] + min(microbatches, stages - n) * l.kept[s.data, s.tensor] for l in layers[s.first : s.last])
-                    for n, s in enumerate(found)
-                ]  # fmt: skip
+                held = []
+                for number, stage in enumerate(found):
+                    run, inflight = layers[stage.first : stage.last], min(microbatches, stages - number)
+                    held.append(sum(one.state[stage.tensor] + inflight * one.kept[stage.data, stage.tensor] for one in run))
                 if max(held) <= memory:
                     best = min(best, call_seconds(layers, found, microbatches, sync))
     return best
@@ -52,7 +52,7 @@ def test_stages_are_the_best_there_are(seed, memory):
     found = alpa_stages(layers, 4, microbatches, memory)
     assert found.seconds == pytest.approx(everything(layers, 4, microbatches, memory, all_devices=True, sync=False))
     assert sum(stage.devices for stage in found.stages) == 4
-    no_sync = [Layer(l.seconds, l.state, l.kept, {}) for l in layers]
+    no_sync = [Layer(one.seconds, one.state, one.kept, {}) for one in layers]
     assert piper(no_sync, 4, microbatches, memory).seconds == pytest.approx(everything(no_sync, 4, microbatches, memory))
 
 
@@ -75,7 +75,7 @@ def test_unlike_layers_are_balanced():
     rng = np.random.default_rng(0)
     for count, stages in [(5, 2), (7, 3), (8, 8), (6, 1)]:
         seconds = rng.uniform(1, 9, count)
-        found = balanced(seconds, stages)
+        found = balanced(seconds.tolist(), stages)
         assert sum(found) == count and min(found) >= 1 and len(found) == stages
         slowest = max(part.sum() for part in np.split(seconds, np.cumsum(found)[:-1]))
         cuts = itertools.combinations(range(1, count), stages - 1)

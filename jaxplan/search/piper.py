@@ -2,13 +2,13 @@
 
 What a layer takes is given as tables by degree, so that nothing here knows of a machine: they come from planned layers.
 
-- `piper`: Tarnawski, Narayanan and Phanishayee, "Piper: Multidimensional Planner for DNN Parallelization", NeurIPS 2021. Every stage
-  has a data- and a tensor-parallel degree of its own, under a memory cap that depends on how many stages follow. Departures: chains
-  only, where the paper takes graphs by their downsets; one tensor degree for all layers of a stage; the paper minimises the time of the
-  slowest stage, here that of a whole call: m micro-batches through all stages.
-- `alpa_stages`: Zheng et al., "Alpa: Automating Inter- and Intra-Operator Parallelism for Distributed Deep Learning", OSDI 2022, section
-  5.2: the sum of all stages' times plus (m - 1) times the slowest's, least over all bounds on the slowest. Departure: a stage takes any
-  number of devices that the tables know, where the paper takes powers of two within a node or whole nodes.
+- `piper`: Tarnawski, Narayanan and Phanishayee, "Piper: Multidimensional Planner for DNN Parallelization", NeurIPS 2021. Every
+  stage has a data- and a tensor-parallel degree of its own, under a memory cap that depends on how many stages follow. Departures:
+  chains only, where the paper takes graphs by their downsets; one tensor degree for all layers of a stage; the paper minimises the
+  time of the slowest stage, here that of a whole call: m micro-batches through all stages.
+- `alpa_stages`: Zheng et al., "Alpa: Automating Inter- and Intra-Operator Parallelism for Distributed Deep Learning", OSDI 2022,
+  section 5.2: the sum of all stages' times plus (m - 1) times the slowest's, least over all bounds on the slowest. Departure: a
+  stage takes any number of devices that the tables know, where the paper takes powers of two within a node or whole nodes.
 - `balanced`: layers of given times over a number of stages so that the slowest stage is as fast as can be.
 """
 
@@ -26,9 +26,9 @@ Degrees = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a chain. `seconds`: {(data, tensor): of one micro-batch, forward and backward}; `state`: {tensor degree: bytes per
-    device that stay}; `kept`: {(data, tensor): bytes per device that one micro-batch keeps until it comes back}; `synced`: {(data,
-    tensor): seconds per call to add up gradients}. Degrees that are missing are not to be had."""
+    """One layer of a chain. `seconds`: {(data, tensor): of one micro-batch, forward and backward}; `state`: {tensor degree: bytes
+    per device that stay}; `kept`: {(data, tensor): bytes per device that one micro-batch keeps until it comes back}; `synced`:
+    {(data, tensor): seconds per call to add up gradients}. Degrees that are missing are not to be had."""
 
     seconds: Mapping[Degrees, float]
     state: Mapping[int, float]
@@ -84,9 +84,9 @@ class _Spans:
 def piper(layers: Sequence[Layer], devices: int, microbatches: int, memory: float = math.inf) -> Staged:
     """The fastest stages of a chain on so many devices, all of which need not be used.
 
-    A call takes (m - 1) times the slowest stage, then every stage once, and the slowest sum of gradients. A stage followed by s others
-    keeps what min(m, s + 1) micro-batches need (one forward, one backward). Raises ValueError where nothing fits `memory`, in
-    bytes per device.
+    A call takes (m - 1) times the slowest stage, then every stage once, and the slowest sum of gradients; the last is not among
+    what is compared while searching. A stage followed by s others keeps what min(m, s + 1) micro-batches need (one forward, one
+    backward). Raises ValueError where nothing fits `memory`, in bytes per device.
     """
     return _staged(layers, devices, microbatches, memory, sync=True)
 
@@ -132,8 +132,8 @@ def call_seconds(layers: Sequence[Layer], stages: Sequence[Stage], microbatches:
 def _within(
     spans: _Spans, options: Sequence[int], devices: int, microbatches: int, memory: float, bound: float, all_devices: bool
 ) -> tuple[Stage, ...] | None:
-    """The stages with the least sum of times, none above `bound`. least[s, first, d]: of the layers from `first` on, in s stages on d
-    devices; built from the last layer, since what a stage keeps depends on how many follow."""
+    """The stages with the least sum of times, none above `bound`. least[s, first, d]: of the layers from `first` on, in s stages
+    on d devices; built from the last layer, since what a stage keeps depends on how many follow."""
     count = spans.count
     most = min(count, devices)
     least = np.full((most + 1, count + 1, devices + 1), math.inf)
