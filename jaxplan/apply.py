@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
+from jaxplan.pipeline.fuse import Fused, fuse
 from jaxplan.pipeline.nouns import Chain, Pipeline
 from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit
@@ -45,6 +47,14 @@ def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
 
     planned.__name__ = planned.__qualname__ = plan.traced.name
     return planned
+
+
+def _read(var: Any, env: Mapping[Any, Any]) -> Any:
+    return var.val if isinstance(var, _jax.Literal) else env[var]
+
+
+Moved = dict[tuple[int, Spec], tuple[Any, Any]]
+"""{(id of a value, spec): (the value, the same in that layout)}."""
 
 
 class _Replay:
@@ -88,13 +98,28 @@ class _Replay:
         graph."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        moved: dict[tuple[int, Spec], tuple[Any, Any]] = {}
+        moved: Moved = {}
+        fused = self.fused(jaxpr, path)
+        if fused is None:
+            self.equations(jaxpr, range(len(jaxpr.eqns)), env, path, moved)
+        else:
+            self.equations(jaxpr, fused.before(), env, path, moved)
+            env.update(_alternating(self, jaxpr, fused, env))
+            self.equations(jaxpr, (*fused.later, *range(fused.backward + 1, len(jaxpr.eqns))), env, path, moved)
+        return [_read(var, env) for var in jaxpr.outvars]
 
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, _jax.Literal) else env[var]
+    def fused(self, jaxpr: Any, path: Path) -> Fused | None:
+        """The loop that forward and backward scan of a jaxpr become, where the pipeline alternates between them."""
+        pipeline = self.plan.pipeline
+        if pipeline is None or pipeline.schedule != "1f1b" or self.rows is not None or pipeline.chains[0].path[:-1] != path:
+            return None
+        return fuse(jaxpr, path, pipeline)
 
-        for number, equation in enumerate(jaxpr.eqns):
-            values = [read(var) for var in equation.invars]
+    def equations(self, jaxpr: Any, numbers: Iterable[int], env: dict[Any, Any], path: Path, moved: Moved) -> None:
+        """Evaluate some equations of a jaxpr. `env`: values by variable, which grows; `moved`: what was moved for a reader."""
+        for number in numbers:
+            equation = jaxpr.eqns[number]
+            values = [_read(var, env) for var in equation.invars]
             here = (*path, number)
             control = _CONTROL.get(equation.primitive)
             if equation.primitive not in _TAKES_STAGED:
@@ -117,7 +142,6 @@ class _Replay:
                     outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))
-        return [read(var) for var in jaxpr.outvars]
 
     def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
@@ -215,12 +239,51 @@ def _body(replay: _Replay, equation: Any, consts: Sequence[Any], path: Path) -> 
 
 def _pipelined(replay: _Replay, equation: Any, values: list[Any], chain: Chain, pipeline: Pipeline) -> list[Any]:
     """A scan over layers, run in stages."""
+    side = _side(replay, equation, chain, pipeline)
+    return run_chain(equation, chain, pipeline, replay.mesh, values, side.body_of, side.hold)
+
+
+def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Side:
+    """A scan over layers, as its stages replay it."""
     edits = edits_of(equation, chain, pipeline.microbatches)
 
     def body_of(row: Any, consts: Sequence[Any]) -> Callable[[Any, Any], Any]:
         return _body(replay.on_rows(_Rows(edits, row, pipeline)), equation, consts, chain.path)
 
-    return run_chain(equation, chain, pipeline, replay.mesh, values, body_of)
+    def hold(what: str, number: int, value: Any) -> Any:
+        first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[what]
+        specs = replay.found.writes.get((replay.found.at.get((*chain.path, what, number + first), -1), 0), ())
+        if not specs:
+            return value
+        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
+        inner = replay.on_rows(_Rows(edits, None, pipeline))
+        return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])
+
+    return Side(equation, chain, body_of, hold)
+
+
+def _alternating(replay: _Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What the one loop makes of a forward scan, a backward scan and all between them."""
+    pipeline = replay.plan.pipeline
+    assert pipeline is not None
+    chains = dict(zip((fused.forward, fused.backward), pipeline.chains, strict=True))
+    equations = {number: jaxpr.eqns[number] for number in chains}
+
+    def middle(row: Any, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        inner = replay.on_rows(_Rows(fused.edits, row, pipeline))
+        found = dict(values)
+        inner.equations(jaxpr, fused.middle, found, fused.path, {})
+        return found
+
+    sides = [_side(replay, equations[number], chain, pipeline) for number, chain in chains.items()]
+    made = run_fused(jaxpr, fused, pipeline, replay.mesh, lambda var: _read(var, env), (sides[0], sides[1]), middle)
+    for number, equation in equations.items():
+        here, (_, carries) = (*fused.path, number), scan_arity(equation)
+        for k, var in enumerate(equation.outvars):
+            if var in made and not isinstance(made[var], Staged):
+                mark = ("carry", k) if k < carries else ("out", k)
+                made[var] = replay.boundary_written(made[var], (*here, *mark), int(k < carries))
+    return made
 
 
 def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.dimensions import like_dimensions
+from jaxplan.pipeline.fuse import check_fusible
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.roles import Walk
 from jaxplan.pipeline.rowwise import SAME, SUM, Edit, told
@@ -187,4 +188,6 @@ def pipeline_of(
             problems.append(str(error))
     if not chains:
         raise PipelineError("no scan of the program can run in stages: " + ("; ".join(problems) or "it has none"))
-    return Pipeline(axis, stages, microbatches, schedule, tuple(chains))
+    pipeline = Pipeline(axis, stages, microbatches, schedule, tuple(chains))
+    check_fusible(jaxpr, pipeline)
+    return pipeline

@@ -12,10 +12,12 @@ from typing import Any
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.nouns import Kind, Path, PipelineError, Role
-from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, refuse, rows_through, sums_through, told
+from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, Nowhere, refuse, rows_through, sums_through, told
 
 OUTS = "outs"
 """The mark of edits that belong to the outputs of a body."""
+
+Control = Callable[["Walk", Any, list[Role], Path], list[Role]]
 
 
 class Walk:
@@ -43,7 +45,7 @@ class Walk:
             return [SAME] * len(equation.outvars)
         control = _CONTROL.get(equation.primitive)
         if control is not None:
-            return control(self, equation, roles, here)
+            return self._inside(control, equation, roles, here)
         if any(_jax.sub_jaxprs(equation)) and equation.primitive not in _SCALAR_BODIES:
             refuse(equation, "is a call that is not looked into, so that nobody knows whether it works row by row")
         if equation.primitive in UNTOUCHED:
@@ -57,6 +59,15 @@ class Walk:
             self._keep(here, edit)
         self._remember(equation, roles, outs)
         return outs
+
+    def _inside(self, control: Control, equation: Any, roles: list[Role], here: Path) -> list[Role]:
+        try:
+            return control(self, equation, roles, here)
+        except Nowhere as error:
+            file, line = _jax.source_line(equation)
+            if not file:
+                raise
+            raise PipelineError(f"{error.name} at {file}:{line} {error.why}") from None
 
     def _keep(self, path: Path, edit: Edit) -> None:
         if edit.operands or edit.params:
@@ -169,7 +180,7 @@ def _cond(walk: Walk, equation: Any, roles: list[Role], path: Path) -> list[Role
     return wanted
 
 
-def _call(parameter: str) -> Callable[[Walk, Any, list[Role], Path], list[Role]]:
+def _call(parameter: str) -> Control:
     def inner(walk: Walk, equation: Any, roles: list[Role], path: Path) -> list[Role]:
         jaxpr = equation.params[parameter]
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -182,7 +193,7 @@ def _call(parameter: str) -> Callable[[Walk, Any, list[Role], Path], list[Role]]
     return inner
 
 
-_CONTROL: dict[Any, Callable[[Walk, Any, list[Role], Path], list[Role]]] = {
+_CONTROL: dict[Any, Control] = {
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,

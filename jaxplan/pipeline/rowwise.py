@@ -63,7 +63,18 @@ def told(equation: Any) -> str:
     return f"{equation.primitive.name} at {file}:{line}" if file else equation.primitive.name
 
 
+class Nowhere(PipelineError):
+    """A refusal of an operator whose line JAX does not know: it stands in a function of JAX's own, and the call of that has
+    one."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} {why}")
+        self.name, self.why = name, why
+
+
 def refuse(equation: Any, why: str) -> NoReturn:
+    if not _jax.source_line(equation)[0]:
+        raise Nowhere(equation.primitive.name, why)
     raise PipelineError(f"{told(equation)} {why}")
 
 
