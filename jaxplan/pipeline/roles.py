@@ -70,7 +70,7 @@ class Walk:
             raise PipelineError(f"{error.name} at {file}:{line} {error.why}") from None
 
     def _keep(self, path: Path, edit: Edit) -> None:
-        if edit.operands or edit.params:
+        if edit.operands or edit.params or edit.shapes:
             self.edits[path] = edit
 
     def _remember(self, equation: Any, roles: Sequence[Role], outs: Sequence[Role]) -> None:
@@ -112,7 +112,7 @@ class Walk:
         """Edits for operands, from number `first` on, that are the same for all but have to be rows, or sums."""
         found = {first + k: to for k, (have, to) in enumerate(zip(before, after, strict=True)) if have == SAME and to != SAME}
         known = self.edits.get(path, Edit({}, {}))
-        self._keep(path, Edit({**known.operands, **found}, known.params))
+        self._keep(path, known._replace(operands={**known.operands, **found}))
 
 
 _SCALAR_BODIES = frozenset(_jax.primitives(
