@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, mesh_of
+from jax.sharding import AxisType
 
 import jaxplan
 from jaxplan.examples.decoder import SMALL, decoder
@@ -88,6 +89,8 @@ def test_the_roles_of_keys_counters_and_penalties():
     assert [role.kind for role in forward.carries] == [Kind.CUT, Kind.TOTAL, Kind.SAME]
     assert forward.circulating == (0, 2)
     assert CUT in backward.carries and SUM in backward.ys
+    assert SAME not in forward.ys, "masks drawn for the whole batch are kept by rows, as the backward scan takes them"
+    assert set(forward.ys) - {SUM} <= set(backward.xs)
 
 
 def refused(body, carry, xs=None, microbatches=2, length=4):
@@ -348,6 +351,33 @@ def test_a_residual_network_of_convolutions(schedule):
     )
     fn = jax.value_and_grad(loss, has_aux=True)
     plan = in_stages(fn, args, (2, 2), "y", 4, schedule=schedule)
+    assert_close(jax.jit(fn)(*args), plan.jit()(*args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_encoder_and_a_decoder_one_after_the_other(kind):
+    """The decoder's layers read the encoder's result; its gradient is gathered from layer to layer, rows by rows."""
+
+    def loss(params, source, target):
+        def encode(x, w):
+            return x + jnp.tanh(x @ w), None
+
+        def decode(x, w):
+            scores = jnp.einsum("bqd,bkd->bqk", x, memory)
+            return x + jnp.tanh(jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores, axis=-1), memory) @ w), None
+
+        memory, _ = jax.lax.scan(encode, source, params["encoder"])
+        return jnp.mean(jnp.square(jax.lax.scan(jax.checkpoint(decode), target, params["decoder"])[0]))
+
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32) / 2
+
+    args = ({"encoder": normal(1, 4, 4, 4), "decoder": normal(2, 3, 4, 4)}, normal(3, 8, 5, 4), normal(4, 8, 6, 4))
+    fn = jax.value_and_grad(loss)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((2, 2), kind))
+    plan = dataclasses.replace(plan, pipeline=pipeline_of(plan.traced.jaxpr.jaxpr, "x", 2, 4))
+    assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2), (2, 1), (2, 1), (2, 2)]
     assert_close(jax.jit(fn)(*args), plan.jit()(*args))
 
 

@@ -87,18 +87,22 @@ def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed:
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
     rows = body.invars[seed].aval.shape[dim]
-    like = like_dimensions(body, seed, dim)
+    like, like_outs = like_dimensions(body, seed, dim)
     first: PipelineError | None = None
     for kept in (range(len(body.invars)), range(consts + carries, len(body.invars)), ()):
         roles = [SAME] * len(body.invars)
         for k in kept:
             if not consts <= k < consts + carries and k in like:
-                extent = body.invars[k].aval.shape[like[k]]
-                if extent % rows == 0:
-                    roles[k] = Role(Kind.CUT, like[k], extent // rows)
+                roles[k] = _rows_in(body.invars[k].aval.shape, like[k], rows)
         roles[seed] = Role(Kind.CUT, dim, 1)
         try:
-            state, ys = _settled(equation, roles, walk)
+            state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)
+            wanted = [
+                _rows_in(body.outvars[k].aval.shape, like_outs[k], rows) if role == SAME and k in like_outs else role
+                for k, role in enumerate(ys, start=carries)
+            ]
+            if wanted != ys:  # what is drawn for the whole batch is kept by rows, as its readers take it
+                state, ys = _settled(equation, roles, wanted, walk)
         except PipelineError as error:
             first = first or error
             continue
@@ -109,14 +113,22 @@ def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed:
     raise first or PipelineError("no way to cut the rows was tried")
 
 
-def _settled(equation: Any, roles: Sequence[Role], walk: Walk) -> tuple[list[Role], list[Role]]:
-    """The roles of the carries, and of what is stacked, when the body has been walked until they change no more."""
+def _rows_in(shape: Sequence[int], dim: int, rows: int) -> Role:
+    """The role of a value of which a dimension goes together with the rows, perhaps merged with others after them."""
+    return Role(Kind.CUT, dim, shape[dim] // rows) if shape[dim] % rows == 0 else SAME
+
+
+def _settled(
+    equation: Any, roles: Sequence[Role], wanted: Sequence[Role | None], walk: Walk
+) -> tuple[list[Role], list[Role]]:
+    """The roles of the carries, and of what is stacked (`wanted`: some of these), when the body has been walked until they change
+    no more."""
     consts, carries = scan_arity(equation)
     body, ys = equation.params["jaxpr"].jaxpr, list[Role]()
 
     def once(state: list[Role]) -> list[Role]:
         ins = [*roles[:consts], *state, *roles[consts + carries :]]
-        outs = walk.body(equation, body, ins, [*state, *[None] * (len(body.outvars) - carries)], ())
+        outs = walk.body(equation, body, ins, [*state, *wanted], ())
         ys[:] = outs[carries:]
         return outs[:carries]
 
@@ -149,7 +161,7 @@ def edits_of(equation: Any, chain: Chain, microbatches: int) -> Mapping[Path, Ed
     carried = [SUM if role.kind is Kind.TOTAL else role for role in chain.carries]
     body = equation.params["jaxpr"].jaxpr
     outs = walk.body(
-        equation, body, [*chain.consts, *carried, *chain.xs], [*carried, *[None] * len(chain.ys)], chain.path
+        equation, body, [*chain.consts, *carried, *chain.xs], [*carried, *chain.ys], chain.path
     )
     if outs != [*carried, *chain.ys]:
         raise PipelineError(f"{told(equation)} is not the scan that its chain was made for")
