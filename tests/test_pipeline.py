@@ -354,6 +354,44 @@ def test_a_residual_network_of_convolutions(schedule):
     assert_close(jax.jit(fn)(*args), plan.jit()(*args))
 
 
+def shared_weights(w, x):
+    """The layers share their weights, whose gradient they add up, and carry a sum over rows that decays."""
+
+    def layer(carry, _):
+        x, decaying = carry
+        h = jnp.tanh(x @ w)
+        return (x + h, decaying * jnp.float32(0.5) + jnp.mean(h, axis=0)), None
+
+    (x, decaying), _ = jax.lax.scan(layer, (x, jnp.ones(x.shape[1:], jnp.float32)), None, length=3)
+    return jnp.mean(jnp.square(x)) + jnp.sum(decaying)
+
+
+def test_the_rows_are_where_micro_batches_share_the_most_work():
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(shared_weights))(WEIGHTS[0], ROWS).jaxpr
+    forward, backward = pipeline_of(jaxpr, "x", 2, 4).chains
+    assert forward.carries == (CUT, SUM)
+    assert [role.kind for role in backward.carries] == [Kind.TOTAL, Kind.CUT, Kind.SAME]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_layers_that_share_weights_and_steps_in_a_loop(schedule):
+    def steps(w, xs):
+        def step(w, x):
+            value, gradient = jax.value_and_grad(shared_weights)(w, x)
+            return w - gradient / 10, value
+
+        return jax.lax.scan(step, w, xs)
+
+    args = (
+        jax.random.normal(jax.random.key(0), (4, 4), jnp.float32) / 2,
+        jax.random.normal(jax.random.key(1), (3, 8, 4), jnp.float32),
+    )
+    plan = in_stages(steps, args, (2,), "x", 4, schedule=schedule)
+    assert [len(chain.path) for chain in plan.pipeline.chains] == [2, 2]
+    assert_close(jax.jit(steps)(*args), plan.jit()(*args))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_an_encoder_and_a_decoder_one_after_the_other(kind):

@@ -56,14 +56,15 @@ def scan_at(jaxpr: Any, path: Path) -> Any:
 def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int) -> Chain:
     """The chain of a scan over layers: which dimension of its values holds the rows of the batch, and what becomes of each.
 
-    Every dimension of every carry is tried for the rows, in order; the first with which the body works row by row is taken.
+    Every dimension of every carry is tried for the rows. Of those with which the body works row by row the one is taken with
+    which micro-batches share the most work (a gradient that layers add up could be cut, too, but that would share little).
     Raises PipelineError that tells for each why it is not, naming the operator and the user's line.
     """
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
-    refusals: dict[str, str] = {}
+    refusals, found = dict[str, str](), dict[int, Chain]()
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
@@ -72,10 +73,14 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
                 why = f"{microbatches} micro-batches do not divide its {extent} rows"
                 refusals.setdefault(why, f"dimension {dim} of {body.invars[k].aval.str_short()}")
                 continue
+            walk = Walk(microbatches)
             try:
-                return _chain(equation, path, tuple(layers), Walk(microbatches), k, dim)
+                chain = _chain(equation, path, tuple(layers), walk, k, dim)
+                found.setdefault(sum(walk.points.values()), chain)
             except PipelineError as error:
                 refusals.setdefault(str(error), f"dimension {dim} of {body.invars[k].aval.str_short()}")
+    if found:
+        return found[max(found)]
     if not refusals:
         raise PipelineError(f"{told(equation)} carries no array from layer to layer, so that it has no rows to cut")
     tried = "; ".join(f"were the rows in {place}: {why}" for why, place in refusals.items())
@@ -95,6 +100,7 @@ def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed:
             if not consts <= k < consts + carries and k in like:
                 roles[k] = _rows_in(body.invars[k].aval.shape, like[k], rows)
         roles[seed] = Role(Kind.CUT, dim, 1)
+        walk.points.clear()
         try:
             state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)
             wanted = [

@@ -133,6 +133,12 @@ def _rule(equation: Any) -> Rule:
     return rule
 
 
+def points_of(equation: Any) -> int:
+    """Points of an equation's iteration space."""
+    return rule_of(equation.primitive, equation.params, [v.aval for v in equation.invars], [v.aval for v in
+    equation.outvars]).points
+
+
 def _shape(var: Any) -> tuple[int, ...]:
     return tuple(getattr(var.aval, "shape", ()))
 
