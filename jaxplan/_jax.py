@@ -59,6 +59,12 @@ def source_line(equation: Any) -> tuple[str, int]:
     return (frame.file_name, frame.start_line) if frame is not None else ("", 0)
 
 
+def jit_statics(jitted: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of the static parameters of a `jax.jit`ted function; none where JAX does not tell."""
+    info = getattr(jitted, "_jit_info", None)
+    return tuple(getattr(info, "static_argnums", ())), tuple(getattr(info, "static_argnames", ()))
+
+
 def user_context(equation: Any) -> AbstractContextManager[Any]:
     """Whatever is traced inside keeps the equation's source line and name stack."""
     stack = _source_info.current_name_stack() + equation.source_info.name_stack

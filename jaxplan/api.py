@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import gc
+import inspect
 import math
 import os
 import re
@@ -207,7 +209,7 @@ class Plan(_plan.Plan):
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         _check_certify(changes.get("certify", False))
-        _check_mesh(changes.get("mesh", self.mesh))
+        check_mesh(changes.get("mesh", self.mesh))
         with _collector_paused():
             return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
 
@@ -234,7 +236,7 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
@@ -249,15 +251,16 @@ def make_plan(
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
-    _check_mesh(mesh)
+    check_mesh(mesh)
+    _check_keywords(fn, kwargs)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    static = static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
+    request = Request(mesh, machine, search, memory_budget, dict(pins) if isinstance(pins, Mapping) else pins or {}, static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -295,7 +298,7 @@ def load_plan(
     asked = saved.asked
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
     request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
     with _collector_paused():
@@ -402,7 +405,7 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     return plan
 
 
-def _check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: Any) -> None:
     """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(
@@ -416,6 +419,30 @@ def _check_mesh(mesh: Any) -> None:
             f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
             "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
+
+
+def keywords() -> list[str]:
+    """The keywords of `make_plan` that say how to plan; all others are the planned function's."""
+    return [p.name for p in inspect.signature(make_plan).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "mesh"]
+
+
+def meant(name: str) -> str:
+    """What a keyword that nobody takes may have been meant to be."""
+    near = difflib.get_close_matches(name, keywords(), 1)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
+
+
+def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _check_certify(certify: bool | float) -> None:

@@ -283,16 +283,29 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
+    stacks: list[Buffer] = []
     for reading in modelled.readings:
         source, wanted, ndim = modelled.edge_layouts(choices, reading)
         members = graph.clusters[reading.reader].members
-        if source == wanted or graph.operators[members[-1]].name in (VIEW, BOUNDARY):
+        reader = graph.operators[members[-1]]
+        if source == wanted or reader.name == VIEW:
+            continue
+        if reader.name == BOUNDARY:  # a stack that a loop slices is brought to its layout whole, before the loop
+            sliced = reader.path[-2] == "in" and graph.tensors[reading.tensor].shape != graph.tensors[reader.results[0]].shape
+            if sliced and any(step.kind != "slice" for step in reshard_steps(source, wanted, ndim, modelled.setting.slow_first)):
+                loop = reader.path[:-2]
+                stacks.append(
+                    Buffer(
+                        reading.tensor, TRANSIENT, local(reading.tensor, wanted), facts.order.begins[loop], facts.order.ends[loop],
+                        _axes(wanted),
+                    )
+                )  # fmt: skip
             continue
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
             users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
-    found = [
+    found = stacks + [
         Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users), _axes(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
