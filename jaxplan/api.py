@@ -23,6 +23,7 @@ from jaxplan.apply import PlannedFunction
 from jaxplan.budget import budget_bytes, fit
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
+from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
@@ -188,6 +189,26 @@ class Plan(_plan.Plan):
         `state`: arrays in the structure of one or more arguments of the planned function.
         """
         check(self, state)
+
+    def export(self, form: str, of: Any = None, **options: Any) -> Any:
+        """The plan in another library's words. `form`: "flax", "nnx", "orbax", "optax", "maxtext", "haliax", "keras" or
+        "explicit".
+
+        `of`: which arrays: None for all arguments, a path ("params", "state/params"), a pytree of paths, or a pytree of arrays or
+        shapes that are structured as arguments are. `options`: `optimizer=` for "optax", `variables=` for "keras".
+
+        Raises `jaxplan.ExportError`, naming the paths, for a layout that the library has no words for; ModuleNotFoundError or
+        ImportError, naming the extra, where the library is missing or too old.
+        """
+        return export_plan(self, form, of, options, make_plan)
+
+    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+
+        Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
+        many, or of another shape or dtype: nothing is read then.
+        """
+        return restore_state(self, directory, of)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,

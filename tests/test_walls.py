@@ -42,6 +42,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "state": ("report",),
     "measure": (),
     "files": ("ledger", "report"),
+    "export": ("files", "state"),
     "solve": (),
     "iopddl": ("solve",),
 }
