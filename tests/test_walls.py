@@ -33,6 +33,7 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
     "pins": (),
+    "resize": (),
     "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),
