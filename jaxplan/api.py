@@ -30,6 +30,7 @@ from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
+from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.resize import Origin, resize
 from jaxplan.search import certify as certified, search as run_search
@@ -179,6 +180,16 @@ class Plan(_plan.Plan):
         Raises ValueError where a pin cannot be honoured, saying why.
         """
         return why_not(self, self, pins)
+
+    def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
+        at each boundary. From one trace; memory apart.
+
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
+        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
+        given other sizes from the trace, saying why.
+        """
+        return regimes(self, self, symbol, low, high)
 
     def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.

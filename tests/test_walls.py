@@ -34,6 +34,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
     "pins": (),
     "resize": (),
+    "regimes": ("report",),
     "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),
