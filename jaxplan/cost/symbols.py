@@ -69,9 +69,10 @@ class DimensionNames:
     def _visit(self, graph: Graph, operator: Any) -> None:
         factors: list[tuple[int, ...] | None] = [None] * len(operator.rule.factors)
         for tensor, dims in zip(operator.operands, operator.rule.operands, strict=True):
-            known = self._dims[tensor] if tensor >= 0 else ()
-            for position, dim in enumerate(dims if known else ()):
-                atoms, extent = known[position], graph.tensors[tensor].shape[position]
+            if tensor >= 0 and not self._dims[tensor]:  # a loop's body comes before the edge that what goes round passes through
+                self._dims[tensor] = tuple((self._fresh(extent),) for extent in graph.tensors[tensor].shape)
+            for position, dim in enumerate(dims if tensor >= 0 else ()):
+                atoms, extent = self._dims[tensor][position], graph.tensors[tensor].shape[position]
                 if len(dim) == 1 and operator.rule.factors[dim[0]].size == extent:
                     if factors[dim[0]] is None:
                         factors[dim[0]] = atoms
@@ -87,10 +88,11 @@ class DimensionNames:
         if operator.name == BOUNDARY and operator.rule.factors and operator.rule.factors[0].kind is Kind.WHOLE:
             self._unite(self._loops.setdefault(operator.path[:-2], filled[0]), filled[0])  # one loop, one length
         for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
-            shape = graph.tensors[tensor].shape
-            self._dims[tensor] = tuple(
-                self._dim_atoms(operator.rule, dim, extent, filled) for dim, extent in zip(dims, shape, strict=True)
-            )
+            shape, before = graph.tensors[tensor].shape, self._dims[tensor]
+            made = tuple(self._dim_atoms(operator.rule, dim, extent, filled) for dim, extent in zip(dims, shape, strict=True))
+            for one, other in zip(made, before, strict=bool(before)):
+                self._unite(one, other)
+            self._dims[tensor] = made
 
     def _dim_atoms(self, rule: Any, dim: tuple[int, ...], extent: int, filled: list[tuple[int, ...]]) -> tuple[int, ...]:
         if dim and math.prod(rule.factors[f].size for f in dim) == extent:
@@ -145,6 +147,25 @@ class DimensionNames:
                 sizes[symbol] = self._size[atom]
                 value = value * symbol
         return value
+
+    def roots(self, atoms: Sequence[int]) -> tuple[int, ...]:
+        """What some atoms are one with; those of extent 1 left out."""
+        return tuple([self._find(atom) for atom in atoms if self._size[atom] != 1])
+
+    def dimension_roots(self, tensor: int) -> list[tuple[int, ...]]:
+        """Per dimension of a tensor, the roots that it is the product of."""
+        return [self.roots(atoms) for atoms in self._dims[tensor]]
+
+    def loop_roots(self) -> dict[Any, tuple[int, ...]]:
+        """{where a loop stands: the roots that its length is the product of}, of loops over something stacked."""
+        return {path: self.roots(atoms) for path, atoms in self._loops.items()}
+
+    def extents(self) -> dict[str, dict[int, int]]:
+        """{name: {root: extent}} of everything that is named."""
+        found: dict[str, dict[int, int]] = {}
+        for root, name in self._names.items():
+            found.setdefault(name, {})[root] = self._size[root]
+        return found
 
     @property
     def names(self) -> list[str]:
