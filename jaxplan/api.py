@@ -383,7 +383,8 @@ def load_plan(
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
             modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
-        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
+        pipeline = files.pipeline_for(saved, traced)
+        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 

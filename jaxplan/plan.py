@@ -31,6 +31,7 @@ from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import VIEW
 from jaxplan.layout import Layout, Spec, shards, spec_of
+from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Constraints:
 class Plan:
     """Where everything lies. `choices`: (clusters, axes) option numbers. `stages`: seconds spent per room while planning.
 
-    `bound`: a proven lower bound on `seconds`, if one was asked for.
+    `bound`: a proven lower bound on `seconds`, if one was asked for. `pipeline`: the mesh axis that is laid along layers, if any.
     """
 
     traced: Traced
@@ -88,6 +89,7 @@ class Plan:
     bound: float | None = None
     dims: Mapping[tuple[int, int], str] = field(default_factory=dict)
     request: Any = None
+    pipeline: Pipeline | None = None
 
     # ---- layouts -----------------------------------------------------------------------------------------------
 
