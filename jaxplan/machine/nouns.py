@@ -39,7 +39,10 @@ class Machine:
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
     slice of a pod, a node of GPUs), `outer`: the link beyond. `axis_links`: mesh axes whose link the user states.
     `materialises`: its compiler keeps intermediate values in memory and reorders work freely (XLA on CPU), rather than fusing
-    and recomputing them (TPU, GPU); what lives when depends on it.
+    and recomputing them (TPU, GPU); what lives when depends on it. `matmul_bytes`: bytes of the elements that products of default
+    precision read, by dtype: what only they read is rounded before it is sent or stored. `tile`: the innermost two dimensions of
+    arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: on-chip memory where the compiler keeps
+    short-lived values instead of in `memory_bytes`.
     """
 
     name: str
@@ -51,16 +54,26 @@ class Machine:
     node: int
     axis_links: Mapping[str, Link] = field(default_factory=dict)
     materialises: bool = False
+    matmul_bytes: Mapping[str, int] = field(default_factory=dict)
+    tile: tuple[int, int] | None = None
+    near_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))
         object.__setattr__(self, "axis_links", MappingProxyType(dict(self.axis_links)))
+        object.__setattr__(self, "matmul_bytes", MappingProxyType(dict(self.matmul_bytes)))
         if "float32" not in self.seconds_per_flop:
             raise ValueError(f"machine {self.name!r}: seconds_per_flop needs at least 'float32'")
         for dtype, value in self.seconds_per_flop.items():
             _positive(f"machine {self.name!r}: seconds_per_flop[{dtype!r}]", value)
         _positive(f"machine {self.name!r}: seconds_per_byte", self.seconds_per_byte)
         _positive(f"machine {self.name!r}: memory_bytes", self.memory_bytes)
+        for dtype, count in self.matmul_bytes.items():
+            _positive(f"machine {self.name!r}: matmul_bytes[{dtype!r}]", count)
+        if self.tile is not None and not (len(self.tile) == 2 and min(self.tile) >= 1):
+            raise ValueError(f"machine {self.name!r}: tile must be two counts of at least 1, or None; got {self.tile}")
+        if not (self.near_bytes >= 0 and math.isfinite(self.near_bytes)):
+            raise ValueError(f"machine {self.name!r}: near_bytes must be finite and not negative, got {self.near_bytes}")
         if self.node < 1:
             raise ValueError(f"machine {self.name!r}: node must be at least 1, got {self.node}")
 
