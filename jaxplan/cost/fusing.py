@@ -230,7 +230,7 @@ def _narrow(graph: Graph, operators: Sequence[Operator], found: _Fused) -> froze
         for tensor in operator.results:
             others = [operators[r] for r in found.near.get(tensor, ()) if not reduces(operators[r])]
             if others and tensor not in graph.inputs and tensor not in graph.outputs:
-                if all(_rounds(one, known) for one in others):
+                if all(reads_rounded(one, known) for one in others):
                     narrow.add(tensor)
     return frozenset(narrow)
 
@@ -246,12 +246,12 @@ def rounded(graph: Graph) -> frozenset[int]:
     leaving, known = set(graph.outputs), set[int]()
     for operator in reversed(graph.operators):
         for tensor in operator.results:
-            if tensor not in leaving and tensor in near and all(_rounds(one, known) for one in near[tensor]):
+            if tensor not in leaving and tensor in near and all(reads_rounded(one, known) for one in near[tensor]):
                 known.add(tensor)
     return frozenset(known)
 
 
-def _rounds(operator: Operator, known: set[int] | frozenset[int]) -> bool:
+def reads_rounded(operator: Operator, known: set[int] | frozenset[int]) -> bool:
     """Whether an operator reads what it reads as a product does, or hands it on to nothing else."""
     if operator.rule.rounds:
         return True

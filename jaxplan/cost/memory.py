@@ -125,7 +125,7 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
         about = graph.tensors[tensor]
         nbytes = about.nbytes / (shards(layout, sizes) if layout is not None else 1)
         if tensor in facts.narrow:
-            nbytes *= machine.matmul_bytes.get(about.dtype, about.itemsize) / about.itemsize
+            nbytes *= machine.rounded_share(about.dtype)
         return nbytes * padding(local_shape(about.shape, layout, sizes), machine.tile, facts.outer.get(tensor, ())) if machine.tile else nbytes
 
     return local
@@ -383,6 +383,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
+    shares: dict[tuple[int, Layout], float] = {}
     for reading in modelled.readings:
         source, wanted, ndim = modelled.edge_layouts(choices, reading)
         members = graph.clusters[reading.reader].members
@@ -392,8 +393,10 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
         if any(step.kind != "slice" for step in steps):
             users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
+            share = 1.0 if reading.tensor in facts.narrow else reading.share
+            shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
     found = [
-        Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users), _axes(layout))
+        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), _axes(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     for index, cluster in enumerate(graph.clusters):

@@ -20,7 +20,7 @@ def _tpu(name: str, flops: float, int8: float, memory: float, gib: float, one_wa
         name, {"bfloat16": rate, "float32": rate, "float16": rate, "int8": 1 / int8}, 1 / memory, gib * GIB,
         inner=Link(1 / (2 * one_way), 1e-6, "[scaling] one-way ICI bandwidth per link, two directions; 1 us per hop"),
         outer=Link(1 / dcn, 1e-5, "[scaling] DCN egress per chip; latency of a data-centre network, about 10 us"),
-        node=node, matmul_bytes={"float32": 2}, tile=(8, 128), near_bytes=near * 2.0**20,
+        node=node, matmul_reads={"float32": "bfloat16"}, tile=(8, 128), near_bytes=near * 2.0**20,
     )  # fmt: skip
 
 
