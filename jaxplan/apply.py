@@ -443,7 +443,7 @@ class PlannedFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs)])
+        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
 
     @property
     def mesh(self) -> Mesh:
@@ -460,7 +460,7 @@ class PlannedFunction:
         """Lowered for the shapes that were planned for."""
         return self._jitted.lower(*[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plan.traced.in_avals])
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: bool = False) -> list[Any]:
         for key, planned in self._static.items():
             given = kwargs.get(key, planned) if isinstance(key, str) else args[key] if key < len(args) else planned
             if given != planned:
@@ -470,11 +470,19 @@ class PlannedFunction:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = self.plan.traced
         if tree != traced.in_tree:
-            raise ValueError(f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}")
+            raise ValueError(
+                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it as it was "
+                "planned, with the same arguments by position, by keyword and static, or plan again"
+            )
         for path, aval, leaf in zip(traced.in_paths, traced.in_avals, leaves, strict=True):
             shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
             if tuple(shape) != tuple(aval.shape):
                 raise ValueError(f"{path} was planned with shape {aval.shape}, but has shape {tuple(shape)}; plan again")
+            if isinstance(leaf, jax.ShapeDtypeStruct) and not shapes:
+                raise TypeError(f"{path} is a shape, not an array: shapes can be planned and lowered, but not run")
+            if not _fits(leaf, aval.dtype):
+                given = getattr(leaf, "dtype", type(leaf).__name__)
+                raise ValueError(f"{path} was planned as {aval.dtype}, but is {given}; convert it, or plan again")
         return leaves
 
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
@@ -502,6 +510,15 @@ class PlannedFunction:
 
 def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
     return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
+
+
+def _fits(leaf: Any, planned: Any) -> bool:
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32, say); a Python number has a kind only."""
+    kind = {bool: jax.numpy.bool_, int: jax.numpy.integer, float: jax.numpy.floating, complex: jax.numpy.complexfloating}.get(type(leaf))
+    if kind is not None:
+        return jax.numpy.issubdtype(planned, kind)
+    dtype = getattr(leaf, "dtype", planned)
+    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
 
 
 def _abstract(leaf: Any) -> Any:

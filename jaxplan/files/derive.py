@@ -56,7 +56,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     """Everything of a plan that can be written down. `plan.request`: what was asked for."""
     graph, numbers = plan.modelled.graph, plan.modelled.numbers
     exchanges, worked = _exchanges(plan), _work_seconds(plan)
-    inputs = _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, graph.inputs)
+    inputs = input_leaves(plan)
     outputs = _leaves(plan, plan.traced.out_paths, plan.traced.out_avals, plan.output_layouts, graph.outputs)
     kinds = [kind.name.lower() for kind in plan.mesh.axis_types]
     mesh = tuple(
@@ -92,6 +92,11 @@ def _asked(plan: Plan) -> Asked:
     dims = {path: " ".join(name for _, name in sorted(found.items())) for path, found in words.items()}
     pins = {path: entries_of(spec) for path, spec in request.pins.items()}
     return Asked(search, budget, pins, float(request.while_trips), request.certify, dims)
+
+
+def input_leaves(plan: Plan) -> dict[str, Leaf]:
+    """{path: leaf} of the flat inputs, in order."""
+    return _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, plan.modelled.graph.inputs)
 
 
 def _leaves(
