@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import gc
+import inspect
 import math
 import os
 import re
@@ -21,6 +23,7 @@ from jaxplan.apply import PlannedFunction
 from jaxplan.budget import budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
+from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
@@ -34,7 +37,9 @@ from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
+from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
+from jaxplan.resize import Origin, resize
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -45,7 +50,10 @@ Search = str | Callable[[Problem], Assignment]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace."""
+    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
+
+    `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
+    """
 
     mesh: Any
     machine: str | Machine | None = None
@@ -57,6 +65,8 @@ class Request:
     certify: bool | float = False
     pipeline: str | None = AUTO
     microbatches: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    origin: Origin | None = None
 
 
 MOST_PADDINGS = 4
@@ -87,8 +97,9 @@ class Plan(_plan.Plan):
         """The planned function: callable, places its arguments, has `.lower(*args)`.
 
         `donate_argnums`: positions of arguments whose buffers may be reused, as in `jax.jit`; by default those that the
-        function was traced with.
+        function was traced with. Raises ValueError for a plan at other sizes than the program was traced for.
         """
+        self._of_the_trace("run")
         if donate_argnums is None:
             donated = [i for i, flag in enumerate(self.traced.donated) if flag]
         else:
@@ -105,6 +116,7 @@ class Plan(_plan.Plan):
         count the program does not say count as often as was planned. `topology`: compile for a TPU slice by name, "v5e:4x4",
         with libtpu and no TPU. Raises ValueError for a plan made for an AbstractMesh, unless a topology has devices for it.
         """
+        self._of_the_trace("audited")
         if topology is not None:
             self = replace(self, mesh=topology_mesh(topology, self.axis_sizes))
         if not isinstance(self.mesh, jax.sharding.Mesh):
@@ -113,7 +125,8 @@ class Plan(_plan.Plan):
                 "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16), or with topology="
             )
         trips = self.request.while_trips
-        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)  # simulated devices do not
+        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips), rounded)
 
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:
@@ -178,6 +191,16 @@ class Plan(_plan.Plan):
         """
         return why_not(self, self, pins)
 
+    def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
+        at each boundary. From one trace; memory apart.
+
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
+        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
+        given other sizes from the trace, saying why.
+        """
+        return regimes(self, self, symbol, low, high)
+
     def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.
 
@@ -193,9 +216,31 @@ class Plan(_plan.Plan):
         """
         check(self, state)
 
+    def export(self, form: str, of: Any = None, **options: Any) -> Any:
+        """The plan in another library's words. `form`: "flax", "nnx", "orbax", "optax", "maxtext", "haliax", "keras" or
+        "explicit".
+
+        `of`: which arrays: None for all arguments, a path ("params", "state/params"), a pytree of paths, or a pytree of arrays or
+        shapes that are structured as arguments are. `options`: `optimizer=` for "optax", `variables=` for "keras".
+
+        Raises `jaxplan.ExportError`, naming the paths, for a layout that the library has no words for; ModuleNotFoundError or
+        ImportError, naming the extra, where the library is missing or too old.
+        """
+        return export_plan(self, form, of, options, make_plan)
+
+    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+
+        Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
+        many, or of another shape or dtype: nothing is read then.
+        """
+        return restore_state(self, directory, of)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
-        never a part. Raises OSError where the folder cannot be written."""
+        never a part. Raises OSError where the folder cannot be written, ValueError for a plan at other sizes than the program was
+        traced for: a file vouches for a trace."""
+        self._of_the_trace("saved")
         files.write_plan(self._saved(), path)
 
     def to_python(self) -> str:
@@ -208,17 +253,46 @@ class Plan(_plan.Plan):
 
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search`, `certify`, `pipeline` or
-        `microbatches`; no retrace."""
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches")
+        `microbatches`, or with other `sizes` of its dimensions; no retrace.
+
+        `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
+        is what `make_plan` gives for arguments of such shapes (pipelines apart: none is looked for), but cannot be run or saved.
+        Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
+        decided by looking at a shape stays decided.
+        """
+        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
         unknown = set(changes) - set(taken)
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
+        sizes = changes.pop("sizes", None)
         request = replace(self.request, **changes)
         _check_certify(request.certify)
-        _check_mesh(request.mesh)
+        check_mesh(request.mesh)
         _check_pipeline(request)
         with _collector_paused():
-            return _solve(self.traced, self.modelled.whole, request, self.dims, {})
+            traced, graph = self.traced, self.modelled.whole
+            if sizes is not None:
+                origin = self.origin
+                traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
+                differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+                request = replace(request, sizes=differ, origin=origin if differ else None)
+            return _solve(traced, graph, request, self.dims, {})
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """The program as it was traced."""
+        if self.request.origin is not None:
+            return self.request.origin
+        return Origin(self.traced, self.modelled.whole, self.names, self.request.while_trips)
+
+    def _of_the_trace(self, verb: str) -> None:
+        """Raise ValueError if this plan is for other sizes than the program was traced for."""
+        if self.request.sizes:
+            sizes = ", ".join(f"{name}={extent}" for name, extent in self.request.sizes.items())
+            raise ValueError(
+                f"this plan was derived for {sizes} from a trace of other shapes, so it can be looked at but not {verb}: call "
+                "make_plan with arguments of these shapes"
+            )
 
 
 def make_plan(
@@ -243,7 +317,7 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
@@ -258,17 +332,17 @@ def make_plan(
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
-    _check_mesh(mesh)
+    check_mesh(mesh)
+    _check_keywords(fn, kwargs)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    static = static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(
-        mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify, pipeline, microbatches
-    )
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
+    insisted = dict(pins) if isinstance(pins, Mapping) else pins or {}
+    request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
     _check_pipeline(request)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
@@ -307,7 +381,7 @@ def load_plan(
     asked = saved.asked
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
     request = Request(
         mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
@@ -318,7 +392,7 @@ def load_plan(
             traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
-        pipeline = files.pipeline_of(saved, traced)
+        pipeline = files.pipeline_for(saved, traced)
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
         dims = files.dims_of(saved, traced, graph)
         if cut is not None:
@@ -353,7 +427,7 @@ def _solve(
     budget = budget_bytes(request.memory_budget, numbers.machine)
     attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
     using = Choosing(traced, graph, numbers, attempts, budget, _more_devices)
-    plan = choose(using, request.pipeline, request.microbatches)
+    plan = choose(using, None if request.sizes else request.pipeline, request.microbatches)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
@@ -426,7 +500,7 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     return plan
 
 
-def _check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: Any) -> None:
     """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(
@@ -451,6 +525,32 @@ def _check_pipeline(request: Request) -> None:
         raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
     if count is not None and asked is None:
         raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
+    if request.sizes and asked not in (None, AUTO):
+        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
+
+
+def keywords() -> list[str]:
+    """The keywords of `make_plan` that say how to plan; all others are the planned function's."""
+    return [p.name for p in inspect.signature(make_plan).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "mesh"]
+
+
+def meant(name: str) -> str:
+    """What a keyword that nobody takes may have been meant to be."""
+    near = difflib.get_close_matches(name, keywords(), 1)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
+
+
+def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _check_certify(certify: bool | float) -> None:

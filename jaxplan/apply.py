@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
-from jaxplan.pipeline.nouns import Chain, Pipeline
+from jaxplan.pipeline.fuse import Fused, fuse
+from jaxplan.pipeline.nouns import Chain, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
-from jaxplan.pipeline.rowwise import Edit
+from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Plan
 
@@ -45,6 +47,14 @@ def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
 
     planned.__name__ = planned.__qualname__ = plan.traced.name
     return planned
+
+
+def _read(var: Any, env: Mapping[Any, Any]) -> Any:
+    return var.val if isinstance(var, _jax.Literal) else env[var]
+
+
+Moved = dict[tuple[int, Spec], tuple[Any, Any]]
+"""{(id of a value, spec): (the value, the same in that layout)}."""
 
 
 class _Replay:
@@ -88,13 +98,28 @@ class _Replay:
         graph."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        moved: dict[tuple[int, Spec], tuple[Any, Any]] = {}
+        moved: Moved = {}
+        fused = self.fused(jaxpr, path)
+        if fused is None:
+            self.equations(jaxpr, range(len(jaxpr.eqns)), env, path, moved)
+        else:
+            self.equations(jaxpr, fused.before(), env, path, moved)
+            env.update(_alternating(self, jaxpr, fused, env))
+            self.equations(jaxpr, (*fused.later, *range(fused.backward + 1, len(jaxpr.eqns))), env, path, moved)
+        return [_read(var, env) for var in jaxpr.outvars]
 
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, _jax.Literal) else env[var]
+    def fused(self, jaxpr: Any, path: Path) -> Fused | None:
+        """The loop that forward and backward scan of a jaxpr become, where the pipeline alternates between them."""
+        pipeline = self.plan.pipeline
+        if pipeline is None or pipeline.schedule != "1f1b" or self.rows is not None or pipeline.chains[0].path[:-1] != path:
+            return None
+        return fuse(jaxpr, path, pipeline)
 
-        for number, equation in enumerate(jaxpr.eqns):
-            values = [read(var) for var in equation.invars]
+    def equations(self, jaxpr: Any, numbers: Iterable[int], env: dict[Any, Any], path: Path, moved: Moved) -> None:
+        """Evaluate some equations of a jaxpr. `env`: values by variable, which grows; `moved`: what was moved for a reader."""
+        for number in numbers:
+            equation = jaxpr.eqns[number]
+            values = [_read(var, env) for var in equation.invars]
             here = (*path, number)
             control = _CONTROL.get(equation.primitive)
             if equation.primitive not in _TAKES_STAGED:
@@ -117,14 +142,12 @@ class _Replay:
                     outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))
-        return [read(var) for var in jaxpr.outvars]
 
     def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
         if self.rows is None:
             return _jax.bind(equation, values, self.mesh.size)
-        outs = _jax.bind(equation, values, self.mesh.size, self.rows.params(path))
-        return outs
+        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
 
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
@@ -159,6 +182,17 @@ class _Rows:
         """The parameters that an equation has for a micro-batch instead of its own."""
         found = self.edits.get(path)
         return {} if found is None else found.params
+
+    def checked(self, equation: Any, outs: list[Any], path: Path) -> list[Any]:
+        """The results of an equation. Raises PipelineError if they are not those of a micro-batch."""
+        found = self.edits.get(path)
+        shapes = tuple(out.shape for out in outs)
+        if found is not None and found.shapes and shapes != found.shapes:
+            raise PipelineError(
+                f"{told(equation)} gives {shapes} for a micro-batch, where its rule leads to {found.shapes}: its parameters hold "
+                "extents, so that it cannot run on a part of the batch"
+            )
+        return outs
 
     def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
         """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""
@@ -215,12 +249,51 @@ def _body(replay: _Replay, equation: Any, consts: Sequence[Any], path: Path) -> 
 
 def _pipelined(replay: _Replay, equation: Any, values: list[Any], chain: Chain, pipeline: Pipeline) -> list[Any]:
     """A scan over layers, run in stages."""
+    side = _side(replay, equation, chain, pipeline)
+    return run_chain(equation, chain, pipeline, replay.mesh, values, side.body_of, side.hold)
+
+
+def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Side:
+    """A scan over layers, as its stages replay it."""
     edits = edits_of(equation, chain, pipeline.microbatches)
 
     def body_of(row: Any, consts: Sequence[Any]) -> Callable[[Any, Any], Any]:
         return _body(replay.on_rows(_Rows(edits, row, pipeline)), equation, consts, chain.path)
 
-    return run_chain(equation, chain, pipeline, replay.mesh, values, body_of)
+    def hold(what: str, number: int, value: Any) -> Any:
+        first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[what]
+        specs = replay.found.writes.get((replay.found.at.get((*chain.path, what, number + first), -1), 0), ())
+        if not specs:
+            return value
+        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
+        inner = replay.on_rows(_Rows(edits, None, pipeline))
+        return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])
+
+    return Side(equation, chain, body_of, hold)
+
+
+def _alternating(replay: _Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What the one loop makes of a forward scan, a backward scan and all between them."""
+    pipeline = replay.plan.pipeline
+    assert pipeline is not None
+    chains = dict(zip((fused.forward, fused.backward), pipeline.chains, strict=True))
+    equations = {number: jaxpr.eqns[number] for number in chains}
+
+    def middle(row: Any, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        inner = replay.on_rows(_Rows(fused.edits, row, pipeline))
+        found = dict(values)
+        inner.equations(jaxpr, fused.middle, found, fused.path, {})
+        return found
+
+    sides = [_side(replay, equations[number], chain, pipeline) for number, chain in chains.items()]
+    made = run_fused(jaxpr, fused, pipeline, replay.mesh, lambda var: _read(var, env), (sides[0], sides[1]), middle)
+    for number, equation in equations.items():
+        here, (_, carries) = (*fused.path, number), scan_arity(equation)
+        for k, var in enumerate(equation.outvars):
+            if var in made and not isinstance(made[var], Staged):
+                mark = ("carry", k) if k < carries else ("out", k)
+                made[var] = replay.boundary_written(made[var], (*here, *mark), int(k < carries))
+    return made
 
 
 def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
@@ -370,7 +443,7 @@ class PlannedFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs)])
+        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
 
     @property
     def mesh(self) -> Mesh:
@@ -387,7 +460,7 @@ class PlannedFunction:
         """Lowered for the shapes that were planned for."""
         return self._jitted.lower(*[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plan.traced.in_avals])
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: bool = False) -> list[Any]:
         for key, planned in self._static.items():
             given = kwargs.get(key, planned) if isinstance(key, str) else args[key] if key < len(args) else planned
             if given != planned:
@@ -397,11 +470,19 @@ class PlannedFunction:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = self.plan.traced
         if tree != traced.in_tree:
-            raise ValueError(f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}")
+            raise ValueError(
+                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it as it was "
+                "planned, with the same arguments by position, by keyword and static, or plan again"
+            )
         for path, aval, leaf in zip(traced.in_paths, traced.in_avals, leaves, strict=True):
             shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
             if tuple(shape) != tuple(aval.shape):
                 raise ValueError(f"{path} was planned with shape {aval.shape}, but has shape {tuple(shape)}; plan again")
+            if isinstance(leaf, jax.ShapeDtypeStruct) and not shapes:
+                raise TypeError(f"{path} is a shape, not an array: shapes can be planned and lowered, but not run")
+            if not _fits(leaf, aval.dtype):
+                given = getattr(leaf, "dtype", type(leaf).__name__)
+                raise ValueError(f"{path} was planned as {aval.dtype}, but is {given}; convert it, or plan again")
         return leaves
 
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
@@ -429,6 +510,15 @@ class PlannedFunction:
 
 def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
     return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
+
+
+def _fits(leaf: Any, planned: Any) -> bool:
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32, say); a Python number has a kind only."""
+    kind = {bool: jax.numpy.bool_, int: jax.numpy.integer, float: jax.numpy.floating, complex: jax.numpy.complexfloating}.get(type(leaf))
+    if kind is not None:
+        return jax.numpy.issubdtype(planned, kind)
+    dtype = getattr(leaf, "dtype", planned)
+    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
 
 
 def _abstract(leaf: Any) -> Any:

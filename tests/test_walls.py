@@ -33,6 +33,8 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
     "pins": (),
+    "resize": (),
+    "regimes": ("report",),
     "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),
@@ -43,6 +45,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "state": ("report",),
     "measure": (),
     "files": ("ledger", "report"),
+    "export": ("files", "state"),
     "solve": (),
     "iopddl": ("solve",),
 }

@@ -7,8 +7,9 @@ from jaxplan.files.derive import (
     choices_of,
     dims_of,
     donated_of,
+    input_leaves,
     mesh_for,
-    pipeline_of,
+    pipeline_for,
     saved_plan,
 )
 from jaxplan.files.describe import describe_saved
@@ -28,9 +29,10 @@ __all__ = [
     "describe_saved",
     "dims_of",
     "donated_of",
+    "input_leaves",
     "mesh_for",
     "parse_plan",
-    "pipeline_of",
+    "pipeline_for",
     "plan_schema",
     "read_plan",
     "saved_plan",

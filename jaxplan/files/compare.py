@@ -167,11 +167,6 @@ def _budget(saved: SavedPlan) -> str:
     return "the machine's" if budget is None else budget if isinstance(budget, str) else show_bytes(budget)
 
 
-def _pipeline(saved: SavedPlan) -> str:
-    staged = saved.pipeline
-    return "none" if staged is None else f"{staged.axis}, {staged.microbatches} micro-batches, {staged.schedule}"
-
-
 def _machine(saved: SavedPlan) -> str:
     links = (saved.machine.inner, saved.machine.outer, *saved.machine.axis_links.values())
     speeds = (*saved.machine.seconds_per_flop.values(), saved.machine.seconds_per_byte, saved.machine.memory_bytes)
@@ -185,9 +180,9 @@ _SETTINGS: Mapping[str, Callable[[SavedPlan], str]] = {
     "machine": _machine,
     "memory budget": _budget,
     "pins": lambda saved: ", ".join(f"{path}: {show_spec(spec)}" for path, spec in saved.asked.pins.items()) or "none",
-    "pipeline": _pipeline,
     "donated": lambda saved: ", ".join(fold_paths({p: 0 for p, leaf in saved.inputs.items() if leaf.donated})) or "nothing",
     "search": lambda saved: saved.asked.search or "a callable",
+    "pipeline": lambda saved: str(saved.pipeline or "none"),
     "jaxplan": lambda saved: saved.versions["jaxplan"],
     "JAX": lambda saved: saved.versions["jax"],
 }

@@ -28,6 +28,7 @@ from jaxplan.files.nouns import (
     Ledger,
     Live,
     PlanFileError,
+    SavedChain,
     SavedExchange,
     SavedPipeline,
     SavedPlan,
@@ -55,7 +56,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     """Everything of a plan that can be written down. `plan.request`: what was asked for."""
     graph, numbers = plan.modelled.graph, plan.modelled.numbers
     exchanges, worked = _exchanges(plan), _work_seconds(plan)
-    inputs = _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, graph.inputs)
+    inputs = input_leaves(plan)
     outputs = _leaves(plan, plan.traced.out_paths, plan.traced.out_avals, plan.output_layouts, graph.outputs)
     kinds = [kind.name.lower() for kind in plan.mesh.axis_types]
     mesh = tuple(
@@ -69,7 +70,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
         program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
-        _splits(plan), _pipeline(plan.pipeline),
+        _splits(plan), _pipeline(plan),
     )  # fmt: skip
 
 
@@ -93,11 +94,9 @@ def _asked(plan: Plan) -> Asked:
     return Asked(search, budget, pins, float(request.while_trips), request.certify, dims, request.pipeline, request.microbatches)
 
 
-def _pipeline(pipeline: Pipeline | None) -> SavedPipeline | None:
-    if pipeline is None:
-        return None
-    chains = tuple([(tuple(chain.path), chain.layers) for chain in pipeline.chains])
-    return SavedPipeline(pipeline.axis, pipeline.microbatches, pipeline.schedule, chains)
+def input_leaves(plan: Plan) -> dict[str, Leaf]:
+    """{path: leaf} of the flat inputs, in order."""
+    return _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, plan.modelled.graph.inputs)
 
 
 def _leaves(
@@ -142,6 +141,13 @@ def _work_seconds(plan: Plan) -> float:
         terms = cluster_terms(cluster, modelled.chosen(plan.choices, index), modelled.setting, modelled.numbers)
         total += cluster.times * terms_seconds(replace(terms, sent={}, rounds={}), modelled.numbers)
     return total
+
+
+def _pipeline(plan: Plan) -> SavedPipeline | None:
+    if plan.pipeline is None:
+        return None
+    chains = tuple(SavedChain(chain.path, chain.layers) for chain in plan.pipeline.chains)
+    return SavedPipeline(plan.pipeline.axis, plan.pipeline.microbatches, plan.pipeline.schedule, chains)
 
 
 def _splits(plan: Plan) -> tuple[Split, ...]:
@@ -240,16 +246,16 @@ def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, i
     return found
 
 
-def pipeline_of(saved: SavedPlan, traced: Traced) -> Pipeline | None:
-    """The pipeline of a saved plan, in a program traced anew. Raises PlanFileError where it cannot run in these stages."""
-    staged = saved.pipeline
-    if staged is None:
+def pipeline_for(saved: SavedPlan, traced: Traced) -> Pipeline | None:
+    """The pipeline of a saved plan, its roles found again in the program. Raises PlanFileError where the program's scans cannot
+    run so: the file was edited."""
+    asked = saved.pipeline
+    if asked is None:
         return None
+    jaxpr = traced.jaxpr.jaxpr
     try:
-        chains = [
-            chain_of(scan_at(traced.jaxpr.jaxpr, path), path, layers, staged.microbatches) for path, layers in staged.chains
-        ]
-        return Pipeline(staged.axis, saved.mesh_shape[staged.axis], staged.microbatches, staged.schedule, tuple(chains))
+        chains = [chain_of(scan_at(jaxpr, chain.path), chain.path, chain.layers, asked.microbatches) for chain in asked.chains]
+        return Pipeline(asked.axis, saved.mesh_shape[asked.axis], asked.microbatches, asked.schedule, tuple(chains))
     except ValueError as error:
         raise PlanFileError(f"pipeline: {error}") from None
 

@@ -149,14 +149,25 @@ class Ledger:
     live: tuple[Live, ...]
 
 
+class SavedChain(NamedTuple):
+    """A scan that runs in stages: where it stands in the program, and how many layers each stage has."""
+
+    path: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class SavedPipeline:
-    """A mesh axis laid along layers. `chains`: (where a scan stands in the program, layers per stage)."""
+    """The mesh axis that is laid along layers. What each value is to a micro-batch is found again in the program."""
 
     axis: str
     microbatches: int
     schedule: str
-    chains: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    chains: tuple[SavedChain, ...]
+
+    def __str__(self) -> str:
+        layers = ", ".join("+".join(map(str, chain.layers)) for chain in self.chains)
+        return f"{self.schedule} over {self.axis}, {self.microbatches} micro-batches, layers {layers}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,6 @@ class SavedPlan:
 
     `versions`: of jaxplan and jax, that made it. `unknown`: primitives without a rule. `inputs`, `outputs`: by pytree path.
     `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order.
-    `pipeline`: None where no axis is laid along layers.
     """
 
     function: str

@@ -2,6 +2,7 @@
 
 from jaxplan.pipeline.analysis import Scan, chain_of, pipeline_of, scan_at, scans
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
+from jaxplan.pipeline.picture import Slot, most_held, schedule_svg, schedule_text, timetable
 
 __all__ = [
     "SCHEDULES",
@@ -12,9 +13,14 @@ __all__ = [
     "PipelineError",
     "Role",
     "Scan",
+    "Slot",
     "chain_of",
     "even_layers",
+    "most_held",
     "pipeline_of",
     "scan_at",
     "scans",
+    "schedule_svg",
+    "schedule_text",
+    "timetable",
 ]

@@ -22,12 +22,17 @@ from jaxplan.pipeline.staged import enter_stacked, join_rows, leave_stacked, onc
 Body = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 BodyOf = Callable[[Any, Sequence[Any]], Body]
 """(number of the micro-batch, constants) -> the body of the scan for it: (carries, xs of a layer) -> (carries, ys)."""
+Hold = Callable[[str, int, Any], Any]
+"""("carry", "in" or "out", number, value) -> the value in the layout that the plan has for that carry, operand or stacked
+result of a layer, whatever dimensions come before it. So are buffers held, where the compiler would be free to lay them
+otherwise."""
 
 
 class Stage:
     """What a chain does on one stage, inside of the manual region."""
 
-    def __init__(self, equation: Any, chain: Chain, pipeline: Pipeline) -> None:
+    def __init__(self, equation: Any, chain: Chain, pipeline: Pipeline, hold: Hold) -> None:
+        self.hold = hold
         self.chain, self.m, self.axis = chain, pipeline.microbatches, pipeline.axis
         self.stages, self.unroll = pipeline.stages, equation.params["unroll"]
         self.longest = max(chain.layers)
@@ -36,9 +41,9 @@ class Stage:
         self.position = self.stages - 1 - stage if chain.reverse else stage
         self.count = jnp.asarray(chain.layers, jnp.int32)[stage]
 
-    def microbatch(self, tick: Any) -> tuple[Any, Any]:
-        """(the micro-batch of a tick, whether there is one)."""
-        number = tick - self.position
+    def microbatch(self, tick: Any, after: int = 0) -> tuple[Any, Any]:
+        """(the micro-batch of a tick, whether there is one). `after`: ticks until the first one enters."""
+        number = tick - self.position - after
         return jnp.clip(number, 0, self.m - 1), (number >= 0) & (number < self.m)
 
     def entering(self, carries: Sequence[Any], row: Any) -> list[Any]:
@@ -53,11 +58,9 @@ class Stage:
         return where(self.position == 0, entering, arrived)
 
     def layers(self, body_of: BodyOf, row: Any, consts: Sequence[Any], carried: Sequence[Any], xs: Sequence[Any]) -> Any:
-        """This stage's layers on one micro-batch: (carries, ys of its layers)."""
+        """This stage's layers on one micro-batch: (carries, ys of its layers). `xs`: this micro-batch's."""
         chain = self.chain
-        consts = [at(v, row) if role.kind is Kind.CUT else v for v, role in zip(consts, chain.consts, strict=True)]
-        xs = [at(v, row) if role.kind is Kind.CUT else v for v, role in zip(xs, chain.xs, strict=True)]
-        body = body_of(row, consts)
+        body = body_of(row, of_row(consts, chain.consts, row))
 
         def layer(carry: tuple[Any, ...], given: tuple[Any, tuple[Any, ...]]) -> Any:
             number, x = given
@@ -91,7 +94,11 @@ class Stage:
         for aval, role in zip(self.outs, self.chain.ys, strict=True):
             shape = (self.longest, *micro_shape(aval.shape, role, self.m))
             found.append(blank((slots, *shape) if role.kind is Kind.CUT else shape, aval.dtype, role))
-        return found
+        return self.held("out", range(len(found)), found)
+
+    def held(self, what: str, numbers: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        """Values in the layouts that the plan has for them."""
+        return [self.hold(what, k, v) for k, v in zip(numbers, values, strict=True)]
 
     def kept(self, stores: Sequence[Any], ys: Sequence[Any], slot: Any, valid: Any) -> list[Any]:
         """The stores after one micro-batch."""
@@ -101,6 +108,11 @@ class Stage:
 def at(value: Any, row: Any) -> Any:
     """One micro-batch of several."""
     return jax.lax.dynamic_index_in_dim(value, row, 0, keepdims=False)
+
+
+def of_row(values: Sequence[Any], roles: Sequence[Role], row: Any) -> list[Any]:
+    """What a micro-batch has of each value."""
+    return [at(v, row) if role.kind is Kind.CUT else v for v, role in zip(values, roles, strict=True)]
 
 
 def where(condition: Any, ones: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -141,9 +153,11 @@ def everywhere(value: Any, axis: str) -> Any:
     return _jax.on_key_data(summed, value)
 
 
-def run_chain(equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values: Sequence[Any], body_of: BodyOf) -> list[Any]:
-    """The results of a scan, run in stages. `values`: its operands; stacked ones may be `Staged`, as stacked results with rows are.
-    `mesh`: its axes of type Auto."""
+def run_chain(
+    equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values: Sequence[Any], body_of: BodyOf, hold: Hold
+) -> list[Any]:
+    """The results of a scan, run in stages. `values`: its operands; stacked ones may be `Staged`, as stacked results with rows
+    are. `mesh`: its axes of type Auto."""
     m, axis = pipeline.microbatches, pipeline.axis
     consts, carries, xs = parts(chain, values)
     initial = [v for v, role in zip(carries, chain.carries, strict=True) if role.kind is Kind.TOTAL]
@@ -154,9 +168,10 @@ def run_chain(equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values
     )
 
     def stages(consts: list[Any], carries: list[Any], xs: list[Any]) -> Any:
-        stage = Stage(equation, chain, pipeline)
+        stage, moves = Stage(equation, chain, pipeline, hold), chain.circulating
+        carries, xs = stage.held("carry", range(len(carries)), carries), stage.held("in", range(len(xs)), xs)
         moving, totals = stage.parted(carries)
-        roles = [chain.carries[k] for k in chain.circulating]
+        roles = [chain.carries[k] for k in moves]
         finals = [v if r.kind is not Kind.SUM else blank(v.shape, v.dtype, r) for v, r in zip(moving, roles, strict=True)]
         total = Role(Kind.TOTAL)
 
@@ -166,12 +181,13 @@ def run_chain(equation: Any, chain: Chain, pipeline: Pipeline, mesh: Any, values
             start = stage.start(stage.entering(carries, row), arrived)
             # what a stage adds up starts at zero for every micro-batch, for the bubble's is dropped
             zeros = [_jax.zeros(v.shape, dtype) for v, dtype in zip(totals, kinds, strict=True)]
-            after, ys = stage.layers(body_of, row, consts, stage.carried(start, zeros), xs)
-            out, added = stage.parted(after)
+            after, ys = stage.layers(body_of, row, consts, stage.carried(start, zeros), of_row(xs, chain.xs, row))
+            out, added = stage.parted(stage.held("carry", range(len(after)), after))
             last = valid & (stage.position == stage.stages - 1)
             finals = [keep(f, v, role, row, last) for f, v, role in zip(finals, out, roles, strict=True)]
             totals = [keep(v, a, total, row, valid) for v, a in zip(totals, added, strict=True)]
-            return (stage.handed_on(out), finals, totals, stage.kept(stores, ys, row, valid)), None
+            finals, arrived = stage.held("carry", moves, finals), stage.held("carry", moves, stage.handed_on(out))
+            return (arrived, finals, totals, stage.held("out", range(len(ys)), stage.kept(stores, ys, row, valid))), None
 
         kinds = [v.dtype for v in totals]
         totals = [blank(v.shape, v.dtype, total) for v in totals]

@@ -12,18 +12,22 @@ from typing import Any
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.nouns import Kind, Path, PipelineError, Role
-from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, refuse, rows_through, sums_through, told
+from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, Nowhere, points_of, refuse, rows_through, sums_through, told
 
 OUTS = "outs"
 """The mark of edits that belong to the outputs of a body."""
 
+Control = Callable[["Walk", Any, list[Role], Path], list[Role]]
+
 
 class Walk:
-    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`."""
+    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`. `points`: of the
+    iteration spaces of the equations that micro-batches share, by path."""
 
     def __init__(self, microbatches: int) -> None:
         self.microbatches = microbatches
         self.edits: dict[Path, Edit] = {}
+        self.points: dict[Path, int] = {}
         self._origins: dict[Any, str] = {}
 
     def jaxpr(self, jaxpr: Any, roles: Sequence[Role], path: Path) -> list[Role]:
@@ -43,7 +47,7 @@ class Walk:
             return [SAME] * len(equation.outvars)
         control = _CONTROL.get(equation.primitive)
         if control is not None:
-            return control(self, equation, roles, here)
+            return self._inside(control, equation, roles, here)
         if any(_jax.sub_jaxprs(equation)) and equation.primitive not in _SCALAR_BODIES:
             refuse(equation, "is a call that is not looked into, so that nobody knows whether it works row by row")
         if equation.primitive in UNTOUCHED:
@@ -51,6 +55,7 @@ class Walk:
         elif Kind.CUT in kinds:
             outs, edit = rows_through(equation, roles, self.microbatches)
             self._keep(here, edit)
+            self.points[here] = points_of(equation)
         else:
             origins = [self._origins.get(v, "") for v, r in zip(equation.invars, roles, strict=True) if r.kind is Kind.SUM]
             outs, edit = sums_through(equation, roles, next(filter(None, origins), "the loop"))
@@ -58,8 +63,17 @@ class Walk:
         self._remember(equation, roles, outs)
         return outs
 
+    def _inside(self, control: Control, equation: Any, roles: list[Role], here: Path) -> list[Role]:
+        try:
+            return control(self, equation, roles, here)
+        except Nowhere as error:
+            file, line = _jax.source_line(equation)
+            if not file:
+                raise
+            raise PipelineError(f"{error.name} at {file}:{line} {error.why}") from None
+
     def _keep(self, path: Path, edit: Edit) -> None:
-        if edit.operands or edit.params:
+        if edit.operands or edit.params or edit.shapes:
             self.edits[path] = edit
 
     def _remember(self, equation: Any, roles: Sequence[Role], outs: Sequence[Role]) -> None:
@@ -101,7 +115,7 @@ class Walk:
         """Edits for operands, from number `first` on, that are the same for all but have to be rows, or sums."""
         found = {first + k: to for k, (have, to) in enumerate(zip(before, after, strict=True)) if have == SAME and to != SAME}
         known = self.edits.get(path, Edit({}, {}))
-        self._keep(path, Edit({**known.operands, **found}, known.params))
+        self._keep(path, known._replace(operands={**known.operands, **found}))
 
 
 _SCALAR_BODIES = frozenset(_jax.primitives(
@@ -169,7 +183,7 @@ def _cond(walk: Walk, equation: Any, roles: list[Role], path: Path) -> list[Role
     return wanted
 
 
-def _call(parameter: str) -> Callable[[Walk, Any, list[Role], Path], list[Role]]:
+def _call(parameter: str) -> Control:
     def inner(walk: Walk, equation: Any, roles: list[Role], path: Path) -> list[Role]:
         jaxpr = equation.params[parameter]
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -182,7 +196,7 @@ def _call(parameter: str) -> Callable[[Walk, Any, list[Role], Path], list[Role]]
     return inner
 
 
-_CONTROL: dict[Any, Callable[[Walk, Any, list[Role], Path], list[Role]]] = {
+_CONTROL: dict[Any, Control] = {
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,
