@@ -104,19 +104,22 @@ def slow_axes(numbers: Numbers) -> list[int]:
     return [axis for axis in used if numbers.link(axis)[0] >= SLOWER * fastest]
 
 
-def hopeless(plan: Plan, microbatches: int | None) -> bool:
+def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Chain]] | None = None) -> bool:
     """Whether a plan without a pipeline spends so little on what one would save that none needs to be looked for: on no axis does
-    it exchange more inside of loops than the smallest bubble would cost. Not where a link is slow."""
+    it exchange more inside of loops than the smallest bubble would cost. Not where a link is slow. `groups`: the chains, where
+    they are known: how large their batch is says how small the bubble can be."""
     modelled, numbers = plan.modelled, plan.modelled.numbers
     inside = scanned(modelled.graph)
-    if not inside:
+    if not inside or groups == []:
         return True
     if slow_axes(numbers):
         return False
     used = spent(modelled, plan.choices, inside)
+    rows = max([math.gcd(*[chain.rows for chain in chains]) for chains in groups], default=0) if groups else 0
     for axis, size in enumerate(numbers.sizes):
-        ticks = pipeline_ticks(m := microbatches or MOST_MICROBATCHES * size, size)
-        if size > 1 and used.stretched(axis, size, ticks / m) < (HOPEFUL - 1) * plan.seconds:
+        most = microbatches or min(MOST_MICROBATCHES * size, rows or MOST_MICROBATCHES * size)
+        stretch = pipeline_ticks(most, size) / most
+        if size > 1 and used.stretched(axis, size, stretch) < (HOPEFUL - 1) * plan.seconds:
             return False
     return True
 
@@ -174,6 +177,8 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
         return using.fitted(attempt, plain)
     axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
     groups = chain_groups(using.traced) if axes and scanned(graph) else []
+    if fits and hopeless(plain, microbatches, groups):
+        return plain
     found = candidates(graph, numbers, groups, axes, microbatches)
     if fits:
         found = hopeful(plain, found)

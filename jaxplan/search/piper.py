@@ -3,9 +3,9 @@
 What a layer takes is given as tables by degree, so that nothing here knows of a machine: they come from planned layers.
 
 - `piper`: Tarnawski, Narayanan and Phanishayee, "Piper: Multidimensional Planner for DNN Parallelization", NeurIPS 2021.
-  Every stage has a data- and a tensor-parallel degree of its own, under a memory cap that depends on how many stages follow. Departures:
-  chains only, where the paper takes graphs by their downsets; one tensor degree for all layers of a stage; the paper minimises the
-  time of the slowest stage, here that of a whole call: m micro-batches through all stages.
+  Every stage has a data- and a tensor-parallel degree of its own, under a memory cap that depends on how many stages follow.
+  Departures: chains only, where the paper takes graphs by their downsets; one tensor degree for all layers of a stage; the
+  paper minimises the time of the slowest stage, here that of a whole call: m micro-batches through all stages.
 - `alpa_stages`: Zheng et al., "Alpa: Automating Inter- and Intra-Operator Parallelism for Distributed Deep Learning", OSDI 2022,
   section 5.2: the sum of all stages' times plus (m - 1) times the slowest's, least over all bounds on the slowest. Departure: a
   stage takes any number of devices that the tables know, where the paper takes powers of two within a node or whole nodes.
