@@ -28,6 +28,7 @@ from typing import Any
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def table(options: argparse.Namespace) -> None:
 
 def bubble(repeat: int) -> None:
     """Modelled beside measured, for 1 to 16 micro-batches over four stages."""
-    config = replace(SMALL, layers=8, width=128, mlp_width=512, batch=32, sequence=64)
+    config = replace(SMALL, layers=4, width=64, mlp_width=256, batch=16, sequence=32)
     program = decoder(config)
     mesh = Mesh(np.array(jax.devices()[:4]), ("stage",))
     modelled, measured = {}, {}
