@@ -236,8 +236,9 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
-    callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in
+    `jaxplan.search.SEARCHES`, or a callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`;
+    None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
     `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
@@ -260,7 +261,8 @@ def make_plan(
     )  # fmt: skip
     traced_at = time.perf_counter()
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins) if isinstance(pins, Mapping) else pins or {}, static, while_trips, certify)
+    asked = dict(pins) if isinstance(pins, Mapping) else pins or {}
+    request = Request(mesh, machine, search, memory_budget, asked, static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}

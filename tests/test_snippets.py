@@ -1,12 +1,14 @@
 """Every Python and shell block of README.md and docs/*.md runs as it stands, page by page, in one namespace and folder a page.
 
-Around a block an HTML comment, which readers do not see, may say: `<!-- before: CODE -->`, Python that is run first (the step and the
-shapes that a page talks about); `<!-- file: NAME -->`, the block is that file; `<!-- needs: MODULE -->`, it runs where the module is
-installed; `<!-- raises: ERROR -->`, it ends with that error; `<!-- not run: REASON -->`. What another test runs is in `ELSEWHERE`.
+Before a block an HTML comment, which readers do not see, may say: `<!-- before: CODE -->`, Python that is run first (the step and
+the shapes that a page talks about); `<!-- file: NAME -->`, the block is that file; `<!-- needs: MODULE -->`, it runs where the
+module is installed; `<!-- raises: ERROR -->`, it ends with that error; `<!-- not run: REASON -->`. What another test runs is in
+`ELSEWHERE`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import jaxplan
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
@@ -61,7 +65,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def shell(text, console):
     lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")] if console else [text]
     for line in lines:
-        words = f"jaxplan() {{ '{sys.executable}' -m jaxplan.cli \\"$@\\"; }}\\npython() {{ '{sys.executable}' \\"$@\\"; }}\\n" + line
+        here = {"jaxplan": "-m jaxplan.cli", "python": ""}
+        words = "".join(f"{name}() {{ '{sys.executable}' {what} \\"$@\\"; }}\\n" for name, what in here.items()) + line
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", words], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{line}: status {done.returncode}\\n{done.stdout}{done.stderr}")
@@ -134,7 +139,8 @@ def test_the_blocks_of_a_page_run(page, ran):
 
 
 def test_few_blocks_are_not_run_and_each_says_why():
-    said = [(page, block.marks["not run"]) for page in PAGES for block in blocks((ROOT / page).read_text()) if "not run" in block.marks]
+    found = [(page, block.marks) for page in PAGES for block in blocks((ROOT / page).read_text())]
+    said = [(page, marks["not run"]) for page, marks in found if "not run" in marks]
     assert len(said) <= NOT_RUN_AT_MOST, said
     assert all(len(reason) > 10 for _, reason in said)
 
@@ -143,8 +149,8 @@ def test_few_blocks_are_not_run_and_each_says_why():
 def test_no_block_hides_from_the_tests(page):
     """Code stands in fences that name their language; an indented block is for formulas, tables and trees."""
     text = re.sub(r"^```.*?^```$|<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S | re.M)
-    hidden = re.findall(r"^    (?:import |from \w+ import|@?jaxplan\.|\w+ = (?:jaxplan|plan)\.|plan\.\w+\(|\$ |pip install).*$", text, re.M)
-    assert not hidden
+    code = r"import |from \w+ import|@?jaxplan\.|\w+ = (?:jaxplan|plan)\.|plan\.\w+\(|\$ |pip install"
+    assert not re.findall(rf"^    (?:{code}).*$", text, re.M)
     fences = re.findall(r"^```(\w*)$", (ROOT / page).read_text(), re.M)
     assert not {*fences[::2]} - {"python", "bash", "console", "text", "json", "yaml", ""}
 
@@ -160,3 +166,14 @@ def test_a_page_that_does_not_run_is_seen():
     found = outcomes(pages)
     assert "wrong:8" in found["wrong"] and "AssertionError" in found["wrong"]
     assert "status 1" in found["shell"] and "did not raise ValueError" in found["quiet"] and not found["right"]
+
+
+def test_every_public_name_has_its_docstring_and_an_example_on_the_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = {name: module for module, name in re.findall(r"^::: (jaxplan\.[\w.]+)\.(\w+)$", page, re.M)}
+    assert sorted(named) == sorted(jaxplan.__all__)
+    code = "\n".join(block.text for block in blocks(page))
+    for name, module in named.items():
+        assert getattr(importlib.import_module(module), name) is getattr(jaxplan, name)
+        assert (getattr(jaxplan, name).__doc__ or "").strip(), name
+        assert f"jaxplan.{name}" in code or name == "Plan", name

@@ -292,7 +292,7 @@ def test_points_that_cannot_be_had_are_told():
         ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "R F"}}, ValueError, "dims names F, R"),
         ({"devices": 4, "sizes": {"B": [0]}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1, got 0"),
         ({"devices": 4, "sizes": {"B": []}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1"),
-        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "dims calls two extents 'B': 4096 of x and 256 of x"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "dims calls two extents 'B': 4096 of x"),
         ({"devices": 4, "pins": {"x": P("q")}}, ValueError, "nothing can be planned; on {'x': 4}: pin 'x'"),
     ],
 )
