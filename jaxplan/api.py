@@ -23,6 +23,7 @@ from jaxplan.apply import PlannedFunction
 from jaxplan.budget import budget_bytes, fit
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
+from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
@@ -32,7 +33,9 @@ from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
+from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
+from jaxplan.resize import Origin, resize
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -43,7 +46,10 @@ Search = str | Callable[[Problem], Assignment]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace."""
+    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
+
+    `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
+    """
 
     mesh: Any
     machine: str | Machine | None = None
@@ -53,6 +59,8 @@ class Request:
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
     certify: bool | float = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    origin: Origin | None = None
 
 
 MOST_PADDINGS = 4
@@ -83,8 +91,9 @@ class Plan(_plan.Plan):
         """The planned function: callable, places its arguments, has `.lower(*args)`.
 
         `donate_argnums`: positions of arguments whose buffers may be reused, as in `jax.jit`; by default those that the
-        function was traced with.
+        function was traced with. Raises ValueError for a plan at other sizes than the program was traced for.
         """
+        self._of_the_trace("run")
         if donate_argnums is None:
             donated = [i for i, flag in enumerate(self.traced.donated) if flag]
         else:
@@ -101,6 +110,7 @@ class Plan(_plan.Plan):
         count the program does not say count as often as was planned. `topology`: compile for a TPU slice by name, "v5e:4x4",
         with libtpu and no TPU. Raises ValueError for a plan made for an AbstractMesh, unless a topology has devices for it.
         """
+        self._of_the_trace("audited")
         if topology is not None:
             self = replace(self, mesh=topology_mesh(topology, self.axis_sizes))
         if not isinstance(self.mesh, jax.sharding.Mesh):
@@ -109,7 +119,8 @@ class Plan(_plan.Plan):
                 "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16), or with topology="
             )
         trips = self.request.while_trips
-        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)  # simulated devices do not
+        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips), rounded)
 
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:
@@ -174,6 +185,16 @@ class Plan(_plan.Plan):
         """
         return why_not(self, self, pins)
 
+    def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
+        at each boundary. From one trace; memory apart.
+
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
+        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
+        given other sizes from the trace, saying why.
+        """
+        return regimes(self, self, symbol, low, high)
+
     def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.
 
@@ -189,9 +210,31 @@ class Plan(_plan.Plan):
         """
         check(self, state)
 
+    def export(self, form: str, of: Any = None, **options: Any) -> Any:
+        """The plan in another library's words. `form`: "flax", "nnx", "orbax", "optax", "maxtext", "haliax", "keras" or
+        "explicit".
+
+        `of`: which arrays: None for all arguments, a path ("params", "state/params"), a pytree of paths, or a pytree of arrays or
+        shapes that are structured as arguments are. `options`: `optimizer=` for "optax", `variables=` for "keras".
+
+        Raises `jaxplan.ExportError`, naming the paths, for a layout that the library has no words for; ModuleNotFoundError or
+        ImportError, naming the extra, where the library is missing or too old.
+        """
+        return export_plan(self, form, of, options, make_plan)
+
+    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+
+        Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
+        many, or of another shape or dtype: nothing is read then.
+        """
+        return restore_state(self, directory, of)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
-        never a part. Raises OSError where the folder cannot be written."""
+        never a part. Raises OSError where the folder cannot be written, ValueError for a plan at other sizes than the program was
+        traced for: a file vouches for a trace."""
+        self._of_the_trace("saved")
         files.write_plan(self._saved(), path)
 
     def to_python(self) -> str:
@@ -203,15 +246,45 @@ class Plan(_plan.Plan):
             return files.saved_plan(self)
 
     def replan(self, **changes: Any) -> Plan:
-        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`; no retrace."""
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify")
+        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`, or with other
+        `sizes` of its dimensions; no retrace.
+
+        `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
+        is what `make_plan` gives for arguments of such shapes, but cannot be run or saved. Raises ValueError where the trace does
+        not say what the program would be, with the reason and the line. What Python decided by looking at a shape stays decided.
+        """
+        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "sizes")
         unknown = set(changes) - set(taken)
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         _check_certify(changes.get("certify", False))
         check_mesh(changes.get("mesh", self.mesh))
+        sizes = changes.pop("sizes", None)
         with _collector_paused():
-            return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
+            request = replace(self.request, **changes)
+            traced, graph = self.traced, self.modelled.graph
+            if sizes is not None:
+                origin = self.origin
+                traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
+                differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+                request = replace(request, sizes=differ, origin=origin if differ else None)
+            return _solve(traced, graph, request, self.dims, {})
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """The program as it was traced."""
+        if self.request.origin is not None:
+            return self.request.origin
+        return Origin(self.traced, self.modelled.graph, self.names, self.request.while_trips)
+
+    def _of_the_trace(self, verb: str) -> None:
+        """Raise ValueError if this plan is for other sizes than the program was traced for."""
+        if self.request.sizes:
+            sizes = ", ".join(f"{name}={extent}" for name, extent in self.request.sizes.items())
+            raise ValueError(
+                f"this plan was derived for {sizes} from a trace of other shapes, so it can be looked at but not {verb}: call "
+                "make_plan with arguments of these shapes"
+            )
 
 
 def make_plan(
@@ -313,7 +386,8 @@ def load_plan(
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
             modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
-        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
+        pipeline = files.pipeline_for(saved, traced)
+        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 
