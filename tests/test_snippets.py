@@ -23,11 +23,13 @@ import pytest
 import jaxplan
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
-ELSEWHERE = {
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+ELSEWHERE = {  # a page, or a folder of pages
     "docs/frameworks.md": "tests/test_frameworks.py",
     "docs/command_line.md": "tests/test_cli.py",
+    "docs/migrate": "tests/test_migrate.py",
 }
+HERE = [page for page in PAGES if not {page, str(Path(page).parent)} & set(ELSEWHERE)]
 NOT_RUN_AT_MOST = 4
 MARKS = ("before", "file", "needs", "raises", "not run", "ci")
 BLOCK = re.compile(r"<!--\s*(?P<mark>[a-z ]+):\s(?P<said>.*?)-->|^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
@@ -106,11 +108,17 @@ print(json.dumps(found))
 '''
 
 
+def installed(module: str) -> bool:
+    """Whether a module can be imported; "a.b" is looked for in "a"."""
+    names = module.split(".")
+    return all(importlib.util.find_spec(".".join(names[: n + 1])) is not None for n in range(len(names)))
+
+
 def runnable(text: str) -> list[Block]:
     """Blocks to run: those marked as not run, run by CI, or in need of what is not installed are left out."""
     found = []
     for block in blocks(text):
-        missing = [name for name in block.marks.get("needs", "").split() if importlib.util.find_spec(name) is None]
+        missing = [name for name in block.marks.get("needs", "").split() if not installed(name)]
         if not (missing or "not run" in block.marks or "ci" in block.marks):
             found.append(block)
     return found
@@ -130,10 +138,10 @@ def outcomes(pages: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran() -> dict[str, str]:
-    return outcomes({page: (ROOT / page).read_text() for page in PAGES if page not in ELSEWHERE})
+    return outcomes({page: (ROOT / page).read_text() for page in HERE})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and runnable((ROOT / page).read_text())])
+@pytest.mark.parametrize("page", [page for page in HERE if runnable((ROOT / page).read_text())])
 def test_the_blocks_of_a_page_run(page, ran):
     assert not ran[page], ran[page]
 

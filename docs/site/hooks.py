@@ -13,13 +13,14 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-OUTSIDE = re.compile(r"\]\(\.\./(?!\.)([^)#\s]+)(#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^):#\s]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> Any:
     """The notebooks, and pages that the menu does not name, at its end."""
     named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
-    others = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
+    docs = Path(config.docs_dir)
+    others = sorted({str(path.relative_to(docs)) for path in docs.rglob("*.md")} - named)
     notebooks = {"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]}
     config.nav = [config.nav[0], notebooks, *config.nav[1:], *([{"More": others}] if others else [])]
     return config
@@ -38,17 +39,21 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links out of docs/: to a notebook's page; to what is no page of the site they become its name."""
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Links out of docs/ lead to a notebook's page; a link to a file that does not exist is an error."""
     if page.file.src_uri.startswith("notebooks/"):
         return markdown.replace("(../docs/", "(../")
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
 
     def mended(found: re.Match[str]) -> str:
-        path, anchor = found[1], found[2] or ""
-        if not (ROOT / path).exists():
-            raise ValueError(f"{page.file.src_uri} links to ../{path}, which does not exist")
-        if path.endswith(".ipynb"):
-            return f"]({path.removesuffix('.ipynb')}.md{anchor})"
+        target = (folder / found[1]).resolve()
+        if target.is_relative_to(config.docs_dir):
+            return found[0]
+        if not target.exists():
+            raise ValueError(f"{page.file.src_uri} links to {found[1]}, which does not exist")
+        if target.suffix == ".ipynb":
+            up = "../" * (len(Path(page.file.src_uri).parts) - 1)
+            return f"]({up}notebooks/{target.stem}.md{found[2] or ''})"
         return found[0]
 
-    return OUTSIDE.sub(mended, markdown)
+    return LINK.sub(mended, markdown)
