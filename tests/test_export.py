@@ -44,10 +44,16 @@ def plan():
     return jaxplan.make_plan(step, *ARGS, mesh=mesh_of((3, 2)), machine="v5e", pins=PINS)
 
 
+@pytest.fixture
+def no_flax_needed(monkeypatch):
+    """Names and rules are plain values; only that the library is there is asked."""
+    monkeypatch.setattr("jaxplan.export.flax.library", lambda module, distribution: None)
+
+
 # --- what is exported ------------------------------------------------------------------------------------------------
 
 
-def test_arguments_are_chosen_by_path_by_a_tree_of_paths_or_by_structure(plan):
+def test_arguments_are_chosen_by_path_by_a_tree_of_paths_or_by_structure(plan, no_flax_needed):
     names = plan.export("flax").names
     assert isinstance(names, tuple) and len(names) == 3 and set(names[0]) == {"in", "out"}
     assert set(plan.export("flax", "params").names) == {"in", "out"}
@@ -71,7 +77,7 @@ def test_a_format_or_an_option_that_is_none_is_told(plan):
         plan.export("maxtext", optimizer=None)
 
 
-def test_keyword_arguments_and_keys_with_slashes_are_found():
+def test_keyword_arguments_and_keys_with_slashes_are_found(no_flax_needed):
     def f(a, *, b):
         return a["u/v"] @ b["w"]
 
@@ -116,7 +122,7 @@ def test_names_under_the_rules_are_the_layouts_and_stand_once_in_an_array(items)
         assert not alone or name in axes.rules, "a name that needs one layout is not split"
 
 
-def test_a_name_of_two_layouts_is_split_and_the_users_own_names_are_used():
+def test_a_name_of_two_layouts_is_split_and_the_users_own_names_are_used(no_flax_needed):
     plan = jaxplan.make_plan(
         step, *ARGS, mesh=mesh_of((3, 2)), machine="v5e", pins=PINS,
         dims={"params/in/w": "embed mlp", "x": "batch embed", "params/out": "mlp embed_out"},
@@ -138,7 +144,7 @@ def saved(plan, tmp_path, monkeypatch):
     return tmp_path / "plan.json"
 
 
-def test_the_command_writes_what_the_objects_say(plan, saved, tmp_path, capsys):
+def test_the_command_writes_what_the_objects_say(plan, saved, tmp_path, capsys, no_flax_needed):
     assert cli.main(["export", "plan.json", "flax", "--of", "params", "-o", "rules.py"]) == 0
     names: dict = {}
     exec((tmp_path / "rules.py").read_text(), names)
