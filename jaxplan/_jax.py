@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -69,6 +69,12 @@ def source_line(equation: Any) -> tuple[str, int]:
     """The user's (file name, line) that wrote an equation; ("", 0) if JAX does not know."""
     frame = _source_info.user_frame(equation.source_info.traceback)
     return (frame.file_name, frame.start_line) if frame is not None else ("", 0)
+
+
+def jit_statics(jitted: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of the static parameters of a `jax.jit`ted function; none where JAX does not tell."""
+    info = getattr(jitted, "_jit_info", None)
+    return tuple(getattr(info, "static_argnums", ())), tuple(getattr(info, "static_argnames", ()))
 
 
 def user_context(equation: Any) -> AbstractContextManager[Any]:
@@ -177,12 +183,12 @@ _TYPED = ("sharding", "out_sharding")
 """Parameters that carry the layout of a result where mesh axes are of type Explicit."""
 
 
-def bind(equation: Any, values: list[Any], devices: int) -> list[Any]:
+def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, Any] | None = None) -> list[Any]:
     """The results of one equation on given operands, its layout left to the compiler (and to constraints around it).
 
-    `devices`: how many may share its work.
+    `devices`: how many may share its work. `changed`: parameters that take the place of its own.
     """
-    primitive, params = equation.primitive, equation.params
+    primitive, params = equation.primitive, {**equation.params, **(changed or {})}
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
     if primitive in _STARTS:
@@ -310,3 +316,25 @@ def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
             params["prevent_cse"] = (False,) * len(consts) + tuple(params["prevent_cse"])
     params["jaxpr"] = jaxpr
     return list(equation.primitive.bind(*consts, *values, **params))
+
+
+# --- keys, which few operations take as they are ---
+
+
+def _is_key(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Zeros; of keys, those whose words are zero."""
+    if not _is_key(dtype):
+        return jax.numpy.zeros(shape, dtype)
+    implementation = dtype._impl
+    return jax.random.wrap_key_data(jax.numpy.zeros((*shape, *implementation.key_shape), np.uint32), impl=implementation)
+
+
+def on_key_data(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of an array; of keys, of their words."""
+    if not _is_key(value.dtype):
+        return function(value)
+    return jax.random.wrap_key_data(function(jax.random.key_data(value)), impl=value.dtype._impl)

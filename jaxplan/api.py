@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import gc
+import inspect
 import math
 import os
 import re
@@ -31,7 +33,9 @@ from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
+from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
+from jaxplan.resize import Origin, resize
 from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -42,7 +46,10 @@ Search = str | Callable[[Problem], Assignment]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace."""
+    """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
+
+    `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
+    """
 
     mesh: Any
     machine: str | Machine | None = None
@@ -52,6 +59,8 @@ class Request:
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
     certify: bool | float = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    origin: Origin | None = None
 
 
 MOST_PADDINGS = 4
@@ -82,8 +91,9 @@ class Plan(_plan.Plan):
         """The planned function: callable, places its arguments, has `.lower(*args)`.
 
         `donate_argnums`: positions of arguments whose buffers may be reused, as in `jax.jit`; by default those that the
-        function was traced with.
+        function was traced with. Raises ValueError for a plan at other sizes than the program was traced for.
         """
+        self._of_the_trace("run")
         if donate_argnums is None:
             donated = [i for i, flag in enumerate(self.traced.donated) if flag]
         else:
@@ -100,6 +110,7 @@ class Plan(_plan.Plan):
         count the program does not say count as often as was planned. `topology`: compile for a TPU slice by name, "v5e:4x4",
         with libtpu and no TPU. Raises ValueError for a plan made for an AbstractMesh, unless a topology has devices for it.
         """
+        self._of_the_trace("audited")
         if topology is not None:
             self = replace(self, mesh=topology_mesh(topology, self.axis_sizes))
         if not isinstance(self.mesh, jax.sharding.Mesh):
@@ -108,7 +119,8 @@ class Plan(_plan.Plan):
                 "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16), or with topology="
             )
         trips = self.request.while_trips
-        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)  # simulated devices do not
+        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips), rounded)
 
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:
@@ -173,6 +185,16 @@ class Plan(_plan.Plan):
         """
         return why_not(self, self, pins)
 
+    def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
+        at each boundary. From one trace; memory apart.
+
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
+        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
+        given other sizes from the trace, saying why.
+        """
+        return regimes(self, self, symbol, low, high)
+
     def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`init_fn(*args, **kwargs)` with its result created where the plan wants it, never whole on one device.
 
@@ -210,7 +232,9 @@ class Plan(_plan.Plan):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
-        never a part. Raises OSError where the folder cannot be written."""
+        never a part. Raises OSError where the folder cannot be written, ValueError for a plan at other sizes than the program was
+        traced for: a file vouches for a trace."""
+        self._of_the_trace("saved")
         files.write_plan(self._saved(), path)
 
     def to_python(self) -> str:
@@ -222,15 +246,45 @@ class Plan(_plan.Plan):
             return files.saved_plan(self)
 
     def replan(self, **changes: Any) -> Plan:
-        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`; no retrace."""
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify")
+        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`, or with other
+        `sizes` of its dimensions; no retrace.
+
+        `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
+        is what `make_plan` gives for arguments of such shapes, but cannot be run or saved. Raises ValueError where the trace does
+        not say what the program would be, with the reason and the line. What Python decided by looking at a shape stays decided.
+        """
+        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "sizes")
         unknown = set(changes) - set(taken)
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         _check_certify(changes.get("certify", False))
-        _check_mesh(changes.get("mesh", self.mesh))
+        check_mesh(changes.get("mesh", self.mesh))
+        sizes = changes.pop("sizes", None)
         with _collector_paused():
-            return _solve(self.traced, self.modelled.graph, replace(self.request, **changes), self.dims, {})
+            request = replace(self.request, **changes)
+            traced, graph = self.traced, self.modelled.graph
+            if sizes is not None:
+                origin = self.origin
+                traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
+                differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+                request = replace(request, sizes=differ, origin=origin if differ else None)
+            return _solve(traced, graph, request, self.dims, {})
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """The program as it was traced."""
+        if self.request.origin is not None:
+            return self.request.origin
+        return Origin(self.traced, self.modelled.graph, self.names, self.request.while_trips)
+
+    def _of_the_trace(self, verb: str) -> None:
+        """Raise ValueError if this plan is for other sizes than the program was traced for."""
+        if self.request.sizes:
+            sizes = ", ".join(f"{name}={extent}" for name, extent in self.request.sizes.items())
+            raise ValueError(
+                f"this plan was derived for {sizes} from a trace of other shapes, so it can be looked at but not {verb}: call "
+                "make_plan with arguments of these shapes"
+            )
 
 
 def make_plan(
@@ -255,7 +309,7 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
@@ -270,15 +324,16 @@ def make_plan(
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
-    _check_mesh(mesh)
+    check_mesh(mesh)
+    _check_keywords(fn, kwargs)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    static = static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
+    request = Request(mesh, machine, search, memory_budget, dict(pins) if isinstance(pins, Mapping) else pins or {}, static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -316,7 +371,7 @@ def load_plan(
     asked = saved.asked
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
     request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
     with _collector_paused():
@@ -329,7 +384,8 @@ def load_plan(
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
             modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
-        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
+        pipeline = files.pipeline_for(saved, traced)
+        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 
@@ -423,7 +479,7 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     return plan
 
 
-def _check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: Any) -> None:
     """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(
@@ -437,6 +493,30 @@ def _check_mesh(mesh: Any) -> None:
             f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
             "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
+
+
+def keywords() -> list[str]:
+    """The keywords of `make_plan` that say how to plan; all others are the planned function's."""
+    return [p.name for p in inspect.signature(make_plan).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "mesh"]
+
+
+def meant(name: str) -> str:
+    """What a keyword that nobody takes may have been meant to be."""
+    near = difflib.get_close_matches(name, keywords(), 1)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
+
+
+def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _check_certify(certify: bool | float) -> None:

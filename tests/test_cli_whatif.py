@@ -20,6 +20,9 @@ def step(w, x):
         return jnp.mean(jnp.square(jax.nn.relu(x @ w["up"]) @ w["down"] - x))
     return jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.grad(loss)(w))
 
+def rows(x):
+    return x[:128].reshape(2, 64, 8)
+
 def shapes():
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     return {"up": f32(256, 1024), "down": f32(1024, 256)}, f32(4096, 256)
@@ -189,9 +192,10 @@ def test_mistakes_about_sweeps_are_told(plan, capsys):
     assert "'1,0' is no list of positive numbers" in failed(capsys, *line, "4", "--link-speed", "1,0")
     assert "'B' is not NAME=SIZES" in failed(capsys, *line, "4", "--size", "B")
     assert "'x' is not PATH=NAMES" in failed(capsys, *line, "4", "--dims", "x")
-    assert "dims names none" in failed(capsys, *line, "4", "--size", "B=8")
-    told = failed_with_cause(capsys, *line, "4", "--size", "F=8", "--dims", "x=B F")
-    assert "at F=8, one of the sizes of the sweep" in told and "does not trace" in told
+    assert "sizes names the dimension 'Q'; its inputs have " in failed(capsys, *line, "4", "--size", "Q=8")
+    cut = ["sweep", "whatifmodel:rows", "--spec", "f32[256,8]", "--devices", "4", "--size", "B=64"]
+    told = failed_with_cause(capsys, *cut)
+    assert "at B=64, one of the sizes of the sweep" in told and "does not trace" in told
     rows = printed(capsys, *line, "4", "--budget", "1KB", status=1).splitlines()[3:5]
     assert [row.split()[-2:] for row in rows] == [["no", "A"], ["no", "B"]]
 

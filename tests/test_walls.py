@@ -16,7 +16,7 @@ import jaxplan
 PACKAGE = Path(jaxplan.__file__).parent
 MOST_LINES = 600
 
-FLOW = ("layout", "_jax", "problem", "machine", "trace", "rules", "graph", "cost", "reduce", "search", "plan")
+FLOW = ("layout", "_jax", "problem", "machine", "trace", "rules", "graph", "cost", "reduce", "search", "pipeline", "plan")
 """The rooms in the order data flows: each may import those before it."""
 
 AUDIT: Mapping[str, tuple[str, ...]] = {
@@ -33,6 +33,8 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
     "pins": (),
+    "resize": (),
+    "regimes": ("report",),
     "apply": ("agree",),
     "compare": ("hlo", "hlo_records"),
     "ledger": (),

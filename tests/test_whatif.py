@@ -234,12 +234,28 @@ def test_the_fastest_mesh_of_each_number_of_devices_is_marked(swept):
         assert best.candidate.seconds == min(p.candidate.seconds for p in there)
 
 
-def test_a_sweep_traces_once_for_each_combination_of_sizes(traces):
+def test_a_sweep_traces_once(traces):
     found = jaxplan.sweep(train, *ARGS, devices=[2, 4, 8, 8], link_speeds=[1, 0.5, 0.5], machine="v4")
     assert traces == [4096] and found.traces == 1 and len(found.points) == 2 * (1 + 2 + 2)
     traces.clear()
     found = jaxplan.sweep(train, *ARGS, devices=8, sizes={"B": [64, 4096, 512]}, dims={"x": "B F"}, machine="v4")
+    assert traces == [4096] and found.traces == 1 and found.why_traced == "" and "traced once" in str(found)
+
+
+def test_sizes_that_the_trace_does_not_tell_are_traced_and_it_is_said_why(traces):
+    def halves(scale, x):
+        return scale * jnp.concatenate([x[::2], x[1::2]])
+
+    found = jaxplan.sweep(
+        halves, f32(), f32(4096, 8), devices=8, sizes={"B": [64, 4096, 512]}, dims={"x": "B F"}, machine="v4",
+    )  # fmt: skip
     assert traces == [4096, 64, 512] and found.traces == 3
+    assert re.match(r"B \(4096\) is cut, padded or strided at slice at test_whatif.py:\d+", found.why_traced)
+    assert "traced for each of the sizes, because B (4096) is cut" in str(found)
+    for point in found.points:
+        mesh = AbstractMesh(point.candidate.shape, AXIS_NAMES[: len(point.candidate.shape)])
+        anew = jaxplan.make_plan(halves, f32(), f32(point.sizes["B"], 8), mesh=mesh, machine="v4")
+        assert point.candidate.seconds == anew.seconds and point.candidate.plan.in_specs == anew.in_specs
 
 
 def test_the_table_and_json_of_a_sweep(swept):
@@ -247,7 +263,7 @@ def test_the_table_and_json_of_a_sweep(swept):
     assert lines[0].startswith("Sweep of train, machine a100") and "link speed: of the links between nodes" in str(swept)
     assert lines[2].split()[:5] == ["B", "W", "link", "speed", "devices"]
     assert sum(line.endswith("*") for line in lines) == 16 and lines[3].split()[:4] == ["64", "1024", "1", "4"]
-    assert lines[-1].startswith(f"{len(swept.points)} points, ") and "traced 4 times" in lines[-1]
+    assert lines[-1].startswith(f"{len(swept.points)} points, ") and "traced once" in lines[-1]
     found = swept.to_json()["points"]
     assert [p["seconds"] for p in found] == [p.candidate.seconds for p in swept.points]
     assert found[0]["sizes"] == {"B": 64, "W": 1024} and found[0]["plan"] == "A"
@@ -288,11 +304,11 @@ def test_points_that_cannot_be_had_are_told():
         ({"devices": 4, "link_speeds": [0.0]}, ValueError, "link_speeds must be positive numbers.*got 0.0"),
         ({"devices": 4, "link_speeds": []}, ValueError, "link_speeds must be positive"),
         ({"devices": 4, "links": "wires"}, ValueError, "links may be 'all', 'inner', 'outer', got 'wires'"),
-        ({"devices": 4, "sizes": {"B": [8]}}, ValueError, "sizes names the dimension 'B'; dims names none"),
-        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "R F"}}, ValueError, "dims names F, R"),
-        ({"devices": 4, "sizes": {"B": [0]}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1, got 0"),
-        ({"devices": 4, "sizes": {"B": []}, "dims": {"x": "B F"}}, ValueError, "whole numbers of at least 1"),
-        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "extents .256, 4096. 'B': sizes needs them"),
+        ({"devices": 4, "sizes": {"Q": [8]}}, ValueError, "sizes names the dimension 'Q'; its inputs have B=4096, D=1024, F=256"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "R F"}}, ValueError, "its inputs have D=1024, F=256, R=4096"),
+        ({"devices": 4, "sizes": {"B": [0]}, "dims": {"x": "B F"}}, ValueError, "a whole number of at least 1, got 0"),
+        ({"devices": 4, "sizes": {"B": []}, "dims": {"x": "B F"}}, ValueError, "a list of whole numbers"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "'B' stands for .*256, 4096.: sizes needs"),
         ({"devices": 4, "pins": {"x": P("q")}}, ValueError, "nothing can be planned; on {'x': 4}: pin 'x'"),
     ],
 )
@@ -302,6 +318,9 @@ def test_what_is_swept_wrongly_is_told(options, kind, told):
 
 
 def test_sizes_at_which_the_function_does_not_trace_are_named():
+    def cut(x):
+        return x[:128].reshape(2, 64, 8)
+
     with pytest.raises(TypeError) as caught:
-        jaxplan.sweep(train, *ARGS, devices=4, machine="v4", sizes={"F": [128]}, dims={"x": "B F"})
-    assert "at F=128, one of the sizes of the sweep" in caught.value.__notes__
+        jaxplan.sweep(cut, f32(256, 8), devices=4, machine="v4", sizes={"B": [64]}, dims={"x": "B F"})
+    assert "at B=64, one of the sizes of the sweep" in caught.value.__notes__

@@ -60,7 +60,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--links", choices=("all", "inner", "outer"), default="all", help="of which links (default: all)")
     parser.add_argument(
         "--size", type=extents, action="append", default=[], metavar="NAME=N,N",
-        help="extents of a dimension that --dims names, such as B=256,512; traces anew for each; may be given again",
+        help="extents of a dimension, by the name that plans print or --dims gives, such as B=256,512; may be given again",
     )  # fmt: skip
     parser.add_argument(
         "--dims", type=dimensions, action="append", default=[], metavar="PATH=NAMES",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
-from jaxplan.layout import Layout
 from jaxplan.rules import Kind
 
 if TYPE_CHECKING:
     import sympy
+
+
+CLOSE = 10**6
+"""The largest denominator of a share of a tensor's bytes."""
 
 
 class DimensionNames:
@@ -69,9 +73,10 @@ class DimensionNames:
     def _visit(self, graph: Graph, operator: Any) -> None:
         factors: list[tuple[int, ...] | None] = [None] * len(operator.rule.factors)
         for tensor, dims in zip(operator.operands, operator.rule.operands, strict=True):
-            known = self._dims[tensor] if tensor >= 0 else ()
-            for position, dim in enumerate(dims if known else ()):
-                atoms, extent = known[position], graph.tensors[tensor].shape[position]
+            if tensor >= 0 and not self._dims[tensor]:  # a loop's body comes before the edge that what goes round passes through
+                self._dims[tensor] = tuple((self._fresh(extent),) for extent in graph.tensors[tensor].shape)
+            for position, dim in enumerate(dims if tensor >= 0 else ()):
+                atoms, extent = self._dims[tensor][position], graph.tensors[tensor].shape[position]
                 if len(dim) == 1 and operator.rule.factors[dim[0]].size == extent:
                     if factors[dim[0]] is None:
                         factors[dim[0]] = atoms
@@ -87,10 +92,11 @@ class DimensionNames:
         if operator.name == BOUNDARY and operator.rule.factors and operator.rule.factors[0].kind is Kind.WHOLE:
             self._unite(self._loops.setdefault(operator.path[:-2], filled[0]), filled[0])  # one loop, one length
         for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
-            shape = graph.tensors[tensor].shape
-            self._dims[tensor] = tuple(
-                self._dim_atoms(operator.rule, dim, extent, filled) for dim, extent in zip(dims, shape, strict=True)
-            )
+            shape, before = graph.tensors[tensor].shape, self._dims[tensor]
+            made = tuple(self._dim_atoms(operator.rule, dim, extent, filled) for dim, extent in zip(dims, shape, strict=True))
+            for one, other in zip(made, before, strict=bool(before)):
+                self._unite(one, other)
+            self._dims[tensor] = made
 
     def _dim_atoms(self, rule: Any, dim: tuple[int, ...], extent: int, filled: list[tuple[int, ...]]) -> tuple[int, ...]:
         if dim and math.prod(rule.factors[f].size for f in dim) == extent:
@@ -145,6 +151,25 @@ class DimensionNames:
                 sizes[symbol] = self._size[atom]
                 value = value * symbol
         return value
+
+    def roots(self, atoms: Sequence[int]) -> tuple[int, ...]:
+        """What some atoms are one with; those of extent 1 left out."""
+        return tuple([self._find(atom) for atom in atoms if self._size[atom] != 1])
+
+    def dimension_roots(self, tensor: int) -> list[tuple[int, ...]]:
+        """Per dimension of a tensor, the roots that it is the product of."""
+        return [self.roots(atoms) for atoms in self._dims[tensor]]
+
+    def loop_roots(self) -> dict[Any, tuple[int, ...]]:
+        """{where a loop stands: the roots that its length is the product of}, of loops over something stacked."""
+        return {path: self.roots(atoms) for path, atoms in self._loops.items()}
+
+    def extents(self) -> dict[str, dict[int, int]]:
+        """{name: {root: extent}} of everything that is named."""
+        found: dict[str, dict[int, int]] = {}
+        for root, name in self._names.items():
+            found.setdefault(name, {})[root] = self._size[root]
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -243,28 +268,29 @@ def symbolic_cost(
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
-            nbytes = symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
             pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times)
     whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), symbols.values
 
 
 def symbolic_peak(
-    modelled: Modelled, held: Memory, inputs: Sequence[Layout], names: DimensionNames
+    modelled: Modelled, held: Memory, names: DimensionNames
 ) -> tuple[sympy.Expr, dict[Any, float]]:
     """Bytes per device of the arguments, the outputs and what lives besides at the worst moment, as a SymPy expression, and the
-    value of each of its symbols. `inputs`: the layout of every flat input. Which moment is the worst is not in symbols."""
+    value of each of its symbols. Which moment is the worst, and how much is padded, is not in symbols."""
     import sympy
 
     graph = modelled.graph
     symbols = Symbols(graph, modelled.numbers, names)
     parts: dict[Any, int] = {}
-    arguments = [(tensor, [axis for axis, dim in enumerate(layout) if dim >= 0]) for tensor, layout in zip(graph.inputs, inputs)]
     besides = [buffer for buffer in held.live if buffer.kind != OUTPUT]
-    others = [(buffer.tensor, buffer.axes) for buffer in (*held.results, *besides)]
-    for tensor, axes in (*arguments, *others):
-        value = symbols.nbytes(tensor)
-        for axis in axes:
+    for buffer in (*held.given, *held.results, *besides):
+        value, whole = symbols.nbytes(buffer.tensor), graph.tensors[buffer.tensor].nbytes
+        for axis in buffer.axes:
             value = value / symbols.sizes[axis]
+            whole = whole / modelled.numbers.sizes[axis]
+        if whole:  # rounded, padded, or as often as a loop runs
+            value = sympy.Rational(Fraction(buffer.nbytes / whole).limit_denominator(CLOSE)) * value
         parts[value] = parts.get(value, 0) + 1
     return sympy.Add(*[times * value for value, times in parts.items()]), symbols.values

@@ -2,5 +2,6 @@
 
 from jaxplan.graph.build import build_graph
 from jaxplan.graph.nouns import Cluster, Combine, Graph, Halo, Operator, Tensor, Terminal, Work
+from jaxplan.graph.refit import refit
 
-__all__ = ["Cluster", "Combine", "Graph", "Halo", "Operator", "Tensor", "Terminal", "Work", "build_graph"]
+__all__ = ["Cluster", "Combine", "Graph", "Halo", "Operator", "Tensor", "Terminal", "Work", "build_graph", "refit"]

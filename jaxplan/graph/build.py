@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxplan.graph.flatten import BOUNDARY, WHILE_TRIPS, flatten
+from jaxplan.graph.flatten import BOUNDARY, WHILE_TRIPS, Flat, flatten
 from jaxplan.graph.fuse import fuse
 from jaxplan.graph.nouns import Graph, Operator
 from jaxplan.trace import Traced, state_pairs
@@ -10,7 +10,12 @@ from jaxplan.trace import Traced, state_pairs
 
 def build_graph(traced: Traced, while_trips: float = WHILE_TRIPS) -> Graph:
     """The graph of a traced program. `while_trips`: how often a `while` loop of unknown length is assumed to run."""
-    flat, inputs, outputs = flatten(traced, while_trips)
+    return graph_of(traced, Flat(while_trips))
+
+
+def graph_of(traced: Traced, flat: Flat) -> Graph:
+    """The graph of a traced program, `flat` (empty) being how it is flattened."""
+    inputs, outputs = flatten(traced, flat)
     ties = _confirmed_ties(state_pairs(traced), flat.operators, inputs, outputs)
     clusters = fuse(flat.tensors, flat.operators, outputs)
     return Graph(

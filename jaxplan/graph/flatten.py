@@ -69,6 +69,19 @@ class Flat:
             Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, read_times, asked)
         )
 
+    def rule(self, equation: Any, operands: Sequence[int], results: Sequence[int]) -> Rule:
+        """The rule of an equation, whose operands and results are these tensors (-1: a literal, or a constant)."""
+        avals = [v.aval for v in equation.invars], [v.aval for v in equation.outvars]
+        return rule_of(equation.primitive, equation.params, *avals)
+
+    def stacked(self, tensor: int, aval: Any) -> tuple[int, ...]:
+        """The shape of what a loop takes apart: of a tensor, or of a constant (-1) by its abstract value."""
+        return tuple(aval.shape)
+
+    def rounds(self, equation: Any, trips: int, path: Path) -> float:
+        """How often a loop runs, as its equation says; `path`: where it stands."""
+        return float(trips)
+
     def scope(self) -> int:
         self._scopes += 1
         return self._scopes
@@ -92,8 +105,7 @@ class Flat:
                 rule = passing_rule(self.tensors[results[0]].shape, 1, 1)
                 self.add(equation.primitive.name, rule, operands, results, place, (number,), equation=equation, asked=asked)
                 continue
-            avals = [v.aval for v in equation.invars], [v.aval for v in equation.outvars]
-            rule = rule_of(equation.primitive, equation.params, *avals)
+            rule = self.rule(equation, operands, results)
             self.operators.append(
                 Operator(
                     equation.primitive.name, rule, tuple(operands), tuple(results),
@@ -122,9 +134,8 @@ class Place:
         return Place((*self.path, *marks), self.times * times, scope)
 
 
-def flatten(traced: Traced, while_trips: float = WHILE_TRIPS) -> tuple[Flat, list[int], list[int]]:
-    """The program's operators, the tensors of its flat inputs and of its flat outputs."""
-    flat = Flat(while_trips)
+def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
+    """Fill `flat` with the program's operators; the tensors of its flat inputs and of its flat outputs."""
     jaxpr = traced.jaxpr.jaxpr
     place = Place((), 1.0, flat.scope())
     env = {}
@@ -134,7 +145,7 @@ def flatten(traced: Traced, while_trips: float = WHILE_TRIPS) -> tuple[Flat, lis
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
     flat.operators = share_views(flat)
-    return flat, inputs, outputs
+    return inputs, outputs
 
 
 def share_views(flat: Flat) -> list[Operator]:
@@ -225,7 +236,7 @@ def _dtype(dtype: Any) -> tuple[str, int]:
 def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     body = equation.params["jaxpr"].jaxpr
     consts, carries = scan_arity(equation)
-    within = place.inside(flat.scope(), float(equation.params["length"]))
+    within = place.inside(flat.scope(), flat.rounds(equation, equation.params["length"], place.path))
     arguments = [_enter(flat, operand, place, ("in", k)) for k, operand in enumerate(operands[:consts])]
     loops = [
         _carry(flat, operands[consts + k], body.invars[consts + k].aval, place, within, ("carry", k)) for k in range(carries)
@@ -233,7 +244,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
     arguments += [inner for inner, _, _ in loops]
     for k in range(consts + carries, len(operands)):
         inner = flat.tensor(body.invars[k].aval)
-        shape = tuple(equation.invars[k].aval.shape)
+        shape = flat.stacked(operands[k], equation.invars[k].aval)
         flat.add(BOUNDARY, stacking_rule(shape, unstack=True), (operands[k],), (inner,), place, ("in", k))
         arguments.append(inner)
     produced = flat.call(body, arguments, within)
@@ -286,7 +297,7 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
     params = equation.params
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
     known = counted_trips(equation)
-    within = place.inside(flat.scope(), flat.while_trips if known is None else float(known))
+    within = place.inside(flat.scope(), flat.while_trips if known is None else flat.rounds(equation, known, place.path))
     constants = [
         _enter(flat, operand, place, ("in", k)) for k, operand in enumerate(operands[: cond_consts + body_consts])
     ]

@@ -15,6 +15,7 @@
     linalg.py       factorizations, solves, fft
     partitioned.py  functions with a partitioner of their own
     whole.py        primitives without a rule, and why
+    follow.py       parameters that are extents, at other shapes
 
 Control flow is not here: the graph recurses into it.
 """
@@ -31,6 +32,7 @@ from jaxplan.rules import (
     shapes as _shapes,
     windows as _windows,
 )
+from jaxplan.rules.follow import params_at
 from jaxplan.rules.nouns import Factor, Kind, Rule, einsum_rule
 from jaxplan.rules.table import classify, register, rule_of
 from jaxplan.rules.teach import RuleError, rule
@@ -38,4 +40,4 @@ from jaxplan.rules.teach import RuleError, rule
 FAMILIES = (_elementwise, _indexing, _linalg, _linear, _partitioned, _pieces, _random, _reductions, _shapes, _windows)
 """Imported for what they register."""
 
-__all__ = ["Factor", "Kind", "Rule", "RuleError", "classify", "einsum_rule", "register", "rule", "rule_of"]
+__all__ = ["Factor", "Kind", "Rule", "RuleError", "classify", "einsum_rule", "params_at", "register", "rule", "rule_of"]

@@ -1,8 +1,7 @@
 """Devices, mesh shapes, link speeds and sizes in one table.
 
-Meshes, devices and links are planned from one trace. Sizes need a trace each: what a program computes from a shape while it is
-traced (the divisor of a mean, the length of an iota, a loop's trip count, a branch of Python) is a number in the trace, and
-nothing tells which of its numbers would change.
+All of it is planned from one trace, sizes too, wherever the trace tells what the program would be at other sizes; where it does
+not, the function is traced anew for them, and the table says why.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import string
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxplan.api import Plan, make_plan
 from jaxplan.budget import budget_bytes
 from jaxplan.machine import Link, Machine, machine as find_machine
-from jaxplan.report import show_bytes, show_seconds, table
+from jaxplan.report import WIDTH, show_bytes, show_seconds, table
+from jaxplan.resize import CannotResize, input_shapes
 from jaxplan.whatif.meshes import Candidate, base_plan, candidate, checked_names, device_count, distinct, factorisations, rank
 
 Links = Literal["all", "inner", "outer"]
@@ -62,7 +63,8 @@ class Refused:
 @dataclass(frozen=True)
 class Sweep:
     """What `sweep` found; prints as a table. `traces`: how often the function was traced; `trace_seconds`: for that, for building
-    the graphs and for planning on one device; `plan_seconds`: of all points together."""
+    the graphs and for planning on one device; `plan_seconds`: of all points together; `why_traced`: why one trace was not enough
+    for the sizes, "" where it was."""
 
     points: tuple[Point, ...]
     refused: tuple[Refused, ...]
@@ -72,6 +74,7 @@ class Sweep:
     traces: int
     trace_seconds: float
     plan_seconds: float
+    why_traced: str = ""
 
     def __str__(self) -> str:
         name = self.points[0].candidate.plan.traced.name
@@ -87,7 +90,10 @@ class Sweep:
             lines.append(f"not planned     {at}, link speed {one.link_speed:g}: {one.why}")
         each = 1e3 * self.plan_seconds / max(1, len(self.points))
         lines += ["", "*: the fastest mesh that fits, of so many devices; link speed: of " + _WHICH[self.links]]
-        lines += [f"{len(self.points)} points, {each:.0f} ms each; traced {self.traces} times in {self.trace_seconds:.1f} s"]
+        often = "once" if self.traces == 1 else f"{self.traces} times"
+        lines += [f"{len(self.points)} points, {each:.0f} ms each; traced {often} in {self.trace_seconds:.1f} s"]
+        if self.why_traced:
+            lines += textwrap.wrap(f"traced for each of the sizes, because {self.why_traced}", WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
     def _row(self, point: Point) -> tuple[str, ...]:
@@ -109,7 +115,7 @@ class Sweep:
                 {"sizes": dict(one.sizes), "link_speed": one.link_speed, "mesh": dict(one.mesh), "why": one.why}
                 for one in self.refused
             ],
-            "traces": self.traces,
+            "traces": self.traces, "why_traced": self.why_traced,
         }  # fmt: skip
 
 
@@ -135,8 +141,9 @@ def sweep(
 
     `devices`: one number or several, each in all its meshes as in `best_mesh`; or `meshes`: {axis: size} each. `link_speeds`:
     what the bandwidth of the machine's links is multiplied by, of all or only of those inside a node or between nodes, as
-    `links` says ("all" takes in those stated by axis). `sizes`: {"B": [256, 512]}: extents of dimensions that `dims` names; the
-    function is traced once for each combination of them, otherwise once. The rest as in `best_mesh`.
+    `links` says ("all" takes in those stated by axis). `sizes`: {"B": [256, 512]}: extents of dimensions, by the names that plans
+    print or that `dims` gave. The function is traced once; where its trace does not tell what it would be at other sizes, once
+    for each combination of them, and the result says why. The rest as in `best_mesh`.
 
     Points on which nothing fits the memory budget are marked; points that cannot be planned are listed in `refused`. Raises
     ValueError or TypeError where the request makes no sense or nothing at all can be planned; and what `fn` raises at sizes at
@@ -149,7 +156,7 @@ def sweep(
     shapes = _shapes(devices, meshes, names, bool(pins))
     start = time.perf_counter()
     base = base_plan(fn, args, found, names, {**options, "dims": dims})
-    bases, traces = _bases(fn, len(args), base, sizes or {}, dims, options)
+    bases, traces, why = _bases(fn, len(args), base, sizes or {}, dims, options)
     traced = time.perf_counter()
     points: list[Point] = []
     refused: list[Refused] = []
@@ -169,7 +176,7 @@ def sweep(
     if not points:
         raise ValueError(f"nothing can be planned; on {dict(refused[0].mesh)}: {refused[0].why}")
     ended = time.perf_counter()
-    return Sweep(tuple(points), tuple(refused), found, links, budget, traces, traced - start, ended - traced)
+    return Sweep(tuple(points), tuple(refused), found, links, budget, traces, traced - start, ended - traced, why)
 
 
 # --- what is swept ---------------------------------------------------------------------------------------------------
@@ -234,50 +241,38 @@ def _with_links(machine: Machine, speed: float, links: Links) -> Machine:
 
 def _bases(
     fn: Callable[..., Any], count: int, base: Plan, sizes: Mapping[str, Sequence[int]], dims: Any, options: Mapping[str, Any]
-) -> tuple[list[tuple[dict[str, int], Plan]], int]:
-    """Per combination of sizes a plan for one device, with its trace; and how many traces there were."""
-    extents = _extents(base)
+) -> tuple[list[tuple[dict[str, int], Plan]], int, str]:
+    """Per combination of sizes a plan for one device; how many traces there were; and why more than one, if so."""
     for name, wanted in sizes.items():
-        if name not in extents:
-            known = ", ".join(sorted(extents)) or "none"
-            raise ValueError(f"sizes names the dimension {name!r}; dims names {known}: give dims={{'x': 'B S'}}, say")
-        if len(extents[name]) > 1:
-            raise ValueError(f"dims calls dimensions of extents {sorted(extents[name])} {name!r}: sizes needs them apart")
-        wrong = [n for n in wanted if isinstance(n, bool) or not isinstance(n, int) or n < 1]
-        if wrong or not wanted:
-            raise ValueError(f"sizes[{name!r}] must be whole numbers of at least 1, got {wrong[0] if wrong else wanted!r}")
-    found, traces = [], 1
+        if isinstance(wanted, (str, int)) or not wanted:
+            raise ValueError(f"sizes[{name!r}] must be a list of whole numbers, got {wanted!r}")
+        for extent in wanted:
+            input_shapes(base.origin, {name: extent})
+    found, traces, why = [], 1, ""
     for values in itertools.product(*(dict.fromkeys(wanted) for wanted in sizes.values())):
         at = dict(zip(sizes, values, strict=True))
-        if all(extents[name] == {extent} for name, extent in at.items()):
-            found.append((at, base))
+        try:
+            found.append((at, base.replan(sizes=at)))
             continue
+        except CannotResize as error:
+            why = why or str(error)
         try:
             found.append((at, _resized(fn, count, base, at, dims, options)))
         except Exception as error:
             error.add_note(f"at {', '.join(f'{name}={extent}' for name, extent in at.items())}, one of the sizes of the sweep")
             raise
         traces += 1
-    return found, traces
-
-
-def _extents(base: Plan) -> dict[str, set[int]]:
-    """{name that dims gives: extents of the input dimensions called so}."""
-    found: dict[str, set[int]] = {}
-    for (tensor, dim), name in base.dims.items():
-        found.setdefault(name, set()).add(base.modelled.graph.tensors[tensor].shape[dim])
-    return found
+    return found, traces, why
 
 
 def _resized(
     fn: Callable[..., Any], count: int, base: Plan, at: Mapping[str, int], dims: Any, options: Mapping[str, Any]
 ) -> Plan:
     """Traced anew, with inputs of other extents."""
-    leaves = []
-    for tensor, aval in zip(base.modelled.graph.inputs, base.traced.in_avals, strict=True):
-        names = [base.dims.get((tensor, dim), "") for dim in range(len(aval.shape))]
-        shape = tuple(at.get(name, extent) for name, extent in zip(names, aval.shape, strict=True))
-        leaves.append(jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type))
+    leaves = [
+        jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
+        for shape, aval in zip(input_shapes(base.origin, at), base.traced.in_avals, strict=True)
+    ]
     args, kwargs = base.traced.unflatten_inputs(leaves)
     whole = list(args)
     static = base.request.static
