@@ -230,16 +230,8 @@ class Plan:
         """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
-        for index, cluster in enumerate(graph.clusters):
-            options = self.modelled.chosen(self.choices, index)
-            for exchange in cluster_exchanges(cluster, options, setting):
-                found += self._planned(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
-            for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
-                about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
-                name = self.axis_names[axis]
-                found.append(PlannedExchange(
-                    "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
-                ))  # fmt: skip
+        for index in range(len(graph.clusters)):
+            found += self.combined(index)
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
@@ -251,8 +243,22 @@ class Plan:
                 already = moved.get((reading.tensor, step, inside), 0.0)
                 if reading.times > already:
                     moved[reading.tensor, step, inside] = reading.times
-                    found += self._planned((step,), reading.tensor, reader, reading.times - already)
+                    found += self.moved((step,), reading.tensor, reader, reading.times - already)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
+
+    def combined(self, index: int) -> list[PlannedExchange]:
+        """The exchanges inside of one cluster: of partial results, and with neighbours."""
+        graph, setting, cluster = self.modelled.graph, self.modelled.setting, self.modelled.graph.clusters[index]
+        options, found = self.modelled.chosen(self.choices, index), []
+        for exchange in cluster_exchanges(cluster, options, setting):
+            found += self.moved(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+        for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
+            about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
+            name = self.axis_names[axis]
+            found.append(PlannedExchange(
+                "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
+            ))  # fmt: skip
+        return found
 
     def _rematerialised(self, reading: Reading) -> tuple[Any, ...]:
         """The path of the innermost rematerialised call in which a tensor is read; () for none."""
@@ -261,7 +267,7 @@ class Plan:
         path = next((op.path for op in members if reading.tensor in op.operands), ())
         return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
 
-    def _planned(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
+    def moved(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
         """The exchanges of some steps. Scatters of several dimensions are one: so the compiler does it."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
         runs: list[list[Step]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -47,7 +47,8 @@ class Buffer:
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
     worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs;
-    `moment`: the place of it in the order of operators."""
+    `moment`: the place of it in the order of operators; `over`: what lives besides arguments at every place of that order, without
+    the outputs on machines that materialise, else with those that are written by then."""
 
     arguments: float
     outputs: float
@@ -55,6 +56,7 @@ class Memory:
     live: tuple[Buffer, ...]
     results: tuple[Buffer, ...]
     moment: int
+    over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     @property
     def peak(self) -> float:
@@ -101,7 +103,12 @@ def memory(
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
     total = sum(own.values())
     temporaries = float(lives[at]) if materialises else max(0.0, float(lives[at]) - written)
-    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(results.values()), at)
+    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(results.values()), at, lives[:-1])
+
+
+def running_order(modelled: Modelled) -> Sequence[int]:
+    """The operators in the order in which memory takes them to run: their numbers in the graph."""
+    return _facts(modelled.graph, modelled.numbers.machine.materialises).order.sequence
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
