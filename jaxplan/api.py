@@ -29,6 +29,7 @@ from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pages import SweepView, page, picture_of, plan_table, sweep_view
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
+from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
@@ -183,12 +184,12 @@ class Plan(_plan.Plan):
         return why_not(self, self, pins)
 
     def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
-        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
-        at each boundary. From one trace; memory apart.
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form
+        condition at each boundary. From one trace; memory apart.
 
-        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
-        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
-        given other sizes from the trace, saying why.
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`,
+        `high`: the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that
+        cannot be given other sizes from the trace, saying why.
         """
         return regimes(self, self, symbol, low, high)
 
@@ -222,18 +223,22 @@ class Plan(_plan.Plan):
         with _collector_paused():
             return files.saved_plan(self)
 
-    def to_html(self, sweep: SweepView | None | Literal["auto"] = "auto") -> str:
-        """The plan as one HTML page that needs no network: the program with layouts and exchanges, the mesh, memory over the step,
-        cost by source line, and a slider over plans at other sizes or link speeds.
+    def to_html(self, sweep: SweepView | Literal["auto"] | None = "auto") -> str:
+        """The plan as one HTML page that needs no network: the program with layouts and exchanges, the mesh, memory over the
+        step, cost by source line, and a slider over plans at other sizes or link speeds.
 
-        `sweep`: what the slider goes over (`Sweep.view()` gives one); "auto": the first dimension of the data, if the trace tells of
-        other sizes, else the link of the first axis; None: no slider.
+        `sweep`: what the slider goes over (`Sweep.view()` gives one); "auto": the first dimension of the data, if the trace
+        tells of other sizes, else the link of the first axis; None: no slider.
         """
         return page(replace(picture_of(self), sweep=_auto_sweep(self) if sweep == "auto" else sweep, about=_about()))
 
-    def save_html(self, path: str | os.PathLike[str], sweep: SweepView | None | Literal["auto"] = "auto") -> None:
+    def save_html(self, path: str | os.PathLike[str], sweep: SweepView | Literal["auto"] | None = "auto") -> None:
         """Write `to_html` to a file; the old one survives if it cannot be written (OSError)."""
         files.write_text(self.to_html(sweep), path)
+
+    def plot_memory(self, path: str | os.PathLike[str]) -> None:
+        """Draw memory over one call to a .png, .svg or .pdf file. Needs matplotlib (ModuleNotFoundError says how to have it)."""
+        plot_memory(self, path)
 
     def _repr_html_(self) -> str:
         """For notebooks: what `print(plan)` says of the inputs, as a table, and the totals."""
@@ -404,7 +409,7 @@ def _auto_sweep(plan: Plan) -> SweepView | None:
     speeds = [2.0**k for k in range(-3, 4)]
     machines = [machine.slower(axis, 1 / speed, plan.axis_sizes) for speed in speeds]
     found = [plan.replan(machine=one, memory_budget=math.inf, certify=False) for one in machines]
-    told = [f"{speed:g} × as fast" for speed in speeds]
+    told = [f"{speed:g} times as fast" for speed in speeds]
     return sweep_view(f"speed of the link of {axis}", list(zip(told, found, strict=True)), 3)
 
 

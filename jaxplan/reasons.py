@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -125,6 +126,10 @@ class WhyNot:
         pairs = zip(self.plan.traced.in_paths, _input_specs(self.plan), _input_specs(self.other), strict=True)
         return {path: (one, two) for path, one, two in pairs if one != two}
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         pinned = ", ".join(f"{path} as {_show(spec)}" for path, spec in self.pins.items())
         lines = [f"{pinned} {_difference(self.extra, self.plan.seconds)} ({show_seconds(self.other.seconds)} in all)"]
@@ -230,6 +235,10 @@ class Explanation:
     subject: str
     reasons: Sequence[InputReason | OperatorReason]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.reasons), *([self.note] if self.note else [])])

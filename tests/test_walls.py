@@ -44,6 +44,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "state": ("report",),
     "measure": (),
     "files": ("ledger", "report"),
+    "plots": ("files",),
     "pages": ("ledger", "report", "reasons", "files"),
     "solve": (),
     "iopddl": ("solve",),

@@ -47,8 +47,8 @@ class Buffer:
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
     worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs;
-    `moment`: the place of it in the order of operators; `over`: what lives besides arguments at every place of that order, without
-    the outputs on machines that materialise, else with those that are written by then."""
+    `moment`: the place of it in the order of operators; `over`: what lives besides arguments at every place of that order,
+    without the outputs on machines that materialise, else with those that are written by then."""
 
     arguments: float
     outputs: float

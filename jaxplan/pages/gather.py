@@ -75,7 +75,8 @@ def inputs_of(plan: Plan) -> tuple[InputView, ...]:
 
 def _seconds(plan: Plan, exchange: PlannedExchange) -> float:
     links = dict(zip(plan.axis_names, map(plan.modelled.numbers.link, range(len(plan.axis_names))), strict=True))
-    return math.fsum(exchange_seconds(v, ROUNDS[exchange.kind], *links[a]) for a, v in exchange.wire_bytes.items()) * exchange.times
+    each = [exchange_seconds(v, ROUNDS[exchange.kind], *links[axis]) for axis, v in exchange.wire_bytes.items()]
+    return math.fsum(each) * exchange.times
 
 
 def _view(plan: Plan, e: PlannedExchange) -> ExchangeView:
@@ -161,11 +162,8 @@ def _blocks(plan: Plan) -> tuple[Block, ...]:
             steps.append((scope, view))
         small = [*small, index] if minor else []
         place[index] = len(steps) - 1
-    edges = {
-        (place[a], place[b])
-        for reading in modelled.readings
-        if (a := stands.get(reading.writer, reading.writer)) in place and (b := stands.get(reading.reader, reading.reader)) in place
-    }
+    ends = [(stands.get(r.writer, r.writer), stands.get(r.reader, r.reader)) for r in modelled.readings]
+    edges = {(place[source], place[reader]) for source, reader in ends if source in place and reader in place}
     times = {op.scope: op.times for op in graph.operators if op.times > 1}
     return collapse(_with_lanes(steps, edges), times)
 

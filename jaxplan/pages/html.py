@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 from jaxplan.pages.collapse import shortened
 from jaxplan.pages.nouns import AxisView, Block, Dim, ExchangeView, InputView, LineView, Picture, StepView, SweepView
-from jaxplan.pages.style import CSS, SCRIPT
 from jaxplan.report import show_bytes, show_seconds
 
 MOST_STEPS, MOST_LINES, MOST_EXCHANGES, MOST_INPUTS, MOST_CELLS = 80, 14, 20, 400, 16
+TIMES = " \N{MULTIPLICATION SIGN} "
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@cache
+def _part(name: str) -> str:
+    """A file of this package."""
+    return files("jaxplan.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def page(picture: Picture) -> str:
@@ -27,13 +35,13 @@ def page(picture: Picture) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
         f'initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title>'
-        f'<style>{CSS}</style></head><body><a class="skip" href="#program">To the program</a><main>'
-        + "".join(parts) + f"</main><script>{SCRIPT}</script></body></html>\n"
+        f'<style>{_part("page.css")}</style></head><body><a class="skip" href="#program">To the program</a><main>'
+        + "".join(parts) + f'</main><script>{_part("page.js")}</script></body></html>\n'
     )  # fmt: skip
 
 
 def _head(picture: Picture) -> str:
-    mesh = " × ".join(f"{escape(axis.name)} = {axis.size}" for axis in picture.axes)
+    mesh = TIMES.join(f"{escape(axis.name)} = {axis.size}" for axis in picture.axes)
     share = picture.exchange_seconds / picture.seconds if picture.seconds else 0.0
     figures = [
         ("modelled step", show_seconds(picture.seconds)), ("of it exchanges", f"{share:.0%}"),
@@ -49,7 +57,8 @@ def _head(picture: Picture) -> str:
 
 
 def _section(name: str, title: str, sub: str, body: str) -> str:
-    return f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{title}</h2><p class="sub">{sub}</p>{body}</section>'
+    head = f'<h2 id="{name}-h">{title}</h2><p class="sub">{sub}</p>'
+    return f'<section id="{name}" aria-labelledby="{name}-h">{head}{body}</section>'
 
 
 def _axis(number: int, name: str) -> str:
@@ -101,7 +110,7 @@ def _grid(axes: Sequence[AxisView]) -> str:
         return f"{axes[number].name} = {size}" + (f" (first {shown})" if shown < size else "")
 
     across, down = escape(label(columns, shown[1])), escape(label(rows, shown[0]))
-    more = " × ".join(f"{escape(axes[k].name)} = {size}" for size, k in deep)
+    more = TIMES.join(f"{escape(axes[k].name)} = {size}" for size, k in deep)
     told = f"A mesh of {' by '.join(str(axis.size) for axis in axes)} devices"
     extra = f'<p class="soft">and {more} such sheets</p>' if more else ""
     return (
@@ -127,8 +136,8 @@ def _steps(picture: Picture) -> str:
     if left:
         drawn.append(f'<p class="soft">and {left} further steps, not drawn</p>')
     sub = (
-        "In program order. A boxed axis name beside a dimension means that it is cut along that axis; orange is what has to be sent. "
-        "Lines at the left lead from what is made to where it is read again. Open a step for more; arrow keys walk."
+        "In program order. A boxed axis name beside a dimension means that it is cut along that axis; orange is what has to be "
+        "sent. Lines at the left lead from what is made to where it is read again. Open a step for more; arrow keys walk."
     )
     return _section("program", "Program", sub, "".join(drawn) or '<p class="soft">nothing is computed</p>')
 
@@ -137,7 +146,9 @@ def _block(block: Block, without: int, axes: Sequence[AxisView], most: float) ->
     items = "".join(_step(step, axes, most) for step in block.steps)
     if without:
         items += f'<li class="soft">and {without} more</li>'
-    title = f"loop body, runs {block.times:g} times" if block.times > 1 else f"{block.alike} in a row that look alike" if block.alike > 1 else ""
+    title = f"{block.alike} in a row that look alike" if block.alike > 1 else ""
+    if block.times > 1:
+        title = f"loop body, runs {block.times:g} times"
     head = f"<h3>{title}</h3>" if title else ""
     return f'<div class="block{" many" if title else ""}">{head}<ol class="steps">{items}</ol></div>'
 
@@ -145,14 +156,15 @@ def _block(block: Block, without: int, axes: Sequence[AxisView], most: float) ->
 def _step(step: StepView, axes: Sequence[AxisView], most: float) -> str:
     moved = sum(e.seconds for e in step.exchanges)
     lanes = "".join(f'<span class="lane {state}"></span>' for state in step.lanes)
-    count = f" <small>× {step.members}</small>" if step.members > 1 else ""
+    count = f" <small>{TIMES}{step.members}</small>" if step.members > 1 else ""
     moves = "".join(_move(e, axes) for e in step.exchanges[:4])
     if len(step.exchanges) > 4:
         moves += f'<span class="soft">and {len(step.exchanges) - 4} more</span>'
     cost = show_seconds(step.seconds + moved) if step.seconds + moved else ""
     splits = ", ".join(f"{_axis(a, axes[a].name)} splits {escape(dim)}" for a, dim in step.splits) or "not split"
     more = [f"{splits}.", f"Work {show_seconds(step.seconds)}, exchanges {show_seconds(moved)} per call and device."]
-    more += [escape(f"{e.kind} of {e.tensor}, {e.times:g} times: {show_bytes(e.nbytes)}, {show_seconds(e.seconds)}.") for e in step.exchanges]
+    for e in step.exchanges:
+        more.append(escape(f"{e.kind} of {e.tensor}, {e.times:g} times: {show_bytes(e.nbytes)}, {show_seconds(e.seconds)}."))
     if step.reads:
         more.append(f"Also reads {escape(', '.join(step.reads[:6]))}{' and others' if len(step.reads) > 6 else ''}.")
     return (
@@ -174,7 +186,8 @@ def _move(e: ExchangeView, axes: Sequence[AxisView]) -> str:
 def _bar(work: float, moved: float, most: float) -> str:
     """Of work and of exchanges, beside the most there is."""
     share = [100 * max(0.0, value) / most for value in (work, moved)]
-    return f'<span class="bar" aria-hidden="true"><span class="w" style="width:{share[0]:.2f}%"></span><span class="m" style="width:{share[1]:.2f}%"></span></span>'
+    parts = [f'<span class="{name}" style="width:{value:.2f}%"></span>' for name, value in zip("wm", share, strict=True)]
+    return f'<span class="bar" aria-hidden="true">{"".join(parts)}</span>'
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -189,7 +202,8 @@ def _memory(picture: Picture) -> str:
         for what, kind, size in picture.live
     )
     tables = (
-        f'<div class="scroll"><table><thead><tr><th>at the peak</th><th class="n">per device</th></tr></thead><tbody>{kinds}</tbody>'
+        f'<div class="scroll"><table><thead><tr><th>at the peak</th><th class="n">per device</th></tr></thead>'
+        f'<tbody>{kinds}</tbody>'
         "</table></div>"
     )
     if live:
@@ -197,7 +211,8 @@ def _memory(picture: Picture) -> str:
             '<details><summary>the largest of it</summary><div class="scroll"><table><thead><tr><th>tensors</th><th>kind</th>'
             f'<th class="n">per device</th></tr></thead><tbody>{live}</tbody></table></div></details>'
         )
-    return _section("memory", "Memory over the step", "Bytes per device, modelled, in the order in which operators run. The line is the peak, for which all outputs count as held.", _curve(picture) + tables)
+    sub = "Bytes per device, in the order in which operators run. The line is the peak, for which all outputs count as held."
+    return _section("memory", "Memory over the step", sub, _curve(picture) + tables)
 
 
 def _curve(picture: Picture) -> str:
@@ -217,20 +232,25 @@ def _curve(picture: Picture) -> str:
     told = [f"{show_bytes(value)} at {moment}" for value, moment in zip(values, picture.moments, strict=True)]
     data = {"told": told, "worst": worst, "left": left, "width": width, "view": view}
     label = f"Memory per device over the step: at most {show_bytes(max(values))}, at {picture.moments[worst]}"
+    marks = [(top + height * (1 - share), show_bytes(share * most)) for share in (0.0, 0.5, 1.0)]
     ticks = "".join(
-        f'<text x="{left - 6}" y="{top + height * (1 - share) + 4:.1f}" text-anchor="end">{show_bytes(share * most)}</text>'
-        f'<line x1="{left}" x2="{view - right}" y1="{top + height * (1 - share):.1f}" y2="{top + height * (1 - share):.1f}" stroke="var(--line)"/>'
-        for share in (0.0, 0.5, 1.0)
+        f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{told_there}</text>'
+        f'<line x1="{left}" x2="{view - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--line)"/>'
+        for at, told_there in marks
     )
     return (
-        f'<svg id="memory-plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="0" aria-valuemax="{len(values) - 1}" '
+        f'<svg id="memory-plot" role="slider" tabindex="0" aria-label="{escape(label)}" aria-valuemin="0" '
+        f'aria-valuemax="{len(values) - 1}" '
         f'aria-valuenow="{worst}" aria-valuetext="{escape(told[worst])}" viewBox="0 0 {view} {high}">{ticks}'
-        f'<rect x="{left}" y="{base:.1f}" width="{width}" height="{max(0.0, floor - base):.1f}" fill="var(--work)" opacity=".28"/>'
+        f'<rect x="{left}" y="{base:.1f}" width="{width}" height="{max(0.0, floor - base):.1f}" fill="var(--work)" '
+        f'opacity=".28"/>'
         f'<polygon points="{left},{base:.1f} {line} {view - right},{base:.1f}" fill="var(--move)" opacity=".30"/>'
         f'<polyline points="{line}" fill="none" stroke="var(--move)" stroke-width="1.6"/>'
-        f'<line x1="{left}" x2="{view - right}" y1="{peak:.1f}" y2="{peak:.1f}" stroke="var(--fg)" stroke-width="1" opacity=".6"/>'
+        f'<line x1="{left}" x2="{view - right}" y1="{peak:.1f}" y2="{peak:.1f}" stroke="var(--fg)" stroke-width="1" '
+        f'opacity=".6"/>'
         f'<line id="memory-cursor" x1="0" x2="0" y1="{top}" y2="{floor}" stroke="var(--fg)" stroke-dasharray="3 3"/>'
-        f'<text x="{left}" y="{high - 6}">start of the call</text><text x="{view - right}" y="{high - 6}" text-anchor="end">end</text></svg>'
+        f'<text x="{left}" y="{high - 6}">start of the call</text><text x="{view - right}" y="{high - 6}" '
+        f'text-anchor="end">end</text></svg>'
         '<p class="sub"><span class="key"><span style="background:var(--work);opacity:.5"></span>held throughout</span>'
         '<span class="key"><span style="background:var(--move)"></span>besides</span>'
         f'<span id="memory-at" class="mono" aria-live="polite">{escape(told[worst])}</span></p>{_data("memory-data", data)}'
@@ -256,7 +276,8 @@ def _lines(lines: Sequence[LineView]) -> str:
         for line in lines[:MOST_LINES]
     )
     rest = lines[MOST_LINES:]
-    more = f'<p class="soft">and {len(rest)} more lines, {show_seconds(sum(r.work + r.exchange for r in rest))} together</p>' if rest else ""
+    left = show_seconds(sum(r.work + r.exchange for r in rest))
+    more = f'<p class="soft">and {len(rest)} more lines, {left} together</p>' if rest else ""
     sub = (
         '<span class="key"><span style="background:var(--work)"></span>work</span><span class="key">'
         '<span style="background:var(--move)"></span>exchanges between operators</span> seconds per call, modelled'
@@ -269,14 +290,15 @@ def _inputs(picture: Picture) -> str:
     rest = len(picture.inputs) - MOST_INPUTS
     more = f'<p class="soft">and {rest} more</p>' if rest > 0 else ""
     body = (
-        '<div class="scroll"><table><thead><tr><th>input</th><th>shape</th><th>layout</th><th class="n">per device</th></tr></thead>'
+        '<div class="scroll"><table><thead><tr><th>input</th><th>shape</th><th>layout</th>'
+        '<th class="n">per device</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{more}"
     )
     return _section("inputs", "Inputs", "Inputs that differ by a layer's number only are one row.", body)
 
 
 def _input(one: InputView, axes: Sequence[AxisView]) -> str:
-    many = f' <span class="soft">× {one.count}</span>' if one.count > 1 else ""
+    many = f' <span class="soft">{TIMES}{one.count}</span>' if one.count > 1 else ""
     return (
         f'<tr><td><span class="mono">{escape(one.path)}</span>{many}</td><td class="mono">{escape(one.kind)}</td>'
         f'<td>{_layout(one.dims, axes)}</td><td class="n">{show_bytes(one.nbytes)}</td></tr>'
@@ -314,16 +336,19 @@ def _sweep(sweep: SweepView | None) -> str:
     ids = (("step", "at-seconds", "seconds"), ("sent per device", "at-sent", "sent"), ("peak per device", "at-peak", "peak"))
     cells = "".join(f'<div><span>{name}</span><b id="{key}">{escape(now[field])}</b></div>' for name, key, field in ids)
     rows = "".join(
-        f'<tr{" class=now" if k == here else ""}><td>{escape(p["at"])}</td><td class="n">{p["seconds"]}</td><td class="n">{p["sent"]}</td>'
+        f'<tr{" class=now" if k == here else ""}><td>{escape(p["at"])}</td><td class="n">{p["seconds"]}</td>'
+        f'<td class="n">{p["sent"]}</td>'
         f'<td class="n">{p["peak"]}</td><td>{escape(p["does"])}</td></tr>'
         for k, p in enumerate(data)
     )
     body = (
         f'{_plot(sweep.points, here)}<label for="slider" class="soft">{escape(sweep.label)}</label>'
-        f'<input type="range" id="slider" min="0" max="{len(data) - 1}" value="{here}" step="1" aria-valuetext="{escape(now["at"])}">'
+        f'<input type="range" id="slider" min="0" max="{len(data) - 1}" value="{here}" step="1" '
+        f'aria-valuetext="{escape(now["at"])}">'
         f'<output id="at-label" for="slider">{escape(now["at"])}</output><div class="at">{cells}</div>'
         f'<p id="at-does" class="soft">{escape(now["does"])}</p><details><summary>as a table</summary><div class="scroll">'
-        '<table id="sweep-table"><thead><tr><th></th><th class="n">step</th><th class="n">sent</th><th class="n">peak</th><th>what the axes do</th></tr></thead>'
+        '<table id="sweep-table"><thead><tr><th></th><th class="n">step</th><th class="n">sent</th>'
+        '<th class="n">peak</th><th>what the axes do</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>{_data('sweep-data', data)}"
     )
     return _section("sweep", "What if", "The best plan at each point, derived from the same trace.", body)
@@ -338,10 +363,13 @@ def _plot(points: Sequence[tuple[str, float, float, float, str]], here: int) -> 
     step = (view - left - 30) / max(1, len(points) - 1)
     spots = [(left + 10 + k * step, top + (high - top - bottom) * (1 - (v - low) / span)) for k, v in enumerate(values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if k == here else 3.5}" fill="var(--mark)"/>' for k, (x, y) in enumerate(spots))
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if k == here else 3.5}" fill="var(--mark)"/>' for k, (x, y) in enumerate(spots)
+    )
     every = max(1, len(points) // 9)
     names = "".join(
-        f'<text x="{x:.1f}" y="{high - 6}" text-anchor="{"end" if k + 1 == len(points) else "middle"}">{escape(points[k][0])}</text>'
+        f'<text x="{x:.1f}" y="{high - 6}" text-anchor="{"end" if k + 1 == len(points) else "middle"}">'
+        f"{escape(points[k][0])}</text>"
         for k, (x, _) in enumerate(spots)
         if k % every == 0
     )
@@ -349,7 +377,8 @@ def _plot(points: Sequence[tuple[str, float, float, float, str]], here: int) -> 
     if most > low:
         ends += f'<text x="{left - 6}" y="{high - bottom}" text-anchor="end">{show_seconds(math.exp(low))}</text>'
     return (
-        f'<svg id="sweep-plot" role="img" aria-label="Modelled step time over the sweep, in logarithms" viewBox="0 0 {view} {high}">'
+        f'<svg id="sweep-plot" role="img" aria-label="Modelled step time over the sweep, in logarithms" '
+        f'viewBox="0 0 {view} {high}">'
         f'<polyline points="{line}" fill="none" stroke="var(--mark)" stroke-width="1.6"/>{dots}{names}{ends}</svg>'
     )
 

@@ -25,11 +25,13 @@ def plan_table(plan: Plan) -> str:
     rows = []
     for one in inputs_of(plan):
         dims = " ".join(name + ("/" + "+".join(plan.axis_names[a] for a in axes) if axes else "") for name, axes in one.dims)
-        rows.append((f"{one.path} (x{one.count})" if one.count > 1 else one.path, one.kind, dims or "scalar", show_bytes(one.nbytes)))
+        path = f"{one.path} (x{one.count})" if one.count > 1 else one.path
+        rows.append((path, one.kind, dims or "scalar", show_bytes(one.nbytes)))
     notes = [
         f"{axis} ({size}): {', '.join(axis_roles(plan, k)) or 'left alone'}; {show_bytes(plan.wire_bytes[axis])} sent per device"
         for k, (axis, size) in enumerate(plan.axis_sizes.items())
     ]
-    notes.append(f"modelled step {show_seconds(plan.seconds)}, peak {show_bytes(plan.peak_bytes)} per device; save_html(path) draws it")
+    totals = f"modelled step {show_seconds(plan.seconds)}, peak {show_bytes(plan.peak_bytes)} per device"
+    notes.append(f"{totals}; save_html(path) draws it")
     title = f"Plan for {plan.traced.name} on mesh ({mesh}), machine {plan.modelled.numbers.machine.name}"
     return fragment(title, ("input", "shape", "dimension/axes", "per device"), rows, notes)

@@ -82,7 +82,7 @@ class InputView:
 
 @dataclass(frozen=True)
 class SweepView:
-    """Plans at several values of something. `label`: "B"; each point: (what it is at, seconds, bytes sent, peak, what is done)."""
+    """Plans at several values of something. `label`: "B"; points: (what it is at, seconds, bytes sent, peak, what is done)."""
 
     label: str
     points: tuple[tuple[str, float, float, float, str], ...]
@@ -91,8 +91,8 @@ class SweepView:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plan as a page shows it. `memory`: bytes per device over the step, evenly spaced, and what ran there; () where only the
-    traced program could tell; `fixed_bytes`: what lives all the time, not in it. `notes`: sentences about what is missing, and why."""
+    """A plan as a page shows it. `memory`: bytes per device over the step, evenly spaced, and `moments` what ran there; () where
+    only the traced program could tell; `fixed_bytes`: what lives all the time, not in it. `notes`: what is missing, and why."""
 
     function: str
     machine: str

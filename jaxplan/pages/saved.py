@@ -11,8 +11,8 @@ from jaxplan.pages.collapse import collapse
 from jaxplan.pages.nouns import AxisView, Dim, ExchangeView, InputView, LineView, Picture, StepView
 
 NOTE = (
-    "Made from the file alone: which tensors the operators make, what is read by whom, and memory over the step need the function: "
-    "name it to `jaxplan show` too, or call load_plan(...).save_html(...)."
+    "Made from the file alone: which tensors the operators make, what is read by whom, and memory over the step need the "
+    "function: name it to `jaxplan show` too, or call load_plan(...).save_html(...)."
 )
 
 
@@ -22,8 +22,8 @@ def picture_of_saved(saved: SavedPlan) -> Picture:
     numbers = {axis.name: k for k, axis in enumerate(axes)}
     exchanges = tuple(
         ExchangeView(
-            e.kind, e.axes, f"{e.dtype}[{','.join(map(str, e.shape))}]", e.operator, e.source, e.times, math.fsum(e.bytes.values()),
-            e.seconds,
+            e.kind, e.axes, f"{e.dtype}[{','.join(map(str, e.shape))}]", e.operator, e.source, e.times,
+            math.fsum(e.bytes.values()), e.seconds,
         )
         for e in saved.exchanges
     )  # fmt: skip
@@ -39,7 +39,9 @@ def picture_of_saved(saved: SavedPlan) -> Picture:
         for split in saved.splits
         if split.operator not in ("program input", "shared view", "loop boundary")
     ]
-    live = tuple((f"{one.count} x {one.name}" if one.count > 1 else one.name, one.kind, one.count * one.bytes) for one in saved.memory.live)
+    live = tuple(
+        (f"{one.count} x {one.name}" if one.count > 1 else one.name, one.kind, one.count * one.bytes) for one in saved.memory.live
+    )
     return Picture(
         saved.function, saved.machine.name, axes, saved.cost.seconds, saved.cost.exchange_seconds, saved.memory.peak_bytes,
         saved.memory.kinds, inputs, collapse(steps, {}), exchanges,
