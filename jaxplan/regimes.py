@@ -257,8 +257,6 @@ class _Search:
         try:
             found = self.line.plan_at(value)
         except ValueError as error:
-            if not self.at and len(self.refused) > 2:
-                raise
             self.refused[value] = str(error)
             return
         self.at[value] = found.seconds
@@ -281,8 +279,8 @@ class _Search:
     def run(self, values: Sequence[float]) -> Regimes:
         for value in sorted(values, key=lambda v: abs(math.log(v / self.line.now))):
             self.sample(value)
-        if not self.at:
-            raise ValueError(f"no plan at any {self.line.name}: {next(iter(self.refused.values()))}")
+        if not self.at or (len(self.at) == 1 and self.refused):
+            raise ValueError(f"no plan along {self.line.name}: {next(iter(self.refused.values()))}")
         while len(self.at) + len(self.refused) < MOST_POINTS and self._refine():
             pass
         regimes: list[Regime] = []
