@@ -144,6 +144,7 @@ def _input(reason: InputReason) -> dict[str, Any]:
         "paths": list(reason.paths), "dtype": reason.dtype, "shape": list(reason.shape), "dims": list(reason.dims),
         "spec": _spec(reason.spec), "bytes_per_device": reason.bytes_per_device, "cost": str(reason.cost),
         "seconds": reason.seconds, "neighbours": list(reason.neighbours), "idle": dict(reason.idle),
+        "forced_by": reason.forced_by,
         "alternatives": [
             {"spec": _spec(other.spec), "extra_seconds": other.extra, "causes": _charges(other.causes)}
             for other in reason.alternatives
@@ -157,7 +158,7 @@ def _operators(reason: OperatorReason) -> dict[str, Any]:
         runner_up = {"splits": dict(reason.runner_up[0]), "extra_seconds": reason.runner_up[1]}
     return {
         "operator": reason.operator, "source": reason.source, "times": reason.times, "splits": dict(reason.splits),
-        "cost": str(reason.cost), "seconds": reason.seconds, "runner_up": runner_up,
+        "cost": str(reason.cost), "seconds": reason.seconds, "runner_up": runner_up, "forced_by": reason.forced_by,
     }  # fmt: skip
 
 
