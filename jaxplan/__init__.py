@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxplan.api import Plan as Plan, load_plan as load_plan, make_plan as make_plan
     from jaxplan.auto import auto_shard as auto_shard
     from jaxplan.budget import NothingFits as NothingFits
+    from jaxplan.export import CheckpointError as CheckpointError, ExportError as ExportError
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
@@ -30,7 +31,9 @@ _HOMES = {
     "rule": "jaxplan.rules",
     "Regimes": "jaxplan.regimes",
     "Calibration": "jaxplan.measure",
+    "CheckpointError": "jaxplan.export",
     "DifferentPlans": "jaxplan.agree",
+    "ExportError": "jaxplan.export",
     "calibrate": "jaxplan.measure",
     "load_machine": "jaxplan.machine",
     "save_machine": "jaxplan.machine",
@@ -47,7 +50,9 @@ _HOMES = {
 __all__ = [
     "Audit",
     "Calibration",
+    "CheckpointError",
     "DifferentPlans",
+    "ExportError",
     "LayoutError",
     "Link",
     "Machine",

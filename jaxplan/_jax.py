@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ import jax.core
 import jaxlib.version
 import numpy as np
 from jax._src import (
+    core as _core_src,
     custom_batching as _custom_batching,
     pjit as _pjit,
     shard_map as _shard_map,
@@ -47,6 +48,11 @@ custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
 shard_map_p = _shard_map.shard_map_p
+dot_general_p = _primitives.dot_general_p
+gather_p = _primitives.gather_p
+reshape_p = _primitives.reshape_p
+broadcast_in_dim_p = _primitives.broadcast_in_dim_p
+iota_p = _primitives.iota_p
 
 
 REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
@@ -59,10 +65,21 @@ def source_line(equation: Any) -> tuple[str, int]:
     return (frame.file_name, frame.start_line) if frame is not None else ("", 0)
 
 
+def jit_statics(jitted: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of the static parameters of a `jax.jit`ted function; none where JAX does not tell."""
+    info = getattr(jitted, "_jit_info", None)
+    return tuple(getattr(info, "static_argnums", ())), tuple(getattr(info, "static_argnames", ()))
+
+
 def user_context(equation: Any) -> AbstractContextManager[Any]:
     """Whatever is traced inside keeps the equation's source line and name stack."""
     stack = _source_info.current_name_stack() + equation.source_info.name_stack
     return _source_info.user_context(equation.source_info.traceback, name_stack=stack)
+
+
+def is_transposed(equation: Any) -> bool:
+    """Whether an equation belongs to a backward pass: it has no line of its own in the user's program."""
+    return "transpose(" in str(equation.source_info.name_stack)
 
 
 def sub_jaxprs(equation: Any) -> Iterator[Any]:
@@ -160,12 +177,12 @@ _TYPED = ("sharding", "out_sharding")
 """Parameters that carry the layout of a result where mesh axes are of type Explicit."""
 
 
-def bind(equation: Any, values: list[Any], devices: int) -> list[Any]:
+def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, Any] | None = None) -> list[Any]:
     """The results of one equation on given operands, its layout left to the compiler (and to constraints around it).
 
-    `devices`: how many may share its work.
+    `devices`: how many may share its work. `changed`: parameters that take the place of its own.
     """
-    primitive, params = equation.primitive, equation.params
+    primitive, params = equation.primitive, {**equation.params, **(changed or {})}
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
     if primitive in _STARTS:
@@ -221,6 +238,40 @@ def _row_major(value: Any) -> Any:
     return with_layout_constraint(value, Layout(tuple(range(value.ndim))))
 
 
+def typed_results(equation: Any, operands: Sequence[Any], out_sharding: Any = None) -> list[Any] | None:
+    """The shapes and shardings that JAX's typing of Explicit mesh axes gives the results of one equation.
+
+    `operands`: `jax.ShapeDtypeStruct`s with shardings; values of literals as they are. `out_sharding`: for the result, where the
+    primitive takes one. None where JAX refuses. Call it under the mesh.
+    """
+    params = dict(equation.params)
+    for name in _TYPED:
+        if name in params:
+            params[name] = out_sharding
+
+    def results(*given: Any) -> Any:
+        found = _bind(equation.primitive, given, params)
+        return list(found) if equation.primitive.multiple_results else [found]
+
+    traced = [place for place, operand in enumerate(operands) if isinstance(operand, jax.ShapeDtypeStruct)]
+
+    def filled(*given: Any) -> Any:
+        values = list(operands)
+        for place, value in zip(traced, given, strict=True):
+            values[place] = value
+        return results(*values)
+
+    try:
+        return jax.eval_shape(filled, *[operands[place] for place in traced])
+    except (_core_src.ShardingTypeError, ValueError, TypeError, NotImplementedError):  # primitives refuse in their own ways
+        return None
+
+
+def takes_out_sharding(equation: Any) -> bool:
+    """Whether the primitive itself can be told the layout of its result."""
+    return any(name in equation.params for name in _TYPED)
+
+
 def _bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
     """Bind a primitive with the parameters of an equation. Before JAX 0.10 functions among them are operands."""
     found = primitive.get_bind_params(params)
@@ -259,3 +310,25 @@ def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
             params["prevent_cse"] = (False,) * len(consts) + tuple(params["prevent_cse"])
     params["jaxpr"] = jaxpr
     return list(equation.primitive.bind(*consts, *values, **params))
+
+
+# --- keys, which few operations take as they are ---
+
+
+def _is_key(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Zeros; of keys, those whose words are zero."""
+    if not _is_key(dtype):
+        return jax.numpy.zeros(shape, dtype)
+    implementation = dtype._impl
+    return jax.random.wrap_key_data(jax.numpy.zeros((*shape, *implementation.key_shape), np.uint32), impl=implementation)
+
+
+def on_key_data(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of an array; of keys, of their words."""
+    if not _is_key(value.dtype):
+        return function(value)
+    return jax.random.wrap_key_data(function(jax.random.key_data(value)), impl=value.dtype._impl)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import gc
+import inspect
 import math
 import os
 import re
@@ -21,6 +23,7 @@ from jaxplan.apply import PlannedFunction
 from jaxplan.budget import budget_bytes, fit
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
+from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
@@ -118,7 +121,8 @@ class Plan(_plan.Plan):
                 "mesh of devices (simulated ones will do: XLA_FLAGS=--xla_force_host_platform_device_count=16), or with topology="
             )
         trips = self.request.while_trips
-        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips))
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)  # simulated devices do not
+        return compare(self, audit(self.jit().lower_planned(), mesh=self.mesh, while_trips=trips), rounded)
 
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:
@@ -208,6 +212,26 @@ class Plan(_plan.Plan):
         """
         check(self, state)
 
+    def export(self, form: str, of: Any = None, **options: Any) -> Any:
+        """The plan in another library's words. `form`: "flax", "nnx", "orbax", "optax", "maxtext", "haliax", "keras" or
+        "explicit".
+
+        `of`: which arrays: None for all arguments, a path ("params", "state/params"), a pytree of paths, or a pytree of arrays or
+        shapes that are structured as arguments are. `options`: `optimizer=` for "optax", `variables=` for "keras".
+
+        Raises `jaxplan.ExportError`, naming the paths, for a layout that the library has no words for; ModuleNotFoundError or
+        ImportError, naming the extra, where the library is missing or too old.
+        """
+        return export_plan(self, form, of, options, make_plan)
+
+    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+
+        Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
+        many, or of another shape or dtype: nothing is read then.
+        """
+        return restore_state(self, directory, of)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
         never a part. Raises OSError where the folder cannot be written, ValueError for a plan at other sizes than the program was
@@ -257,7 +281,7 @@ class Plan(_plan.Plan):
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         _check_certify(changes.get("certify", False))
-        _check_mesh(changes.get("mesh", self.mesh))
+        check_mesh(changes.get("mesh", self.mesh))
         sizes = changes.pop("sizes", None)
         with _collector_paused():
             request = replace(self.request, **changes)
@@ -308,7 +332,7 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
     callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
@@ -323,15 +347,16 @@ def make_plan(
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
-    _check_mesh(mesh)
+    check_mesh(mesh)
+    _check_keywords(fn, kwargs)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
         donate_argnums=donate_argnums, donate_argnames=donate_argnames,
     )  # fmt: skip
     traced_at = time.perf_counter()
-    static = static_values(args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins or {}), static, while_trips, certify)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
+    request = Request(mesh, machine, search, memory_budget, dict(pins) if isinstance(pins, Mapping) else pins or {}, static, while_trips, certify)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -369,7 +394,7 @@ def load_plan(
     asked = saved.asked
     pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = static_values(args, kwargs, static_argnums, static_argnames)
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
     request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
     with _collector_paused():
@@ -382,7 +407,8 @@ def load_plan(
         dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
             modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
-        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request)
+        pipeline = files.pipeline_for(saved, traced)
+        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 
@@ -397,7 +423,7 @@ def _auto_sweep(plan: Plan) -> SweepView | None:
     data = [tensor for position, tensor in enumerate(graph.inputs) if position not in state and graph.tensors[tensor].shape]
     names = [name for tensor in data for name in plan.names.dimension(tensor)[:1]]
     for name in dict.fromkeys(name for name in names if name in plan.origin.extents):
-        now = next(iter(plan.origin.extents[name].values()))
+        now = plan.request.sizes.get(name, next(iter(plan.origin.extents[name].values())))
         grain = math.gcd(now, math.prod(plan.axis_sizes.values()))
         sizes = sorted({max(grain, round(now * 2.0**k / grain) * grain) for k in range(-3, 4)} - {1})
         try:
@@ -502,7 +528,7 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     return plan
 
 
-def _check_mesh(mesh: Any) -> None:
+def check_mesh(mesh: Any) -> None:
     """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(
@@ -516,6 +542,30 @@ def _check_mesh(mesh: Any) -> None:
             f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
             "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
+
+
+def keywords() -> list[str]:
+    """The keywords of `make_plan` that say how to plan; all others are the planned function's."""
+    return [p.name for p in inspect.signature(make_plan).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "mesh"]
+
+
+def meant(name: str) -> str:
+    """What a keyword that nobody takes may have been meant to be."""
+    near = difflib.get_close_matches(name, keywords(), 1)
+    return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
+
+
+def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _check_certify(certify: bool | float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,6 +16,14 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.pipeline.alternate import Side, run_fused
+from jaxplan.pipeline.analysis import edits_of
+from jaxplan.pipeline.execute import run_chain
+from jaxplan.pipeline.fuse import Fused, fuse
+from jaxplan.pipeline.nouns import Chain, Pipeline
+from jaxplan.pipeline.roles import OUTS
+from jaxplan.pipeline.rowwise import Edit
+from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Plan
 
 Path = tuple[Any, ...]
@@ -39,6 +49,14 @@ def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
     return planned
 
 
+def _read(var: Any, env: Mapping[Any, Any]) -> Any:
+    return var.val if isinstance(var, _jax.Literal) else env[var]
+
+
+Moved = dict[tuple[int, Spec], tuple[Any, Any]]
+"""{(id of a value, spec): (the value, the same in that layout)}."""
+
+
 class _Replay:
     """Evaluates jaxprs, constraining what operators read and write."""
 
@@ -47,6 +65,13 @@ class _Replay:
         self.found = plan.constraints
         self.operators = plan.modelled.graph.operators
         self._shardings: dict[Spec, NamedSharding] = {}
+        self.rows: _Rows | None = None
+
+    def on_rows(self, rows: _Rows) -> _Replay:
+        """The same for one micro-batch, inside of a region that is manual over the stage axis."""
+        inner = copy.copy(self)
+        inner.rows, inner.mesh, inner._shardings = rows, jax.sharding.get_abstract_mesh(), {}
+        return inner
 
     def sharding(self, spec: Spec) -> NamedSharding:
         known = self._shardings.get(spec)
@@ -58,26 +83,49 @@ class _Replay:
         """One constraint per step: the compiler then takes the steps that were priced."""
         for spec in specs:
             if spec and getattr(value, "ndim", 0) == len(spec):
+                if self.rows is not None:
+                    spec = self.rows.fitting(spec, value.shape, self.plan)
                 value = jax.lax.with_sharding_constraint(value, self.sharding(spec))
         return value
 
     def run(self, closed: Any, inputs: Sequence[Any], path: Path) -> list[Any]:
         """A closed jaxpr."""
-        return self.evaluate(closed.jaxpr, closed.consts, inputs, path)
+        outs = [whole(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path)]
+        return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], path: Path) -> list[Any]:
-        """The values of a jaxpr's outputs; `path` is where it stands in the graph."""
+        """The values of a jaxpr's outputs (what a pipeline left on its stages may be `Staged`); `path` is where it stands in the
+        graph."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        moved: dict[tuple[int, Spec], tuple[Any, Any]] = {}
+        moved: Moved = {}
+        fused = self.fused(jaxpr, path)
+        if fused is None:
+            self.equations(jaxpr, range(len(jaxpr.eqns)), env, path, moved)
+        else:
+            self.equations(jaxpr, fused.before(), env, path, moved)
+            env.update(_alternating(self, jaxpr, fused, env))
+            self.equations(jaxpr, (*fused.later, *range(fused.backward + 1, len(jaxpr.eqns))), env, path, moved)
+        return [_read(var, env) for var in jaxpr.outvars]
 
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, _jax.Literal) else env[var]
+    def fused(self, jaxpr: Any, path: Path) -> Fused | None:
+        """The loop that forward and backward scan of a jaxpr become, where the pipeline alternates between them."""
+        pipeline = self.plan.pipeline
+        if pipeline is None or pipeline.schedule != "1f1b" or self.rows is not None or pipeline.chains[0].path[:-1] != path:
+            return None
+        return fuse(jaxpr, path, pipeline)
 
-        for number, equation in enumerate(jaxpr.eqns):
-            values = [read(var) for var in equation.invars]
+    def equations(self, jaxpr: Any, numbers: Iterable[int], env: dict[Any, Any], path: Path, moved: Moved) -> None:
+        """Evaluate some equations of a jaxpr. `env`: values by variable, which grows; `moved`: what was moved for a reader."""
+        for number in numbers:
+            equation = jaxpr.eqns[number]
+            values = [_read(var, env) for var in equation.invars]
             here = (*path, number)
             control = _CONTROL.get(equation.primitive)
+            if equation.primitive not in _TAKES_STAGED:
+                values = [whole(value) for value in values]
+            if self.rows is not None:
+                values = self.rows.edited(values, here)
             with _jax.user_context(equation):
                 if control is not None:
                     outs = control(self, equation, values, here)
@@ -91,10 +139,16 @@ class _Replay:
                             value = moved[key][1]
                         values[slot] = value
                     asks = operator is not None and self.operators[operator].asked is not None
-                    outs = values if asks else _jax.bind(equation, values, self.mesh.size)  # what is asked for is constrained
+                    outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
                     outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
             env.update(zip(equation.outvars, outs, strict=True))
-        return [read(var) for var in jaxpr.outvars]
+
+    def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
+        """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
+        if self.rows is None:
+            return _jax.bind(equation, values, self.mesh.size)
+        outs = _jax.bind(equation, values, self.mesh.size, self.rows.params(path))
+        return outs
 
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
@@ -110,25 +164,126 @@ class _Replay:
         return self.constrain(value, self.found.writes.get((operator, slot), ()))
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The micro-batch that a replay computes. `edits`: what it changes, by path; `row`: its number."""
+
+    edits: Mapping[Path, Edit]
+    row: Any
+    pipeline: Pipeline
+
+    def edited(self, values: Sequence[Any], path: Path) -> list[Any]:
+        """Operands (or the outputs of a body) as this micro-batch needs them."""
+        found = self.edits.get(path)
+        operands = found.operands if found is not None else {}
+        count = self.pipeline.microbatches
+        return [edited(v, operands[k], self.row, count) if k in operands else v for k, v in enumerate(values)]
+
+    def params(self, path: Path) -> Mapping[str, Any]:
+        """The parameters that an equation has for a micro-batch instead of its own."""
+        found = self.edits.get(path)
+        return {} if found is None else found.params
+
+    def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
+        """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""
+        stage, fits = plan.axis_names.index(self.pipeline.axis), []
+        for axes, extent in zip(spec, shape, strict=True):
+            left = tuple(a for a in axes if a != stage)
+            fits.append(left if extent % math.prod(plan.axis_sizes[plan.axis_names[a]] for a in left) == 0 else ())
+        return tuple(fits)
+
+
 def _scan(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     params, (consts, carries) = equation.params, scan_arity(equation)
-    marks = [("carry", k - consts) if consts <= k < consts + carries else ("in", k) for k in range(len(values))]
-    values = [replay.boundary_read(v, (*path, *mark)) for v, mark in zip(values, marks, strict=True)]
+    values = [
+        value if isinstance(value, Staged) else replay.boundary_read(value, (*path, *mark))
+        for value, mark in zip(values, _marks(equation), strict=True)
+    ]
+    pipeline = replay.plan.pipeline
+    chain = pipeline.chain_at(path) if pipeline is not None else None
+    if chain is not None and pipeline is not None:
+        outs = _pipelined(replay, equation, values, chain, pipeline)
+    else:
+        values = [whole(value) for value in values]
+        state, ys = jax.lax.scan(
+            _body(replay, equation, values[:consts], path), tuple(values[consts : consts + carries]),
+            tuple(values[consts + carries :]), length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
+        )  # fmt: skip
+        outs = [*state, *ys]
+    finals = [replay.boundary_written(v, (*path, "carry", k), 1) for k, v in enumerate(outs[:carries])]
+    return finals + [
+        v if isinstance(v, Staged) else replay.boundary_written(v, (*path, "out", carries + k))
+        for k, v in enumerate(outs[carries:])
+    ]
+
+
+def _marks(equation: Any) -> list[Path]:
+    """The boundaries of a scan's operands."""
+    consts, carries = scan_arity(equation)
+    return [("carry", k - consts) if consts <= k < consts + carries else ("in", k) for k in range(len(equation.invars))]
+
+
+def _body(replay: _Replay, equation: Any, consts: Sequence[Any], path: Path) -> Callable[[Any, Any], Any]:
+    """The body of a scan, replayed."""
+    _, carries = scan_arity(equation)
 
     def body(carry: Any, x: Any) -> Any:
-        inner = [*values[:consts], *carry, *x]
-        inner = [replay.boundary_written(v, (*path, *mark)) for v, mark in zip(inner, marks, strict=True)]
-        outs = replay.run(params["jaxpr"], inner, path)
+        inner = [replay.boundary_written(v, (*path, *m)) for v, m in zip((*consts, *carry, *x), _marks(equation), strict=True)]
+        outs = replay.run(equation.params["jaxpr"], inner, path)
         state = [replay.boundary_read(v, (*path, "carry", k), 1) for k, v in enumerate(outs[:carries])]
         ys = [replay.boundary_read(v, (*path, "out", carries + k)) for k, v in enumerate(outs[carries:])]
         return tuple(state), tuple(ys)
 
-    state, ys = jax.lax.scan(
-        body, tuple(values[consts : consts + carries]), tuple(values[consts + carries :]),
-        length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
-    )  # fmt: skip
-    finals = [replay.boundary_written(v, (*path, "carry", k), 1) for k, v in enumerate(state)]
-    return finals + [replay.boundary_written(v, (*path, "out", carries + k)) for k, v in enumerate(ys)]
+    return body
+
+
+def _pipelined(replay: _Replay, equation: Any, values: list[Any], chain: Chain, pipeline: Pipeline) -> list[Any]:
+    """A scan over layers, run in stages."""
+    side = _side(replay, equation, chain, pipeline)
+    return run_chain(equation, chain, pipeline, replay.mesh, values, side.body_of, side.hold)
+
+
+def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Side:
+    """A scan over layers, as its stages replay it."""
+    edits = edits_of(equation, chain, pipeline.microbatches)
+
+    def body_of(row: Any, consts: Sequence[Any]) -> Callable[[Any, Any], Any]:
+        return _body(replay.on_rows(_Rows(edits, row, pipeline)), equation, consts, chain.path)
+
+    def hold(what: str, number: int, value: Any) -> Any:
+        first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[what]
+        specs = replay.found.writes.get((replay.found.at.get((*chain.path, what, number + first), -1), 0), ())
+        if not specs:
+            return value
+        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
+        inner = replay.on_rows(_Rows(edits, None, pipeline))
+        return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])
+
+    return Side(equation, chain, body_of, hold)
+
+
+def _alternating(replay: _Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What the one loop makes of a forward scan, a backward scan and all between them."""
+    pipeline = replay.plan.pipeline
+    assert pipeline is not None
+    chains = dict(zip((fused.forward, fused.backward), pipeline.chains, strict=True))
+    equations = {number: jaxpr.eqns[number] for number in chains}
+
+    def middle(row: Any, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        inner = replay.on_rows(_Rows(fused.edits, row, pipeline))
+        found = dict(values)
+        inner.equations(jaxpr, fused.middle, found, fused.path, {})
+        return found
+
+    sides = [_side(replay, equations[number], chain, pipeline) for number, chain in chains.items()]
+    made = run_fused(jaxpr, fused, pipeline, replay.mesh, lambda var: _read(var, env), (sides[0], sides[1]), middle)
+    for number, equation in equations.items():
+        here, (_, carries) = (*fused.path, number), scan_arity(equation)
+        for k, var in enumerate(equation.outvars):
+            if var in made and not isinstance(made[var], Staged):
+                mark = ("carry", k) if k < carries else ("out", k)
+                made[var] = replay.boundary_written(made[var], (*here, *mark), int(k < carries))
+    return made
 
 
 def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
@@ -210,10 +365,13 @@ def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> lis
     def body(*inputs: Any) -> list[Any]:
         entries = replay.found.entries.get(path, ((),) * len(inputs))
         held = [replay.constrain(v, (spec,)) for v, spec in zip(inputs, entries, strict=True)]
-        return replay.evaluate(equation.params["jaxpr"], (), held, path)
+        return [whole(out) for out in replay.evaluate(equation.params["jaxpr"], (), held, path)]
 
     return _jax.rebind_remat(equation, body, values)
 
+
+_TAKES_STAGED = frozenset((_jax.scan_p, _jax.jit_p, _jax.closed_call_p))
+"""Primitives that hand on what lies on stages as it is."""
 
 _CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.scan_p: _scan,
@@ -275,7 +433,7 @@ class PlannedFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs)])
+        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
 
     @property
     def mesh(self) -> Mesh:
@@ -292,7 +450,7 @@ class PlannedFunction:
         """Lowered for the shapes that were planned for."""
         return self._jitted.lower(*[jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.plan.traced.in_avals])
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: bool = False) -> list[Any]:
         for key, planned in self._static.items():
             given = kwargs.get(key, planned) if isinstance(key, str) else args[key] if key < len(args) else planned
             if given != planned:
@@ -302,11 +460,19 @@ class PlannedFunction:
         leaves, tree = jax.tree.flatten((args, kwargs))
         traced = self.plan.traced
         if tree != traced.in_tree:
-            raise ValueError(f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}")
+            raise ValueError(
+                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it as it was "
+                "planned, with the same arguments by position, by keyword and static, or plan again"
+            )
         for path, aval, leaf in zip(traced.in_paths, traced.in_avals, leaves, strict=True):
             shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
             if tuple(shape) != tuple(aval.shape):
                 raise ValueError(f"{path} was planned with shape {aval.shape}, but has shape {tuple(shape)}; plan again")
+            if isinstance(leaf, jax.ShapeDtypeStruct) and not shapes:
+                raise TypeError(f"{path} is a shape, not an array: shapes can be planned and lowered, but not run")
+            if not _fits(leaf, aval.dtype):
+                given = getattr(leaf, "dtype", type(leaf).__name__)
+                raise ValueError(f"{path} was planned as {aval.dtype}, but is {given}; convert it, or plan again")
         return leaves
 
     def _place(self, leaf: Any, sharding: NamedSharding, donated: bool) -> Any:
@@ -334,6 +500,15 @@ class PlannedFunction:
 
 def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
     return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
+
+
+def _fits(leaf: Any, planned: Any) -> bool:
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32, say); a Python number has a kind only."""
+    kind = {bool: jax.numpy.bool_, int: jax.numpy.integer, float: jax.numpy.floating, complex: jax.numpy.complexfloating}.get(type(leaf))
+    if kind is not None:
+        return jax.numpy.issubdtype(planned, kind)
+    dtype = getattr(leaf, "dtype", planned)
+    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
 
 
 def _abstract(leaf: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from jaxplan.api import Plan, make_plan
+from jaxplan.api import Plan, check_mesh, keywords, make_plan, meant
 from jaxplan.apply import PlannedFunction
 from jaxplan.trace import static_values
 
@@ -17,13 +17,27 @@ from jaxplan.trace import static_values
 def auto_shard(mesh: Any, **options: Any) -> Callable[[Callable[..., Any]], AutoSharded]:
     """Decorate a function: it is planned on its first call per argument shapes, then runs as a cached jitted call.
 
-    Takes the keywords of `make_plan`. The result exposes `.plan(*args)` and `.lower(*args)`.
+    Takes the keywords of `make_plan`. The result exposes `.plan(*args)` and `.lower(*args)`. A method is decorated as with
+    `jax.jit`: its instance is an argument like any other, a pytree or static.
+
+    Raises TypeError, when decorating, if `mesh` is no mesh or a keyword is none of `make_plan`'s.
     """
+    if callable(mesh) and not isinstance(mesh, jax.sharding.Mesh):
+        name = getattr(mesh, "__name__", "function")
+        raise TypeError(f"auto_shard takes the mesh, then the function: write @jaxplan.auto_shard(mesh) above {name!r}")
+    check_mesh(mesh)
+    _check_options(options)
 
     def decorate(fn: Callable[..., Any]) -> AutoSharded:
         return AutoSharded(fn, mesh, options)
 
     return decorate
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in keywords():
+            raise TypeError(f"auto_shard does not take {name!r}; {meant(name)}")
 
 
 class AutoSharded:
@@ -33,6 +47,9 @@ class AutoSharded:
         functools.update_wrapper(self, fn)
         self._fn, self._mesh, self._options = fn, mesh, options
         self._known: dict[Any, _Entry] = {}
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else _Method(self, instance)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (arrays or shapes); made once per structure, shapes and static values."""
@@ -52,7 +69,9 @@ class AutoSharded:
         return entry.run
 
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Entry:
-        static = static_values(args, kwargs, self._options.get("static_argnums"), self._options.get("static_argnames"))
+        static = static_values(
+            self._fn, args, kwargs, self._options.get("static_argnums"), self._options.get("static_argnames")
+        )
         dynamic = [a for i, a in enumerate(args) if i not in static], {k: v for k, v in kwargs.items() if k not in static}
         leaves, tree = jax.tree.flatten(dynamic)
         key = (tree, tuple(map(_signature, leaves)), tuple(static.items()))
@@ -61,6 +80,19 @@ class AutoSharded:
             plan = make_plan(self._fn, *args, mesh=self._mesh, **self._options, **kwargs)
             known = self._known[key] = _Entry(plan)
         return known
+
+
+class _Method:
+    """An `AutoSharded` looked up on an instance, which becomes its first argument, as with a method under `jax.jit`."""
+
+    def __init__(self, function: AutoSharded, instance: Any) -> None:
+        functools.update_wrapper(self, function)
+        self.plan = functools.partial(function.plan, instance)
+        self.lower = functools.partial(function.lower, instance)
+        self._call = functools.partial(function, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
 
 @dataclass

@@ -145,8 +145,10 @@ def relative_error(predicted: float, compiled: float) -> float:
     return abs(predicted - compiled) / compiled if compiled else math.inf
 
 
-def compare(plan: Plan, found: Audit) -> PlanAudit:
-    """A plan's exchanges beside those of its compiled program, `found`."""
+def compare(plan: Plan, found: Audit, rounded: bool = True) -> PlanAudit:
+    """A plan's exchanges beside those of its compiled program, `found`. `rounded`: whether it is compiled for a machine that rounds
+    what only products read, if the plan's does."""
+    exchanges = plan.exchanges if rounded else plan.exchanges_of(rounded=False)
     sizes = plan.axis_sizes
     slow_first = [plan.axis_names[axis] for axis in plan.modelled.numbers.slow_first]
     compiled = dict.fromkeys(sizes, 0.0)
@@ -154,7 +156,7 @@ def compare(plan: Plan, found: Audit) -> PlanAudit:
         for axis, sent in sent_by_axis(collective, sizes, slow_first).items():
             compiled[axis] = compiled.get(axis, 0.0) + sent * collective.times
     return PlanAudit(
-        plan.traced.name, sizes, match(plan.exchanges, found.normalised), dict(plan.wire_bytes), compiled,
+        plan.traced.name, sizes, match(exchanges, found.normalised), plan.bytes_by_axis(exchanges), compiled,
         float(plan.peak_bytes), float(found.peak_bytes), found,
     )  # fmt: skip
 

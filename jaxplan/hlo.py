@@ -14,7 +14,8 @@ of one backend (CPU above all) into what the program means, by these rules and n
    no combination (its elements are the slices for each peer) and stays one.
 2. An all-reduce all of whose uses, through convert, copy, bitcast, reshape, transpose, fusion and tuple
    plumbing, are one and the same dynamic-slice, whose offsets (evaluated for every partition) hand each
-   member of the group a different n-th of the result, becomes a reduce-scatter.
+   member of the group a different n-th of the result along one dimension, becomes a reduce-scatter: no
+   backend has one along several.
    Where the text elides the table of offsets (`constant({...})`, 10 elements and more), only a slice inside
    a computation that XLA named `all-reduce-scatter` is rewritten. `audit` has the tables printed.
 3. An f32 collective that was widened counts the bytes of the narrow type: a data movement whose operand
@@ -318,6 +319,8 @@ class _Reader:
             if use is None or use.opcode != "dynamic-slice":
                 return ""
             whole = self._type(computation, use.operands[0])
+            if sum(n != k for n, k in zip(_array(whole)[1], _array(use.type)[1], strict=False)) != 1:
+                return ""
             tilings.add(self._tiling(computation, use.name, use.operands[1:], whole, use.type, groups))
         return uses[0][1].type if len(tilings) == 1 and None not in tilings and uses[0][1] else ""
 

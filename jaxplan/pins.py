@@ -19,7 +19,12 @@ def pinned_layouts(
 ) -> dict[int, Layout]:
     """{flat input: layout} of what the user insists on; later pins override earlier ones."""
     layouts: dict[int, Layout] = {}
+    if not isinstance(pins, Mapping):
+        raise TypeError(f"pins must be a dict {{input path: PartitionSpec}}, got {type(pins).__name__}")
     for path, spec in pins.items():
+        if not isinstance(spec, PartitionSpec | tuple):
+            instead = f"its .spec, {spec.spec}" if isinstance(spec, jax.sharding.NamedSharding) else "P('data', None), say"
+            raise TypeError(f"pin {path!r}: a layout is a PartitionSpec, got {type(spec).__name__} {spec!r}: give {instead}")
         for position in inputs_at(traced, "pin", path):
             layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
     return layouts
@@ -33,7 +38,7 @@ def inputs_at(traced: Traced, what: str, path: str) -> list[int]:
         pattern = re.compile(_glob(path))
         hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
     if not hits:
-        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3)
+        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3) or [*traced.in_paths[:3]]
         raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
     return hits
 
@@ -74,22 +79,37 @@ def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_sh
 def dimension_names(
     traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
 ) -> dict[tuple[int, int], str]:
-    """{(tensor, dimension): name} from what the user wrote."""
+    """{(tensor, dimension): name} from what the user wrote. A text is for those inputs that have as many dimensions as it has words.
+
+    Raises ValueError for a text that fits no input of those it was written for; TypeError for what is no text.
+    """
     if not dims:
         return {}
-    if not isinstance(dims, Mapping):
-        args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
-        written = {i: text for arg, text in zip(args, dims, strict=False) if text for i in jax.tree.leaves(arg)}
+    if isinstance(dims, str):
+        raise TypeError(f"dims must be one string per argument or a dict {{input path: string}}, got the string {dims!r}")
+    if isinstance(dims, Mapping):
+        written = [(repr(path), text, inputs_at(traced, "dims", path)) for path, text in dims.items()]
     else:
-        written = {}
-        for path, text in dims.items():
-            written.update(dict.fromkeys(inputs_at(traced, "dims", path), text))
-    names = {}
-    for position, text in written.items():
+        args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
+        if len(dims) > len(args):
+            raise ValueError(f"dims has {len(dims)} strings, but {traced.name} has {len(args)} positional arguments")
+        written = [(f"argument {i}", text, jax.tree.leaves(arg)) for i, (arg, text) in enumerate(zip(args, dims, strict=False)) if text]
+    names: dict[tuple[int, int], str] = {}
+    extents: dict[str, tuple[int, str]] = {}
+    for where, text, positions in written:
         words = text.split()
-        if len(words) == len(traced.in_avals[position].shape):
-            names.update({(graph.inputs[position], d): word for d, word in enumerate(words)})
-        elif position in written and len(written) == 1:
-            extents = tuple(traced.in_avals[position].shape)
-            raise ValueError(f"dims {text!r} names {len(words)} dimensions; the input has shape {extents}")
+        fitting = [position for position in positions if len(traced.in_avals[position].shape) == len(words)]
+        if positions and not fitting:
+            shape = tuple(traced.in_avals[positions[0]].shape)
+            inputs = "the input has shape" if len(positions) == 1 else f"none of its {len(positions)} inputs has as many, the first is"
+            raise ValueError(f"dims {text!r} for {where} names {len(words)} dimensions; {inputs} {shape}")
+        for position in fitting:
+            for dim, (word, extent) in enumerate(zip(words, traced.in_avals[position].shape, strict=True)):
+                names[graph.inputs[position], dim] = word
+                if extent != 1 and extents.setdefault(word, (extent, traced.in_paths[position]))[0] != extent:
+                    first, path = extents[word]
+                    raise ValueError(
+                        f"dims calls two extents {word!r}: {first} of {path} and {extent} of {traced.in_paths[position]}; a name is "
+                        "one symbol of the cost, so give them two names, each by its own path"
+                    )
     return names

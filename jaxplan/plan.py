@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -30,7 +30,8 @@ from jaxplan.cost.price import halo_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import VIEW
-from jaxplan.layout import Layout, Spec, shards, spec_of
+from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PlannedExchange:
 
     `kind`: all_reduce, all_gather, reduce_scatter, all_to_all or permute. `wire_bytes`: {axis: bytes sent per device} each
     time; `times`: how often in one call. `operator`: the primitive it serves; `source`: the user's "file.py:line".
+    `dtype`: what is sent: the tensor's own, or what the machine's matrix unit rounds it to.
     """
 
     kind: str
@@ -77,7 +79,7 @@ class Constraints:
 class Plan:
     """Where everything lies. `choices`: (clusters, axes) option numbers. `stages`: seconds spent per room while planning.
 
-    `bound`: a proven lower bound on `seconds`, if one was asked for.
+    `bound`: a proven lower bound on `seconds`, if one was asked for. `pipeline`: the mesh axis that is laid along layers, if any.
     """
 
     traced: Traced
@@ -88,6 +90,7 @@ class Plan:
     bound: float | None = None
     dims: Mapping[tuple[int, int], str] = field(default_factory=dict)
     request: Any = None
+    pipeline: Pipeline | None = None
 
     # ---- layouts -----------------------------------------------------------------------------------------------
 
@@ -222,7 +225,12 @@ class Plan:
 
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
-        """Every collective of one call, costliest first.
+        """Every collective of one call, costliest first."""
+        return self.exchanges_of(rounded=True)
+
+    def exchanges_of(self, rounded: bool) -> tuple[PlannedExchange, ...]:
+        """Every collective of one call, costliest first. `rounded`: as the plan's machine does it, which may round what only
+        products read before it sends it; False: as on a machine that sends all values whole, such as simulated devices.
 
         What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
         rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy
@@ -233,6 +241,7 @@ class Plan:
         for index in range(len(graph.clusters)):
             found += self.combined(index)
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
+        shares = self._shares if rounded else {}
         for reading in self.modelled.readings:
             steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
@@ -243,7 +252,8 @@ class Plan:
                 already = moved.get((reading.tensor, step, inside), 0.0)
                 if reading.times > already:
                     moved[reading.tensor, step, inside] = reading.times
-                    found += self.moved((step,), reading.tensor, reader, reading.times - already)
+                    share = shares.get((reading.tensor, step), 1.0)
+                    found += self.moved((step,), reading.tensor, reader, reading.times - already, share)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
 
     def combined(self, index: int) -> list[PlannedExchange]:
@@ -260,6 +270,16 @@ class Plan:
             ))  # fmt: skip
         return found
 
+    @property
+    def _shares(self) -> dict[tuple[int, Step], float]:
+        """Of a tensor's bytes, what a step sends: whoever reads most of them decides."""
+        found: dict[tuple[int, Step], float] = {}
+        for reading in self.modelled.readings:
+            steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), self.modelled.setting.slow_first)
+            for step in steps:
+                found[reading.tensor, step] = max(found.get((reading.tensor, step), 0.0), reading.share)
+        return found
+
     def _rematerialised(self, reading: Reading) -> tuple[Any, ...]:
         """The path of the innermost rematerialised call in which a tensor is read; () for none."""
         graph = self.modelled.graph
@@ -267,8 +287,11 @@ class Plan:
         path = next((op.path for op in members if reading.tensor in op.operands), ())
         return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
 
-    def moved(self, steps: Sequence[Step], tensor: int, operator: int, times: float) -> list[PlannedExchange]:
-        """The exchanges of some steps. Scatters of several dimensions are one: so the compiler does it."""
+    def moved(
+        self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0
+    ) -> list[PlannedExchange]:
+        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent. Scatters of several dimensions are one: so the
+        compiler does it."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
         runs: list[list[Step]] = []
         for step in steps:
@@ -277,11 +300,12 @@ class Plan:
             elif step.kind != "slice":
                 runs.append([step])
         sizes, source = self.modelled.numbers.sizes, self.source(op) if runs else ""
+        dtype = about.dtype if share == 1.0 else self.modelled.numbers.machine.matmul_reads[about.dtype]
         return [
             PlannedExchange(
                 run[0].kind, tuple(self.axis_names[a] for step in run for a in step.axes),
-                {self.axis_names[a]: float(h) for step in run for a, h in step_bytes(step, about.nbytes, sizes)},
-                times, about.shape, about.dtype, op.name, source,
+                {self.axis_names[a]: float(h) for step in run for a, h in step_bytes(step, share * about.nbytes, sizes)},
+                times, about.shape, dtype, op.name, source,
             )
             for run in runs
         ]  # fmt: skip
@@ -320,7 +344,7 @@ class Plan:
 
     @cached_property
     def _symbolic_peak(self) -> tuple[sympy.Expr, dict[Any, float]]:
-        return symbolic_peak(self.modelled, self.memory, self.input_layouts, self.names)
+        return symbolic_peak(self.modelled, self.memory, self.names)
 
     @property
     def peak(self) -> sympy.Expr:
@@ -337,8 +361,12 @@ class Plan:
     @cached_property
     def wire_bytes(self) -> dict[str, float]:
         """Bytes sent per device and call, per mesh axis."""
+        return self.bytes_by_axis(self.exchanges)
+
+    def bytes_by_axis(self, exchanges: Iterable[PlannedExchange]) -> dict[str, float]:
+        """Bytes sent per device and call, per mesh axis, of some exchanges."""
         total = dict.fromkeys(self.axis_names, 0.0)
-        for exchange in self.exchanges:
+        for exchange in exchanges:
             for axis, value in exchange.wire_bytes.items():
                 total[axis] += value * exchange.times
         return total
@@ -365,9 +393,8 @@ class Plan:
         return (self.seconds - self.bound) / self.bound if self.bound > 0 else math.inf if self.seconds > 0 else 0.0
 
     def input_bytes(self, position: int) -> float:
-        """Bytes per device of one flat input."""
-        tensor = self.modelled.graph.inputs[position]
-        return self.modelled.graph.tensors[tensor].nbytes / shards(self.input_layouts[position], self.modelled.numbers.sizes)
+        """Bytes per device of one flat input, padding included."""
+        return self.memory.given[position].nbytes
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"

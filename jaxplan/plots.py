@@ -39,8 +39,7 @@ def plot_memory(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Bytes per device over one call, to a file: what lives throughout, what lives besides, and the peak."""
     figure, kind = _figure(path, 8.0, 3.2)
     held = plan.memory
-    materialises = plan.modelled.numbers.machine.materialises
-    fixed = (held.arguments + (held.outputs if materialises else 0.0)) / GIB
+    fixed = (held.arguments + held.outputs) / GIB
     over = fixed + held.over / GIB
     axes = figure.subplots()
     places = range(len(over))

@@ -84,6 +84,16 @@ def _shardings(plan: Plan, tree: Any, what: str) -> Any:
     """The planned shardings of arrays that are structured as some of the plan's arguments, in a tree like theirs."""
     if not isinstance(plan.mesh, Mesh):
         raise ValueError("this plan was made for an AbstractMesh; use plan.replan(mesh=...) with a mesh of devices first")
+    specs = [plan.partition_spec_of(position) for position in planned_inputs(plan, tree, what)]
+    return jax.tree.structure(tree).unflatten([NamedSharding(plan.mesh, spec) for spec in specs])
+
+
+def planned_inputs(plan: Plan, tree: Any, what: str) -> list[int]:
+    """Per leaf of arrays (or shapes) that are structured as some of the plan's arguments, the flat input that it stands for.
+
+    Sub-trees are matched by structure, shapes and dtypes, never by name. Raises ValueError, naming the path, for a leaf that
+    stands for no argument, or for several that are laid out differently. `what`: what the tree is called in errors.
+    """
     traced = plan.traced
     entries, structure = tree_flatten_with_path(tree)
     numbers = structure.unflatten(range(len(entries)))
@@ -101,11 +111,11 @@ def _shardings(plan: Plan, tree: Any, what: str) -> Any:
                 f"({', '.join(dict.fromkeys(path.split('/')[0] for path in traced.in_paths))})"
             )
         if len(entries) > 1 or len({specs[i] for i in candidates}) == 1:
-            found.append(NamedSharding(plan.mesh, specs[candidates[0]]))
+            found.append(candidates[0])
             continue
         some = ", ".join(f"{traced.in_paths[i]} {specs[i]}" for i in candidates[:4])
         raise ValueError(f"{what}: {shown} may stand for several arguments of {traced.name}, laid out differently: {some}")
-    return structure.unflatten(found)
+    return found
 
 
 def _name(path: Any) -> str:

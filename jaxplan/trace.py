@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
+
+from jaxplan import _jax
 
 
 class TraceError(ValueError):
@@ -57,8 +59,10 @@ def trace(
     """Trace `fn(*args, **kwargs)` once. Arrays, `jax.ShapeDtypeStruct`s, scalars and pytrees of them are accepted.
 
     A function already under `jax.jit` keeps its own static and donated arguments. Errors of the function itself are
-    JAX's own, with one line of context added.
+    JAX's own, with one line of context added. Raises TypeError if `fn` is no function.
     """
+    if not callable(fn):
+        raise TypeError(f"what is planned must be a function, got {type(fn).__name__}: give the function, then its arguments")
     jitted: Any = fn
     if not hasattr(fn, "trace"):
         jitted = jax.jit(
@@ -69,14 +73,25 @@ def trace(
             donate_argnames=donate_argnames,
         )
     name = getattr(fn, "__name__", type(fn).__name__)
+    static = {key for key in static_values(fn, args, kwargs, static_argnums, static_argnames) if isinstance(key, int)}
     try:
         staged = jitted.trace(*args, **kwargs)
     except Exception as error:
-        error.add_note(f"(jaxplan was tracing {name!r} to plan it; the error is the function's own)")
+        error.add_note(f"(jaxplan was tracing {name!r} to plan it; jax.jit({name})(...) stops here too)")
+        if "as an abstract array" in str(error):
+            error.add_note(
+                "(what is no array is static: name the argument in static_argnums= or static_argnames=, or split it off a module as "
+                "docs/frameworks.md shows)"
+            )
         raise
+    if not hasattr(staged, "args_info"):  # a framework's own jit, which takes its objects apart
+        raise TypeError(
+            f"{name!r} is a {type(fn).__module__}.{type(fn).__name__}, which is no jax.jit: plan the function under it, from "
+            "arrays to arrays (docs/frameworks.md has the way of each framework)"
+        )
     info = staged.args_info
     entries, in_tree = tree_flatten_with_path(info)
-    names = _argument_names(fn, len(info[0]), args, static_argnums, static_argnames)
+    names = _argument_names(fn, len(info[0]), len(args), static)
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
         jaxpr=staged.jaxpr,
@@ -107,28 +122,19 @@ def _input_path(path: Sequence[Any], names: Sequence[str]) -> str:
     return f"{head}/{tail}" if tail else head
 
 
-def _argument_names(
-    fn: Callable[..., Any],
-    count: int,
-    args: tuple[Any, ...],
-    static_argnums: int | Sequence[int] | None,
-    static_argnames: str | Sequence[str] | None,
-) -> list[str]:
-    """The names of the positional arguments that stay after static ones are taken out."""
+def _argument_names(fn: Callable[..., Any], count: int, given: int, static: Collection[int]) -> list[str]:
+    """The names of the `count` positional arguments that stay of those `given` after the static ones are taken out."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         parameters = []
     names: list[str] = []
-    for position in range(len(args)):
+    for position in range(given):
         if position < len(parameters) and parameters[position].kind is not inspect.Parameter.VAR_POSITIONAL:
             names.append(parameters[position].name)
         else:
             stem = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "arg")
             names.append(f"{stem}[{position}]")
-    numbers = [static_argnums] if isinstance(static_argnums, int) else list(static_argnums or ())
-    static_names = [static_argnames] if isinstance(static_argnames, str) else list(static_argnames or ())
-    static = {n % max(1, len(args)) for n in numbers} | {i for i, n in enumerate(names) if n in static_names}
     kept = [name for i, name in enumerate(names) if i not in static]
     return kept if len(kept) == count else [f"arg{i}" for i in range(count)]
 
@@ -191,14 +197,45 @@ def _subtrees(tree: Any) -> list[tuple[tuple[int, ...], Any]]:
 
 
 def static_values(
+    fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     argnums: int | Sequence[int] | None,
     argnames: str | Sequence[str] | None,
 ) -> dict[int | str, Any]:
-    """{position or keyword: value} of the static arguments."""
-    numbers = [argnums] if isinstance(argnums, int) else list(argnums or ())
-    names = [argnames] if isinstance(argnames, str) else list(argnames or ())
+    """{position or keyword: value} of the static arguments of a call, as they were given.
+
+    As in `jax.jit`, a parameter that is named static is so by position too, and the other way round; a function already under
+    `jax.jit` keeps its own. Raises TypeError, naming the argument, for a value that cannot be hashed.
+    """
+    numbers, names = _jax.jit_statics(fn) if hasattr(fn, "trace") else _statics(fn, argnums, argnames)
     values: dict[int | str, Any] = {n % len(args): args[n] for n in numbers if -len(args) <= n < len(args)}
     values.update({name: kwargs[name] for name in names if name in kwargs})
+    for key, value in values.items():
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"static argument {key!r} is a {type(value).__name__}, which cannot be hashed: JAX keeps one program per value of "
+                "it. Give a tuple or a frozen dataclass, or leave it out of static_argnums and static_argnames"
+            ) from error
     return values
+
+
+def _statics(
+    fn: Callable[..., Any], argnums: int | Sequence[int] | None, argnames: str | Sequence[str] | None
+) -> tuple[list[int], list[str]]:
+    """Positions and names of static parameters; where only one of the two was said, the other follows from the signature."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums or ())
+    names = [argnames] if isinstance(argnames, str) else list(argnames or ())
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return numbers, names
+    named = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    first = [p.name for p in parameters if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)]
+    if argnums is None:
+        numbers = [position for position, name in enumerate(first) if name in names]
+    elif argnames is None:
+        names = [first[n] for n in numbers if -len(first) <= n < len(first) and first[n] in named]
+    return numbers, names

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxplan import __version__
-from jaxplan.cli import calibrating, completion, demonstrate, functions, questions, saved, solving, whatif
+from jaxplan.cli import calibrating, completion, demonstrate, exporting, functions, questions, saved, solving, whatif
 from jaxplan.cli.output import Trouble, close_quietly, explain, to_devnull
 
 __all__ = ["COMMANDS", "main", "parser"]
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "diff": Command("what differs between two saved plans", saved.diff_options, saved.diff),
     "check": Command("fail if a function's plan got costlier than a saved one", functions.check_options, functions.check),
     "audit": Command("compile a function and list what it really sends", functions.audit_options, functions.audit),
+    "export": Command("a saved plan in another library's words", exporting.options, exporting.export),
     "calibrate": Command("measure the devices of this machine", calibrating.options, calibrating.calibrate),
     "demo": Command("plan, run and audit a small language model on simulated devices", demonstrate.options, demonstrate.demo),
     "solve": Command("solve a problem file of the contest on intra-operator parallelism", solving.options, solving.solve),

@@ -10,19 +10,22 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan import _jax
+from jaxplan.cost.fusing import reads_rounded, rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices, ClusterPrice, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
+from jaxplan.machine import Machine
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
 Leads = tuple[int, ...]
 
 
 class Reading(NamedTuple):
-    """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem."""
+    """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem. `share`: of its bytes,
+    what is sent where the reader wants it elsewhere; less than 1 where all of the reader rounds it."""
 
     tensor: int
     writer: int
@@ -30,6 +33,7 @@ class Reading(NamedTuple):
     reader: int
     read: Terminal
     times: float
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def model(
             options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, *charged))
         numbered.append(kinds[kind])
-    readings = _readings(graph, writers)
+    readings = _readings(graph, writers, numbers.machine)
     follows = {} if bytes_cost is not None else _followers(graph, readings, pinned_clusters)
     place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
     nodes = []
@@ -124,7 +128,7 @@ def model(
         written = reshards.terminal(writer.options, reading.write.leads, written=True)
         read = reshards.terminal(reader.options, reading.read.leads, written=False)
         copied = bytes_cost.copied.get((reading.tensor, reading.reader), 0.0) if bytes_cost else 0.0
-        key = (nbytes := numbers.nbytes(reading.tensor), written, read, copied)
+        key = (nbytes := reading.share * numbers.nbytes(reading.tensor), written, read, copied)
         if key not in edge_prices:
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
         number, edge_price = edge_prices[key]
@@ -226,14 +230,17 @@ def _pinned_options(cluster: Cluster, numbers: Numbers, axis: int, dims: Sequenc
     return tuple(options)
 
 
-def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]]) -> list[Reading]:
+def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: Machine) -> list[Reading]:
     readings = []
+    known = rounded(graph) if machine.matmul_reads else frozenset[int]()
     for index, cluster in enumerate(graph.clusters):
         for read, times in zip(cluster.reads, cluster.read_times, strict=True):
             source = writers.get(read.tensor)
             if source is None or source[0] == index or not _sized(graph, read.tensor):
                 continue
-            readings.append(Reading(read.tensor, source[0], source[1], index, read, times))
+            users = [graph.operators[m] for m in cluster.members if read.tensor in graph.operators[m].operands]
+            share = machine.rounded_share(graph.tensors[read.tensor].dtype) if all(reads_rounded(o, known) for o in users) else 1.0
+            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])
         source = writers.get(tensor)

@@ -70,11 +70,11 @@ def combine_steps(
     scattered over (-1: not at all).
 
     The compiler combines one contracted dimension after the other, each in full. Only the last can be scattered directly,
-    and only if all its axes are and none before; what else is to be scattered is reduced, then sliced.
+    and only if all its axes are, to one dimension, and none before; what else is to be scattered is reduced, then sliced.
     """
     walk = _Walk(layout, ndim, slow_first)
     *first, last = partial
-    direct = all(scatter[axis] >= 0 for axis in last) and all(scatter[axis] < 0 for axes in first for axis in axes)
+    direct = scatter[last[0]] >= 0 and len({scatter[axis] for axis in last}) == 1 and all(scatter[axis] < 0 for axes in first for axis in axes)
     for axes in first if direct else partial:
         walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
     groups: dict[int, list[int]] = {}

@@ -17,9 +17,11 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.price import cluster_exchanges
 from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
+from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, shards
@@ -46,15 +48,16 @@ class Buffer:
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs;
-    `moment`: the place of it in the order of operators; `over`: what lives besides arguments at every place of that order,
-    without the outputs on machines that materialise, else with those that are written by then."""
+    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs,
+    `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments and
+    outputs at every place of that order."""
 
     arguments: float
     outputs: float
     temporaries: float
     live: tuple[Buffer, ...]
     results: tuple[Buffer, ...]
+    given: tuple[Buffer, ...]
     moment: int
     over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
@@ -73,42 +76,71 @@ def memory(
     donated: Sequence[bool],
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
-    graph, sizes = modelled.graph, modelled.numbers.sizes
-    materialises = modelled.numbers.machine.materialises
-    facts = _facts(graph, materialises)
-
-    def local(tensor: int, layout: Layout | None) -> float:
-        return graph.tensors[tensor].nbytes / (shards(layout, sizes) if layout is not None else 1)
-
+    graph, machine = modelled.graph, modelled.numbers.machine
+    facts = _facts_of(modelled, choices)
+    local = _sizes(modelled, facts)
     ties = dict(graph.ties)
+    given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
     own: dict[int, float] = {}
     results: dict[int, Buffer] = {}
     for position, tensor in enumerate(graph.outputs):
         if tensor >= 0 and not (position in ties and donated[ties[position]]):
             own[tensor] = local(tensor, outputs[position])
-            results[tensor] = Buffer(tensor, OUTPUT, own[tensor], 0, 0, _axes(outputs[position]))
-    given = {graph.outputs[position] for position in ties if donated[ties[position]]}
-    held, _ = _held(graph, facts, layouts, own, given, local)
+            results[tensor] = _buffer(tensor, OUTPUT, own[tensor], outputs[position])
+    replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
+    held, _ = _held(graph, facts, layouts, own, replaced, local)
     buffers = held + _transients(modelled, choices, facts, local)
-    arguments = sum(local(tensor, layout) for tensor, layout in zip(graph.inputs, inputs, strict=True))
-    heap = _outside_outputs(buffers) if materialises else buffers
     places = len(facts.order.sequence) + 2
+    if machine.materialises:
+        heap = _outside_outputs(buffers)
+    else:
+        buffers += [Buffer(t, TRANSIENT, local(t, layouts.get(t)), *life, _axes(layouts.get(t))) for t, *life in facts.copies]
+        turned = [Buffer(t, TRANSIENT, local(t, layouts.get(t)), at, at, _axes(layouts.get(t))) for t, at in facts.turned]
+        heap = _far(buffers, facts, machine.near_bytes) + turned
+    lives = _lives(heap, places)
+    at = int(lives.argmax())
+    live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
+    arguments, total = sum(b.nbytes for b in given), sum(own.values())
+    return Memory(
+        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
+    )  # fmt: skip
+
+
+def _lives(heap: Sequence[Buffer], places: int) -> np.ndarray:
+    """Bytes that live at each place."""
     change = np.zeros(places + 1)
     for buffer in heap:
         change[buffer.first] += buffer.nbytes
         change[buffer.last + 1] -= buffer.nbytes
-    lives = np.cumsum(change)
-    at = int(lives.argmax())
-    written = 0.0 if materialises else sum(b.nbytes for b in heap if b.kind == OUTPUT and b.first <= at <= b.last)
-    live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
-    total = sum(own.values())
-    temporaries = float(lives[at]) if materialises else max(0.0, float(lives[at]) - written)
-    return Memory(float(arguments), float(total), temporaries, tuple(live), tuple(results.values()), at, lives[:-1])
+    return np.cumsum(change)
 
 
-def running_order(modelled: Modelled) -> Sequence[int]:
+def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buffer:
+    return Buffer(tensor, kind, nbytes, 0, 0, _axes(layout))
+
+
+def _sizes(modelled: Modelled, facts: _Facts) -> Local:
+    """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
+    graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
+
+    def local(tensor: int, layout: Layout | None) -> float:
+        about = graph.tensors[tensor]
+        nbytes = about.nbytes / (shards(layout, sizes) if layout is not None else 1)
+        if tensor in facts.narrow:
+            nbytes *= machine.rounded_share(about.dtype)
+        return nbytes * padding(local_shape(about.shape, layout, sizes), machine.tile, facts.outer.get(tensor, ())) if machine.tile else nbytes
+
+    return local
+
+
+def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
     """The operators in the order in which memory takes them to run: their numbers in the graph."""
-    return _facts(modelled.graph, modelled.numbers.machine.materialises).order.sequence
+    return _facts_of(modelled, choices).order.sequence
+
+
+def _facts_of(modelled: Modelled, choices: np.ndarray) -> _Facts:
+    materialises = modelled.numbers.machine.materialises
+    return _facts(modelled.graph, materialises, frozenset() if materialises else _scattered(modelled, choices))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
@@ -125,12 +157,31 @@ class _Facts:
     readers: Mapping[int, Sequence[int]]
     fused: frozenset[int]
     place: Mapping[int, int]
+    fuses: bool = False
+    narrow: frozenset[int] = frozenset()
+    shifted: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    outer: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    waits: Mapping[int, int] = field(default_factory=dict)
+    copies: Sequence[tuple[int, int, int]] = ()
+    turned: Sequence[tuple[int, int]] = ()
 
 
-@lru_cache(maxsize=8)
-def _facts(graph: Graph, materialises: bool) -> _Facts:
+def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
+    """Operators whose partial results are scattered."""
+    found = set()
+    for index, cluster in enumerate(modelled.graph.clusters):
+        if cluster.combines:
+            for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting):
+                if any(step.kind == "reduce_scatter" for step in exchange.steps):
+                    found.add(exchange.operator)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=16)
+def _facts(graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset()) -> _Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
+    places = {i: place for place, i in enumerate(order.sequence)}
     made: dict[int, int] = {}
     readers: dict[int, list[int]] = {}
     for place, operator in enumerate(operators):
@@ -139,6 +190,10 @@ def _facts(graph: Graph, materialises: bool) -> _Facts:
         for tensor in operator.operands:
             if tensor >= 0:
                 readers.setdefault(tensor, []).append(place)
+    if not materialises:
+        found = stored(graph, operators, frozenset(places[i] for i in scattered if i in places))
+        made.update(found.made)
+        return _Facts(order, operators, made, found.readers, found.computed, places, True, found.narrow, found.shifted, found.outer, found.waits, found.copies, found.turned)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
     leaving, fused = {t for t in graph.outputs if t >= 0}, set()
     for operator in operators:
@@ -148,7 +203,7 @@ def _facts(graph: Graph, materialises: bool) -> _Facts:
             where = {cluster.get(order.sequence[reader]) for reader in found}
             if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
                 fused.add(tensor)
-    return _Facts(order, operators, made, readers, frozenset(fused), {i: place for place, i in enumerate(order.sequence)})
+    return _Facts(order, operators, made, readers, frozenset(fused), places)
 
 
 def _in_a_loop(operator: Operator) -> bool:
@@ -175,7 +230,7 @@ class _Roots:
 
 
 def _held(
-    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], own: Mapping[int, float], given: set[int], local: Local
+    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], own: Mapping[int, float], replaced: Mapping[int, int], local: Local
 ) -> tuple[list[Buffer], _Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
@@ -201,6 +256,7 @@ def _held(
                 roots.join(result, source)
     for _, _, (inner, final) in carries:
         roots.join(inner, final)
+    moved = _moved(graph, facts, layouts)
     arguments = {roots.of(tensor) for tensor in inputs}
     for place, (initial, produced), (inner, final) in carries:
         uses = readers.get(initial, ()) if initial >= 0 else ()
@@ -208,13 +264,13 @@ def _held(
             roots.join(initial, final)
         if produced in made and operators[made[produced]].rule.fusible:
             old = [r for r in readers.get(inner, ()) if r != place]
-            if max(old, default=0) <= made[produced]:
+            if max(old, default=0) <= made[produced] and inner not in facts.shifted.get(produced, ()):
                 roots.join(produced, final)
     for tensor in (*layouts, *own):
-        if tensor in facts.fused:
+        if tensor in facts.fused and tensor not in moved:
             continue
         root = roots.of(tensor)
-        size = own.get(tensor, local(tensor, layouts.get(tensor)))
+        size = own.get(tensor, local(tensor, layouts.get(tensor)) * moved.get(tensor, 1.0))
         if size >= nbytes.get(root, 0.0):
             nbytes[root], split[root] = size, layouts.get(tensor)
         start = made.get(tensor, 0)
@@ -236,11 +292,60 @@ def _held(
     for tensor in own:
         touch(tensor, made.get(tensor, 0), end)
         kinds[roots.of(tensor)] = OUTPUT
-    kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in given}
+    kept = {roots.of(tensor) for tensor in inputs}
+    stacked = {op.results[0]: op.path[:-2] for op in operators if op.name == BOUNDARY and op.path[-2] == "out"}
+    for tensor, given in replaced.items():
+        reread = tensor in stacked and max(readers.get(given, ()), default=-1) >= order.begins[stacked[tensor]]
+        if not (facts.fuses and reread):
+            kept.add(roots.of(tensor))
+    rounded = []
+    for op in operators if facts.fuses else ():
+        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
+            (source, *_), (result, *_), loop = op.operands, op.results, op.path[:-2]
+            if result in moved:
+                touch(result, order.begins[loop], order.ends[loop])
+            elif result in facts.narrow and source not in facts.narrow:
+                size = local(result, layouts.get(result)) * _rounds_of(graph, op)
+                rounded.append(Buffer(source, TRANSIENT, size, order.begins[loop], order.ends[loop], _axes(layouts.get(result))))
     return [
         Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
         for root, size in nbytes.items() if root not in kept
-    ], roots  # fmt: skip
+    ] + rounded, roots  # fmt: skip
+
+
+def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
+    """Tensors handed on in a layout of larger parts, and how often the part that a round of a loop sees is there."""
+    found = {}
+    for operator in facts.operators if facts.fuses else ():
+        if hands_on(operator) and operator.operands[0] >= 0:
+            before, after = (_axes(layouts.get(t)) for t in (operator.operands[0], operator.results[0]))
+            if set(after) < set(before):
+                found[operator.results[0]] = _rounds_of(graph, operator)
+    return found
+
+
+def _rounds_of(graph: Graph, operator: Operator) -> float:
+    """How many parts of its size what is handed on is taken from."""
+    whole, part = graph.tensors[operator.operands[0]], graph.tensors[operator.results[0]]
+    return whole.nbytes / part.nbytes if part.nbytes else 1.0
+
+
+def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Buffer]:
+    """What finds no place in memory on the chip: there lives what lives shortest, as long as it fits. Outputs are no temporaries."""
+    heap = [b for b in buffers if b.kind != OUTPUT]
+    if not near_bytes:
+        return heap
+    taken = np.zeros(len(facts.order.sequence) + 3)
+    beside = [(facts.order.begins[loop], facts.order.ends[loop]) for loop in facts.order.begins if loop]
+    far = []
+    for buffer in sorted(heap, key=lambda b: (b.last - b.first, -b.nbytes, b.tensor)):
+        span = slice(buffer.first, buffer.last + 1)
+        around = any(buffer.first <= first and last <= buffer.last for first, last in beside)
+        if around or taken[span].max() + buffer.nbytes > near_bytes:
+            far.append(buffer)
+        else:
+            taken[span] += buffer.nbytes
+    return far
 
 
 def byte_shares(
@@ -253,9 +358,9 @@ def byte_shares(
     """
     graph = modelled.graph
     facts, ties = _facts(graph, modelled.numbers.machine.materialises), dict(graph.ties)
-    given = {graph.outputs[position] for position in ties if donated[ties[position]]}
+    replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
     own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
-    buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, given, lambda tensor, layout: 0.0)
+    buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
 
     def share(first: int, last: int) -> float:
         return sum(weight for place, weight in moments.items() if first <= place <= last)
@@ -290,17 +395,33 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
+    stacks: list[Buffer] = []
+    shares: dict[tuple[int, Layout], float] = {}
     for reading in modelled.readings:
         source, wanted, ndim = modelled.edge_layouts(choices, reading)
         members = graph.clusters[reading.reader].members
-        if source == wanted or graph.operators[members[-1]].name in (VIEW, BOUNDARY):
+        reader = graph.operators[members[-1]]
+        if source == wanted or reader.name == VIEW:
+            continue
+        if reader.name == BOUNDARY:  # a stack that a loop slices is brought to its layout whole, before the loop
+            sliced = reader.path[-2] == "in" and graph.tensors[reading.tensor].shape != graph.tensors[reader.results[0]].shape
+            if sliced and any(step.kind != "slice" for step in reshard_steps(source, wanted, ndim, modelled.setting.slow_first)):
+                loop = reader.path[:-2]
+                stacks.append(
+                    Buffer(
+                        reading.tensor, TRANSIENT, local(reading.tensor, wanted), facts.order.begins[loop], facts.order.ends[loop],
+                        _axes(wanted),
+                    )
+                )  # fmt: skip
             continue
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
             users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
+            share = 1.0 if reading.tensor in facts.narrow else reading.share
+            shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
     found = [
-        Buffer(tensor, TRANSIENT, local(tensor, layout), min(users), max(users), _axes(layout))
+        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), _axes(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     for index, cluster in enumerate(graph.clusters):
@@ -309,7 +430,8 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
                 split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
                 size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
                 at = place[exchange.operator]
-                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, at, split))
+                last = facts.waits.get(exchange.tensor, at)
+                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
-from jaxplan.layout import Layout
 from jaxplan.rules import Kind
 
 if TYPE_CHECKING:
     import sympy
+
+
+CLOSE = 10**6
+"""The largest denominator of a share of a tensor's bytes."""
 
 
 class DimensionNames:
@@ -264,28 +268,29 @@ def symbolic_cost(
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
-            nbytes = symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
             pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times)
     whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), symbols.values
 
 
 def symbolic_peak(
-    modelled: Modelled, held: Memory, inputs: Sequence[Layout], names: DimensionNames
+    modelled: Modelled, held: Memory, names: DimensionNames
 ) -> tuple[sympy.Expr, dict[Any, float]]:
     """Bytes per device of the arguments, the outputs and what lives besides at the worst moment, as a SymPy expression, and the
-    value of each of its symbols. `inputs`: the layout of every flat input. Which moment is the worst is not in symbols."""
+    value of each of its symbols. Which moment is the worst, and how much is padded, is not in symbols."""
     import sympy
 
     graph = modelled.graph
     symbols = Symbols(graph, modelled.numbers, names)
     parts: dict[Any, int] = {}
-    arguments = [(tensor, [axis for axis, dim in enumerate(layout) if dim >= 0]) for tensor, layout in zip(graph.inputs, inputs)]
     besides = [buffer for buffer in held.live if buffer.kind != OUTPUT]
-    others = [(buffer.tensor, buffer.axes) for buffer in (*held.results, *besides)]
-    for tensor, axes in (*arguments, *others):
-        value = symbols.nbytes(tensor)
-        for axis in axes:
+    for buffer in (*held.given, *held.results, *besides):
+        value, whole = symbols.nbytes(buffer.tensor), graph.tensors[buffer.tensor].nbytes
+        for axis in buffer.axes:
             value = value / symbols.sizes[axis]
+            whole = whole / modelled.numbers.sizes[axis]
+        if whole:  # rounded, padded, or as often as a loop runs
+            value = sympy.Rational(Fraction(buffer.nbytes / whole).limit_denominator(CLOSE)) * value
         parts[value] = parts.get(value, 0) + 1
     return sympy.Add(*[times * value for value, times in parts.items()]), symbols.values

@@ -1,7 +1,17 @@
 """Room `files`: plans as files. A `Plan` becomes a `SavedPlan`, a small text file, a module of specs; a file becomes a plan."""
 
 from jaxplan.files.compare import Comparison
-from jaxplan.files.derive import check_program, check_specs, choices_of, dims_of, donated_of, mesh_for, saved_plan
+from jaxplan.files.derive import (
+    check_program,
+    check_specs,
+    choices_of,
+    dims_of,
+    donated_of,
+    input_leaves,
+    mesh_for,
+    pipeline_for,
+    saved_plan,
+)
 from jaxplan.files.describe import describe_saved
 from jaxplan.files.encode import to_json
 from jaxplan.files.nouns import PlanFileError, SavedPlan
@@ -19,8 +29,10 @@ __all__ = [
     "describe_saved",
     "dims_of",
     "donated_of",
+    "input_leaves",
     "mesh_for",
     "parse_plan",
+    "pipeline_for",
     "plan_schema",
     "read_plan",
     "saved_plan",

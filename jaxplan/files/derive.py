@@ -19,10 +19,25 @@ from jaxplan.cost.price import cluster_terms, terms_seconds
 from jaxplan.files.compare import primitive_changes
 from jaxplan.files.fingerprint import program_of
 from jaxplan.files.fold import unique_paths
-from jaxplan.files.nouns import Asked, Axis, Cost, Entries, Leaf, Ledger, Live, PlanFileError, SavedExchange, SavedPlan, Split
+from jaxplan.files.nouns import (
+    Asked,
+    Axis,
+    Cost,
+    Entries,
+    Leaf,
+    Ledger,
+    Live,
+    PlanFileError,
+    SavedChain,
+    SavedExchange,
+    SavedPipeline,
+    SavedPlan,
+    Split,
+)
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
 from jaxplan.ledger import ledger
+from jaxplan.pipeline import Pipeline, chain_of, scan_at
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
@@ -41,7 +56,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     """Everything of a plan that can be written down. `plan.request`: what was asked for."""
     graph, numbers = plan.modelled.graph, plan.modelled.numbers
     exchanges, worked = _exchanges(plan), _work_seconds(plan)
-    inputs = _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, graph.inputs)
+    inputs = input_leaves(plan)
     outputs = _leaves(plan, plan.traced.out_paths, plan.traced.out_avals, plan.output_layouts, graph.outputs)
     kinds = [kind.name.lower() for kind in plan.mesh.axis_types]
     mesh = tuple(
@@ -55,7 +70,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
         program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
-        _splits(plan),
+        _splits(plan), _pipeline(plan),
     )  # fmt: skip
 
 
@@ -77,6 +92,11 @@ def _asked(plan: Plan) -> Asked:
     dims = {path: " ".join(name for _, name in sorted(found.items())) for path, found in words.items()}
     pins = {path: entries_of(spec) for path, spec in request.pins.items()}
     return Asked(search, budget, pins, float(request.while_trips), request.certify, dims)
+
+
+def input_leaves(plan: Plan) -> dict[str, Leaf]:
+    """{path: leaf} of the flat inputs, in order."""
+    return _leaves(plan, plan.traced.in_paths, plan.traced.in_avals, plan.input_layouts, plan.modelled.graph.inputs)
 
 
 def _leaves(
@@ -121,6 +141,13 @@ def _work_seconds(plan: Plan) -> float:
         terms = cluster_terms(cluster, modelled.chosen(plan.choices, index), modelled.setting, modelled.numbers)
         total += cluster.times * terms_seconds(replace(terms, sent={}, rounds={}), modelled.numbers)
     return total
+
+
+def _pipeline(plan: Plan) -> SavedPipeline | None:
+    if plan.pipeline is None:
+        return None
+    chains = tuple(SavedChain(chain.path, chain.layers) for chain in plan.pipeline.chains)
+    return SavedPipeline(plan.pipeline.axis, plan.pipeline.microbatches, plan.pipeline.schedule, chains)
 
 
 def _splits(plan: Plan) -> tuple[Split, ...]:
@@ -217,6 +244,20 @@ def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, i
             raise PlanFileError(f"asked.dims: no input has the path {path!r}")
         found.update({(tensors[path], dim): word for dim, word in enumerate(text.split())})
     return found
+
+
+def pipeline_for(saved: SavedPlan, traced: Traced) -> Pipeline | None:
+    """The pipeline of a saved plan, its roles found again in the program. Raises PlanFileError where the program's scans cannot
+    run so: the file was edited."""
+    asked = saved.pipeline
+    if asked is None:
+        return None
+    jaxpr = traced.jaxpr.jaxpr
+    try:
+        chains = [chain_of(scan_at(jaxpr, chain.path), chain.path, chain.layers, asked.microbatches) for chain in asked.chains]
+        return Pipeline(asked.axis, saved.mesh_shape[asked.axis], asked.microbatches, asked.schedule, tuple(chains))
+    except ValueError as error:
+        raise PlanFileError(f"pipeline: {error}") from None
 
 
 def choices_of(saved: SavedPlan, modelled: Modelled) -> np.ndarray:

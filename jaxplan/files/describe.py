@@ -72,6 +72,8 @@ def _totals(saved: SavedPlan) -> list[str]:
         many, each = f"{one.count} x " if one.count > 1 else "", f"{one.dtype}[{','.join(map(str, one.shape))}]"
         size = show_bytes(one.count * one.bytes)
         lines.append(f"                {many}{one.name} {each} ({one.kind}), {size} {one.source}".rstrip())
+    if saved.pipeline is not None:
+        lines.append(f"pipeline        {saved.pipeline}")
     if cost.bound is not None:
         lines.append(f"certificate     no plan takes less than {show_seconds(cost.bound)}")
     if saved.unknown:

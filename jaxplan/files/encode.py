@@ -18,7 +18,9 @@ from jaxplan.files.nouns import (
     PlanFileError,
     Primitives,
     Program,
+    SavedChain,
     SavedExchange,
+    SavedPipeline,
     SavedPlan,
     Split,
 )
@@ -64,6 +66,7 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "rows": [_split_json(split) for split in rows],
             "order": fold_sequence([rows[split] for split in saved.splits]),
         },
+        **({"pipeline": _pipeline_json(saved.pipeline)} if saved.pipeline else {}),
     }  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
         Program(program["fingerprint"], primitives), tuple(value["unknown"]),
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
-        _splits(value["choices"], names),
+        _splits(value["choices"], names), _pipeline(value["pipeline"], names) if "pipeline" in value else None,
     )  # fmt: skip
 
 
@@ -182,6 +185,18 @@ def _exchange(value: Mapping[str, Any], number: int, names: Sequence[str]) -> Sa
         value["kind"], tuple(value["axes"]), tuple(value["shape"]), value["dtype"], value["operator"], value["source"],
         value["times"], value["bytes"], value["seconds"],
     )  # fmt: skip
+
+
+def _pipeline_json(pipeline: SavedPipeline) -> dict[str, Any]:
+    chains = [{"path": list(chain.path), "layers": list(chain.layers)} for chain in pipeline.chains]
+    return {**vars(pipeline), "chains": chains}
+
+
+def _pipeline(value: Mapping[str, Any], names: Sequence[str]) -> SavedPipeline:
+    if value["axis"] not in names:
+        raise PlanFileError(f"pipeline.axis: {value['axis']!r} is no axis of the mesh {tuple(names)}")
+    chains = tuple(SavedChain(tuple(chain["path"]), tuple(chain["layers"])) for chain in value["chains"])
+    return SavedPipeline(value["axis"], value["microbatches"], value["schedule"], chains)
 
 
 def _split_json(split: Split) -> dict[str, Any]:

@@ -147,6 +147,27 @@ class Ledger:
     live: tuple[Live, ...]
 
 
+class SavedChain(NamedTuple):
+    """A scan that runs in stages: where it stands in the program, and how many layers each stage has."""
+
+    path: tuple[int, ...]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedPipeline:
+    """The mesh axis that is laid along layers. What each value is to a micro-batch is found again in the program."""
+
+    axis: str
+    microbatches: int
+    schedule: str
+    chains: tuple[SavedChain, ...]
+
+    def __str__(self) -> str:
+        layers = ", ".join("+".join(map(str, chain.layers)) for chain in self.chains)
+        return f"{self.schedule} over {self.axis}, {self.microbatches} micro-batches, layers {layers}"
+
+
 @dataclass(frozen=True)
 class SavedPlan:
     """A plan written down.
@@ -168,6 +189,7 @@ class SavedPlan:
     memory: Ledger
     exchanges: tuple[SavedExchange, ...]
     splits: tuple[Split, ...]
+    pipeline: SavedPipeline | None = None
 
     @property
     def mesh_shape(self) -> dict[str, int]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import jax.numpy as jnp
+
 
 @dataclass(frozen=True)
 class Link:
@@ -39,7 +41,10 @@ class Machine:
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
     slice of a pod, a node of GPUs), `outer`: the link beyond. `axis_links`: mesh axes whose link the user states.
     `materialises`: its compiler keeps intermediate values in memory and reorders work freely (XLA on CPU), rather than fusing
-    and recomputing them (TPU, GPU); what lives when depends on it.
+    and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
+    precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two dimensions of
+    arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: on-chip memory where the compiler keeps
+    short-lived values instead of in `memory_bytes`.
     """
 
     name: str
@@ -51,16 +56,27 @@ class Machine:
     node: int
     axis_links: Mapping[str, Link] = field(default_factory=dict)
     materialises: bool = False
+    matmul_reads: Mapping[str, str] = field(default_factory=dict)
+    tile: tuple[int, int] | None = None
+    near_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))
         object.__setattr__(self, "axis_links", MappingProxyType(dict(self.axis_links)))
+        object.__setattr__(self, "matmul_reads", MappingProxyType(dict(self.matmul_reads)))
         if "float32" not in self.seconds_per_flop:
             raise ValueError(f"machine {self.name!r}: seconds_per_flop needs at least 'float32'")
         for dtype, value in self.seconds_per_flop.items():
             _positive(f"machine {self.name!r}: seconds_per_flop[{dtype!r}]", value)
         _positive(f"machine {self.name!r}: seconds_per_byte", self.seconds_per_byte)
         _positive(f"machine {self.name!r}: memory_bytes", self.memory_bytes)
+        for dtype, read in self.matmul_reads.items():
+            if not 0 < element_bytes(read) <= element_bytes(dtype):
+                raise ValueError(f"machine {self.name!r}: matmul_reads[{dtype!r}] must be a dtype that is no wider, got {read!r}")
+        if self.tile is not None and not (len(self.tile) == 2 and min(self.tile) >= 1):
+            raise ValueError(f"machine {self.name!r}: tile must be two counts of at least 1, or None; got {self.tile}")
+        if not (self.near_bytes >= 0 and math.isfinite(self.near_bytes)):
+            raise ValueError(f"machine {self.name!r}: near_bytes must be finite and not negative, got {self.near_bytes}")
         if self.node < 1:
             raise ValueError(f"machine {self.name!r}: node must be at least 1, got {self.node}")
 
@@ -71,6 +87,11 @@ class Machine:
         """Seconds of one floating-point operation in a dtype."""
         return self.seconds_per_flop.get(dtype, self.seconds_per_flop["float32"])
 
+    def rounded_share(self, dtype: str) -> float:
+        """The share of its bytes that is left of what only products of default precision read."""
+        read = self.matmul_reads.get(dtype, dtype)
+        return element_bytes(read) / element_bytes(dtype) if read != dtype else 1.0
+
     def with_axis(self, axis: str, link: Link) -> Machine:
         """The same machine with one mesh axis on a stated link."""
         return replace(self, axis_links={**self.axis_links, axis: link})
@@ -78,6 +99,14 @@ class Machine:
     def slower(self, axis: str, factor: float, mesh_shape: Mapping[str, int]) -> Machine:
         """The same machine with one mesh axis `factor` times slower than it would be on a mesh of this shape."""
         return self.with_axis(axis, axis_links(self, mesh_shape)[axis].slower(factor))
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element. ValueError for a dtype that JAX does not have."""
+    try:
+        return jnp.dtype(dtype).itemsize
+    except TypeError:
+        raise ValueError(f"{dtype!r} is no dtype") from None
 
 
 def _positive(what: str, value: float) -> None:

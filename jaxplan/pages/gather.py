@@ -32,12 +32,11 @@ def picture_of(plan: Plan) -> Picture:
     exchanges = _exchanges(plan)
     memory, moments = _memory(plan)
     held, found = plan.memory, ledger(plan)
-    fixed = held.arguments + (held.outputs if plan.modelled.numbers.machine.materialises else 0.0)
     live = tuple((str(e), e.kind, e.total) for e in found.entries[:MOST_LIVE])
     return Picture(
         plan.traced.name, plan.modelled.numbers.machine.name, _axes(plan), plan.seconds, max(0.0, plan.seconds - work),
         plan.peak_bytes, found.by_kind, inputs_of(plan), _blocks(plan), exchanges, _lines(plan), memory, moments,
-        fixed, live,
+        held.arguments + held.outputs, live,
     )  # fmt: skip
 
 
@@ -115,7 +114,7 @@ def _lines(plan: Plan) -> tuple[LineView, ...]:
 def _memory(plan: Plan) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """Temporaries over the step: of each stretch of the order of operators the most that lives, and what runs at that moment."""
     over, operators = plan.memory.over, plan.modelled.graph.operators
-    sequence = running_order(plan.modelled)
+    sequence = running_order(plan.modelled, plan.choices)
     count = min(MOMENTS, len(over))
     values, told = [], []
     for k in range(count):
@@ -222,7 +221,7 @@ def _moves(plan: Plan, stands: Mapping[int, int]) -> dict[int, tuple[ExchangeVie
         if steps:
             reader = stands.get(reading.reader, reading.reader)
             operator = graph.clusters[reader].members[-1]
-            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times)]
+            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.share)]
             found.setdefault(reader, []).extend(views)
     return {index: merged(views) for index, views in found.items()}
 

@@ -211,7 +211,7 @@ def _memory(picture: Picture) -> str:
             '<details><summary>the largest of it</summary><div class="scroll"><table><thead><tr><th>tensors</th><th>kind</th>'
             f'<th class="n">per device</th></tr></thead><tbody>{live}</tbody></table></div></details>'
         )
-    sub = "Bytes per device, in the order in which operators run. The line is the peak, for which all outputs count as held."
+    sub = "Bytes per device, in the order in which operators run; outputs count as held from the start."
     return _section("memory", "Memory over the step", sub, _curve(picture) + tables)
 
 

@@ -59,6 +59,8 @@ class Builder:
         fusible: bool = False,
         touched: tuple[float, ...] = (),
         apart: tuple[tuple[int, int], ...] = (),
+        rounds: bool = False,
+        spatial: tuple[int, ...] = (),
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -69,6 +71,8 @@ class Builder:
             fusible=fusible,
             touched=touched,
             apart=apart,
+            rounds=rounds,
+            spatial=spatial,
         )
 
     def points(self) -> int:

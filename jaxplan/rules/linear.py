@@ -15,13 +15,17 @@ from jaxplan.rules.windows import halo_of
 Dims = list[Dim]
 
 
-@register(*primitives("dot_general"), reads=("dimension_numbers",))
+@register(*primitives("dot_general"), reads=("dimension_numbers", "precision"))
 def dot_general(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     """b m k, b k n -> b m n."""
     (contract, batch) = params["dimension_numbers"]
     build = Builder()
     left, right, result = _product(build, operands, contract, batch, whole=())
-    return build.rule((left, right), (result,), flops=2.0)
+    free = [
+        any(n > 1 and d not in (*summed, *shared) for d, n in enumerate(a.shape))
+        for a, summed, shared in zip(operands, contract, batch, strict=True)
+    ]
+    return build.rule((left, right), (result,), flops=2.0, rounds=all(free) and default_precision(params))
 
 
 @register(*primitives("ragged_dot_general"), reads=("ragged_dot_dimension_numbers",))
@@ -43,6 +47,12 @@ def ragged_dot_general(params: Mapping[str, Any], operands: Sequence[Any], resul
     lengths = ((),) * len(operands[2].shape)
     rest = [((),) * len(a.shape) for a in operands[3:]]
     return build.rule((left, right, lengths, *rest), (result,), flops=2.0 / max(1, count))
+
+
+def default_precision(params: Mapping[str, Any]) -> bool:
+    """Whether a product's operands may be rounded to what the machine's matrix unit reads."""
+    asked = params.get("precision")
+    return all(one is None or str(one) == "DEFAULT" for one in (asked if isinstance(asked, tuple) else (asked,)))
 
 
 def _product(
@@ -87,6 +97,7 @@ def _product(
         "rhs_dilation",
         "feature_group_count",
         "batch_group_count",
+        "precision",
     ),
 )
 def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
@@ -142,7 +153,10 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     if params["feature_group_count"] > 1 and kernel[features_in] > 1:
         build.give_up()
     apart = tuple((f, s) for f in (*feature_groups, *batch_groups, *o) for a in left_space for s in left[a] if f != s)
-    return build.rule((left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])), apart=apart)
+    return build.rule(
+        (left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])), apart=apart,
+        rounds=default_precision(params), spatial=tuple(f for a in left_space for f in left[a]),
+    )  # fmt: skip
 
 
 def _space(

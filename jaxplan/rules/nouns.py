@@ -59,6 +59,8 @@ class Rule:
     `touched`: the share of each operand, then of each result, that memory really sees (a gather reads a few
     rows of its table, an update in place writes only the update); () when all of everything is.
     `apart`: pairs of factors of which only one may be given axes, because the compiler errs where both are.
+    `spatial`: factors that are places in space, along which windows slide.
+    `rounds`: a product of default precision: a machine whose matrix unit works in fewer bits rounds what it reads.
     """
 
     factors: tuple[Factor, ...]
@@ -70,6 +72,8 @@ class Rule:
     known: bool = True
     touched: tuple[float, ...] = ()
     apart: tuple[tuple[int, int], ...] = ()
+    rounds: bool = False
+    spatial: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.factors)

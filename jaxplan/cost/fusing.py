@@ -1,0 +1,260 @@
+"""What a compiler that fuses keeps in memory, whatever the layouts: which values it stores, and when they are read.
+
+XLA on TPU and GPU computes an element-wise value inside of every kernel that reads it, products too, and computes it again for each,
+as long as it comes from no more than one large stored value; that one lives until the last such reader. What comes from several
+large ones is stored if several kernels read it, unless all of them are products and none of its sources is one that ends in it. A
+product that one element-wise chain alone reads is computed together with the end of that chain, and never stored itself. Seen in
+the scheduled programs of libtpu (`scripts/check_tpu.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.rules import Kind, Rule
+
+LARGE = 0.5
+"""From this share of a value's elements on, what it is computed from counts as large."""
+FEW = 2
+"""Products that sum over no more elements are computed like element-wise work."""
+
+
+class Stored(NamedTuple):
+    """`computed`: tensors that are never stored; `readers`: {stored tensor: places of the kernels that read it}, also through what
+    is computed again there; `made`: {tensor: place where it is computed}, where that is not the place of its operator;
+    `narrow`: tensors of which all that is read is what products of default precision round them to; `shifted`: {tensor: those it is
+    computed from that are not read at the very place that is written}; `outer`: {tensor: dimensions that are never innermost}; `waits`:
+    {product: the place up to which its partial sums wait to be combined}; `copies`: (tensor, first, last place) of transposed copies,
+    and `turned`: (tensor, place) of results that are transposed back when they are done."""
+
+    computed: frozenset[int]
+    readers: Mapping[int, Sequence[int]]
+    made: Mapping[int, int]
+    narrow: frozenset[int]
+    shifted: Mapping[int, frozenset[int]]
+    outer: Mapping[int, tuple[int, ...]]
+    waits: Mapping[int, int]
+    copies: Sequence[tuple[int, int, int]]
+    turned: Sequence[tuple[int, int]]
+
+
+def stored(graph: Graph, operators: Sequence[Operator], scattered: frozenset[int] = frozenset()) -> Stored:
+    """Of operators in the order in which they run. `scattered`: places of products whose partial sums are scattered: these are
+    stored before anything else is computed from them."""
+    found = _Fused(graph, operators, scattered)
+    readers: dict[int, list[int]] = {}
+    for place, operator in enumerate(operators):
+        if not any(t in found.origins or t in found.moved for t in operator.results):
+            for tensor in found.sources(operator):
+                readers.setdefault(tensor, []).append(found.at.get(place, place))
+    for tensor, (place, end) in found.moved.items():
+        for source in found.sources(operators[place]):
+            readers.setdefault(source, []).append(found.at[end])
+        readers.pop(tensor, None)
+    for operator in operators:
+        if hands_on(operator):
+            (tensor,) = operator.results
+            places = [found.at.get(r, r) for r in found.near.get(tensor, ())]
+            readers[tensor] = [p for r in places for p in (readers.get(operators[r].results[0], [r]) if operators[r].results else [r])]
+    made = {t: at for place, at in found.at.items() for t in operators[place].results}
+    narrow = _narrow(graph, operators, found)
+    waits = {t: min(found.near[t]) for op in operators if op.rule.rounds for t in op.results if found.near.get(t)}
+    return Stored(frozenset(found.origins) | frozenset(found.moved), readers, made, narrow, found.shifted, _outer(operators, found), waits, found.copies, found.turned)
+
+
+def hands_on(operator: Operator) -> bool:
+    """Whether it stands for a tensor in another layout, or for the part of it that a round of a loop sees."""
+    return operator.name == VIEW or (operator.name == BOUNDARY and operator.path[-2] == "in")
+
+
+def in_a_loop(operator: Operator) -> bool:
+    """Whether a compiler computes an operator element by element, inside of its reader."""
+    rule = operator.rule
+    if hands_on(operator):
+        return True
+    if operator.equation is None or not rule.known or len(operator.results) != 1:
+        return False
+    if rule.fusible or rule.flops == 0:
+        return not reduces(operator) and not (rule.touched and rule.touched[-1] < 1)
+    if len(rule.operands) == 3 and len(rule.touched) == 4:
+        return _one_a_row(rule)
+    return rule.rounds and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
+
+
+def _one_a_row(rule: Rule) -> bool:
+    """Whether an update at places known from data is one element in each row of its table: computed by comparing places."""
+    table, _, updates = (tuple(dim for dim in dims if dim) for dims in rule.operands)
+    return len(updates) == len(table) - 1 and all(dim in table for dim in updates)
+
+
+def _transposes(rule: Rule) -> bool:
+    """Whether it hands on all elements with dimensions in another order."""
+    if rule.flops or len(rule.operands) != 1 or len(rule.results) != 1:
+        return False
+    before, after = (tuple(dim for dim in dims if dim) for dims in (rule.operands[0], rule.results[0]))
+    return before != after and sorted(before) == sorted(after)
+
+
+def reduces(operator: Operator) -> bool:
+    """Whether it is a reduction that a compiler computes inside of the kernel that makes its operand."""
+    rule = operator.rule
+    return rule.fusible and any(f.kind in (Kind.SUM, Kind.COMBINE) for f in rule.factors)
+
+
+class _Fused:
+    """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its place,
+    the place of the end of its chain)}; `at`: {place of such an end: where it is computed}."""
+
+    def __init__(self, graph: Graph, operators: Sequence[Operator], scattered: frozenset[int]) -> None:
+        self.graph, self.operators, self.scattered = graph, operators, scattered
+        self.origins: dict[int, tuple[int, ...]] = {}
+        self.moved: dict[int, tuple[int, int]] = {}
+        self.at: dict[int, int] = {}
+        self.shifted: dict[int, frozenset[int]] = {}
+        self.copies: list[tuple[int, int, int]] = []
+        self.turned: list[tuple[int, int]] = []
+        self._turns: set[int] = set()
+        self.near: dict[int, list[int]] = {}
+        self._made = {t: place for place, op in enumerate(operators) for t in op.results}
+        self._leaving = {t for t in graph.outputs if t >= 0}
+        for place, operator in enumerate(operators):
+            for tensor in dict.fromkeys(operator.operands):
+                if tensor >= 0:
+                    self.near.setdefault(tensor, []).append(place)
+        self._seen_through_views()
+        for place, operator in enumerate(operators):
+            if in_a_loop(operator):
+                self._visit(place, operator)
+
+    def _seen_through_views(self) -> None:
+        """Who reads a view reads what it is of."""
+        for operator in reversed(self.operators):
+            if operator.name == VIEW:
+                (tensor,), (view,) = operator.operands, operator.results
+                own = [p for p in self.near[tensor] if self.operators[p] is not operator]
+                self.near[tensor] = sorted({*own, *self.near.get(view, ())})
+
+    def alike(self, one: int, other: int) -> bool:
+        """Whether two tensors have one shape."""
+        return self.graph.tensors[one].shape == self.graph.tensors[other].shape
+
+    def sources(self, operator: Operator) -> list[int]:
+        """The stored tensors that an operator reads."""
+        return list(dict.fromkeys(s for t in operator.operands if t >= 0 for s in self.origins.get(t, (t,))))
+
+    def _visit(self, place: int, operator: Operator) -> None:
+        (tensor,) = operator.results
+        seen = self.sources(operator)
+        size = _elements(self.graph, tensor)
+        large = [s for s in seen if _elements(self.graph, s) >= LARGE * size]
+        near = self.near.get(tensor, [])
+        carried = any(self.operators[r].name == BOUNDARY and self.operators[r].path[-2] == "carry" for r in near)
+        kept = tensor in self._leaving or carried
+        shifts = operator.rule.flops == 0 and not hands_on(operator)
+        self.shifted[tensor] = frozenset(seen if shifts else [s for t in operator.operands for s in self.shifted.get(t, ())])
+        if _transposes(operator.rule) != any(t in self._turns and _elements(self.graph, t) == size for t in operator.operands):
+            self._turns.add(tensor)
+        if hands_on(operator) or not kept and (len(large) <= 1 or len(near) <= 1):
+            self.origins[tensor] = tuple(seen)
+            return
+        product = self._product_ending_in(place, operator)
+        made_of = [s for s in large if not self._product(s)]
+        if tensor in self._turns and tensor in self._leaving and len(made_of) == 1 and len(made_of) < len(large):
+            self._update_turned(place, made_of[0], tensor, large)
+        if product is None:
+            if not kept and all(self.operators[r].rule.rounds for r in near):
+                self.origins[tensor] = tuple(seen)
+            return
+        start = self._made[product]
+        others = [self.at.get(self._made.get(s, 0), self._made.get(s, 0)) for s in seen if s != product]
+        self.moved[product] = (start, place)
+        self.at[place] = max([start, *others])
+
+    def _product(self, tensor: int) -> bool:
+        return tensor in self._made and self.operators[self._made[tensor]].rule.rounds
+
+    def _update_turned(self, place: int, old: int, new: int, large: Sequence[int]) -> None:
+        """State that meets a transposed product is transposed for it, and back."""
+        at = max([self._made[s] for s in large if s in self._made])
+        self.copies.append((old, 0, at))
+        self.turned.append((new, at))
+
+    def _product_ending_in(self, place: int, operator: Operator) -> int | None:
+        """The last product that is read by a chain of element-wise operators alone, whose end this operator is."""
+        best = None
+        ahead = [operator]
+        while ahead:
+            one = ahead.pop()
+            for tensor in one.operands:
+                maker = self._made.get(tensor, -1)
+                readers = [r for r in self.near.get(tensor, ()) if not reduces(self.operators[r])]
+                if maker < 0 or len(readers) != 1 or tensor in self._leaving or tensor in self.moved:
+                    continue
+                by = self.operators[maker]
+                if tensor in self.origins:
+                    ahead.append(by)
+                elif by.rule.rounds and by.scope == operator.scope and maker not in self.scattered and (best is None or maker > self._made[best]):
+                    best = tensor
+        return best
+
+
+def _outer(operators: Sequence[Operator], found: _Fused) -> dict[int, tuple[int, ...]]:
+    """Dimensions in space of what convolutions make, and of what is computed from it place by place."""
+    outer: dict[int, tuple[int, ...]] = {}
+    for operator in operators:
+        rule = operator.rule
+        for tensor, dims in zip(operator.results, rule.results, strict=True):
+            if rule.spatial:
+                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in rule.spatial for f in factors)])
+            elif in_a_loop(operator):
+                size = len(dims)
+                alike = [t for t in operator.operands if t in outer and found.alike(t, tensor)]
+                if alike and size:
+                    outer[tensor] = outer[alike[0]]
+    return outer
+
+
+def _elements(graph: Graph, tensor: int) -> int:
+    return math.prod(graph.tensors[tensor].shape)
+
+
+def _narrow(graph: Graph, operators: Sequence[Operator], found: _Fused) -> frozenset[int]:
+    """Sums of a value are taken where it is made, before it is rounded."""
+    known = rounded(graph)
+    narrow = set()
+    for operator in operators:
+        for tensor in operator.results:
+            others = [operators[r] for r in found.near.get(tensor, ()) if not reduces(operators[r])]
+            if others and tensor not in graph.inputs and tensor not in graph.outputs:
+                if all(reads_rounded(one, known) for one in others):
+                    narrow.add(tensor)
+    return frozenset(narrow)
+
+
+def rounded(graph: Graph) -> frozenset[int]:
+    """Tensors that only products of default precision read, be it through moves: a machine may round them before it moves or
+    stores them."""
+    near: dict[int, list[Operator]] = {}
+    for operator in graph.operators:
+        for tensor in operator.operands:
+            if tensor >= 0:
+                near.setdefault(tensor, []).append(operator)
+    leaving, known = set(graph.outputs), set[int]()
+    for operator in reversed(graph.operators):
+        for tensor in operator.results:
+            if tensor not in leaving and tensor in near and all(reads_rounded(one, known) for one in near[tensor]):
+                known.add(tensor)
+    return frozenset(known)
+
+
+def reads_rounded(operator: Operator, known: set[int] | frozenset[int]) -> bool:
+    """Whether an operator reads what it reads as a product does, or hands it on to nothing else."""
+    if operator.rule.rounds:
+        return True
+    moves = hands_on(operator)
+    moves |= operator.equation is not None and operator.rule.fusible and operator.rule.flops == 0
+    return moves and bool(operator.results) and all(t in known for t in operator.results)

@@ -1,0 +1,40 @@
+"""How much larger an array is in a memory that holds whole tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+from jaxplan.layout import Layout
+
+
+def local_shape(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one device's part."""
+    parts = list(shape)
+    for axis, dim in enumerate(layout or ()):
+        if dim >= 0:
+            parts[dim] = -(-parts[dim] // sizes[axis])
+    return tuple(parts)
+
+
+@lru_cache(maxsize=1 << 14)
+def padding(shape: tuple[int, ...], tile: tuple[int, int], outer: tuple[int, ...] = ()) -> float:
+    """By what factor padding makes an array of a shape larger, at least 1.
+
+    The compiler lays dimensions out in the order that wastes least: one fills the columns of tiles, another the rows, of which there
+    may also be half, a quarter, ... as many. A vector is padded to columns only.
+    `outer`: dimensions that fill neither.
+    """
+    extents = [extent for dim, extent in enumerate(shape) if extent > 1 and dim not in outer]
+    if not extents:
+        return 1.0
+    columns = [_up(extent, tile[1]) / extent for extent in extents]
+    if len(extents) == 1:
+        return columns[0]
+    rows = [_up(extent, tile[0]) / extent if extent > tile[0] else 2.0 ** math.ceil(math.log2(extent)) / extent for extent in extents]
+    return min(column * row for i, column in enumerate(columns) for j, row in enumerate(rows) if i != j)
+
+
+def _up(extent: int, unit: int) -> int:
+    return -(-extent // unit) * unit

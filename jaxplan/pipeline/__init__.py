@@ -1,0 +1,26 @@
+"""Room `pipeline`: a mesh axis along the layers. Which scans can run in stages, how, and what it looks like."""
+
+from jaxplan.pipeline.analysis import Scan, chain_of, pipeline_of, scan_at, scans
+from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
+from jaxplan.pipeline.picture import Slot, most_held, schedule_svg, schedule_text, timetable
+
+__all__ = [
+    "SCHEDULES",
+    "Chain",
+    "Kind",
+    "Path",
+    "Pipeline",
+    "PipelineError",
+    "Role",
+    "Scan",
+    "Slot",
+    "chain_of",
+    "even_layers",
+    "most_held",
+    "pipeline_of",
+    "scan_at",
+    "scans",
+    "schedule_svg",
+    "schedule_text",
+    "timetable",
+]

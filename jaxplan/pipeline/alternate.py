@@ -1,0 +1,270 @@
+"""The schedule `1f1b`: one loop in which every stage takes one micro-batch forward and one backward at each tick.
+
+At tick t stage s has micro-batch t - s forward and micro-batch t - 2 (k - 1) + s backward, if there are such: at the last stage
+the same one, which turns round there. Between the two a stage keeps its residuals, in a ring of 2 k - 1 slots. What a stage has
+nothing to do for it skips, so that ticks at both ends take less time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxplan import _jax
+from jaxplan.pipeline.execute import (
+    BodyOf,
+    Hold,
+    Stage,
+    at,
+    blank,
+    by_microbatch,
+    everywhere,
+    from_stage,
+    keep,
+    of_row,
+    parts,
+    where,
+)
+from jaxplan.pipeline.fuse import Fused
+from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
+from jaxplan.pipeline.rowwise import SUM
+from jaxplan.pipeline.staged import edited, enter_stacked, join_rows, leave_stacked, take_rows, whole
+
+TOTAL = Role(Kind.TOTAL)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two scans: its equation, its chain, and how it is replayed."""
+
+    equation: Any
+    chain: Chain
+    body_of: BodyOf
+    hold: Hold
+
+
+Middle = Callable[[Any, Mapping[Any, Any]], Mapping[Any, Any]]
+"""(number of a micro-batch, values by variable) -> the same with what stands between the two scans, computed for it."""
+
+
+def run_fused(
+    jaxpr: Any, fused: Fused, pipeline: Pipeline, mesh: Any, read: Callable[[Any], Any], sides: tuple[Side, Side], middle: Middle
+) -> dict[Any, Any]:
+    """The values, by variable, of the backward scan's results and of all that leaves the loop. `read`: of what was made before
+    it."""
+    return _Loop(jaxpr, fused, pipeline, sides, middle).run(mesh, read)
+
+
+class _Loop:
+    def __init__(self, jaxpr: Any, fused: Fused, pipeline: Pipeline, sides: tuple[Side, Side], middle: Middle) -> None:
+        self.jaxpr, self.fused, self.pipeline, self.middle = jaxpr, fused, pipeline, middle
+        self.ahead, self.back = sides
+        self.m, self.k, self.axis = pipeline.microbatches, pipeline.stages, pipeline.axis
+        self.slots = min(self.m, 2 * self.k - 1)
+        chain = self.ahead.chain
+        outs = self.ahead.equation.outvars
+        self.finals = {var: k for k, var in enumerate(outs[: len(chain.carries)])}
+        self.residuals = {var: k for k, var in enumerate(outs[len(chain.carries) :])}
+        backs = self.back.equation.invars
+        first = len(self.back.chain.consts) + len(self.back.chain.carries)
+        self.starts = backs[len(self.back.chain.consts) : first]
+        self.sources = [None if isinstance(v, _jax.Literal) else self.residuals.get(v) for v in backs[first:]]
+        """Per stacked operand of the backward scan, the residual that it is, or None for what comes from outside."""
+        left = [v for v in fused.leaving if v not in self.residuals]
+        self.totals = [v for v in left if fused.roles[v].kind is Kind.TOTAL]
+        self.leaving = [v for v in left if fused.roles[v].kind is not Kind.TOTAL]
+        """What leaves from the last stage."""
+
+    def made(self, var: Any) -> bool:
+        """Whether the loop makes a value."""
+        return not isinstance(var, _jax.Literal) and var in self.fused.roles
+
+    def run(self, mesh: Any, read: Callable[[Any], Any]) -> dict[Any, Any]:
+        """Values enter the manual region, go round, and leave it."""
+        ahead, back, m = self.ahead.chain, self.back.chain, self.m
+        consts, carries, xs = parts(ahead, [read(v) for v in self.ahead.equation.invars])
+        back_consts, _, back_xs = parts(back, self.back.equation.invars)
+        starts = [None if self.made(v) else read(v) for v in self.starts]
+        outside = self.fused.inputs(self.jaxpr)
+        given = {
+            "consts": [by_microbatch(whole(v), r, m) for v, r in zip(consts, ahead.consts, strict=True)],
+            "carries": [by_microbatch(whole(v), r, m) for v, r in zip(carries, ahead.carries, strict=True)],
+            "back consts": [by_microbatch(whole(read(v)), r, m) for v, r in zip(back_consts, back.consts, strict=True)],
+            "starts": [None if v is None else by_microbatch(whole(v), r, m) for v, r in zip(starts, back.carries, strict=True)],
+            "outside": [whole(read(v)) for v in outside],
+            "xs": [enter_stacked(v, r, ahead, m) for v, r in zip(xs, ahead.xs, strict=True)],
+            "back xs": [
+                None if source is not None else enter_stacked(read(v), r, back, m)
+                for v, r, source in zip(back_xs, back.xs, self.sources, strict=True)
+            ],
+        }
+        specs = {name: P() for name in given} | {
+            "xs": [self._spec(r) for r in ahead.xs],
+            "back xs": [
+                None if source is not None else self._spec(r) for r, source in zip(back.xs, self.sources, strict=True)
+            ],
+        }
+        kept = [self._spec(r) for r in ahead.ys], [self._spec(r) for r in back.ys]
+        out = jax.shard_map(
+            lambda given: self.region(given, outside), mesh=mesh.abstract_mesh, in_specs=(specs,),
+            out_specs=(P(), P(), P(), P(), *kept), axis_names={self.axis}, check_vma=False,
+        )(given)  # fmt: skip
+        return self.collected(out, carries, starts)
+
+    def _spec(self, role: Role) -> P:
+        return P(None, self.axis) if role.kind is Kind.CUT else P(self.axis)
+
+    def collected(self, out: Any, carries: Sequence[Any], starts: Sequence[Any]) -> dict[Any, Any]:
+        """Everything by variable."""
+        leaving, totals, finals, added, residuals, ys = out
+        found: dict[Any, Any] = {}
+        for var, value in zip(self.leaving, leaving, strict=True):
+            found[var] = _left(value, self.fused.roles[var], var)
+        numbers = [k for k, r in enumerate(self.ahead.chain.carries) if r.kind is Kind.TOTAL]
+        for k, value in zip(numbers, totals, strict=True):
+            found[self.ahead.equation.outvars[k]] = whole(carries[k]) + value.astype(carries[k].dtype)
+        for var, k in self.residuals.items():
+            if var in self.fused.leaving:
+                value = leave_stacked(residuals[k], self.ahead.chain.ys[k], self.ahead.chain)
+                found[var] = value.astype(var.aval.dtype) if self.ahead.chain.ys[k] == SUM else value
+        chain, moving, staying = self.back.chain, iter(finals), iter(added)
+        outs = self.back.equation.outvars
+        for k, role in enumerate(chain.carries):
+            if role.kind is Kind.TOTAL:
+                found[outs[k]] = whole(starts[k]) + next(staying).astype(outs[k].aval.dtype)
+            else:
+                found[outs[k]] = _left(next(moving), role, outs[k])
+        for var, value, role in zip(outs[len(chain.carries) :], ys, chain.ys, strict=True):
+            stacked = leave_stacked(value, role, chain)
+            found[var] = stacked.astype(var.aval.dtype) if role == SUM else stacked
+        return found
+
+    # ---- inside of the manual region ---------------------------------------------------------------------------
+
+    def region(self, given: dict[str, list[Any]], outside: Sequence[Any]) -> Any:
+        ahead = Stage(self.ahead.equation, self.ahead.chain, self.pipeline, self.ahead.hold)
+        back = Stage(self.back.equation, self.back.chain, self.pipeline, self.back.hold)
+        carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
+        known = dict(zip(outside, given["outside"], strict=True))
+        last, first = ahead.position == self.k - 1, back.position == self.k - 1
+
+        def forward(row: Any, arrived: Sequence[Any]) -> Any:
+            start = ahead.start(ahead.entering(carries, row), arrived)
+            xs = of_row(given["xs"], ahead.chain.xs, row)
+            after, ys = ahead.layers(self.ahead.body_of, row, given["consts"], ahead.carried(start, zeros_ahead), xs)
+            return (*ahead.parted(ahead.held("carry", range(len(after)), after)), list(ys))
+
+        def between(row: Any, out: Sequence[Any]) -> Any:
+            moving = iter(out)
+            numbers = [k for k, r in enumerate(ahead.chain.carries) if r.kind is not Kind.TOTAL]
+            have = {self.ahead.equation.outvars[k]: next(moving) for k in numbers}
+            values = {**have, **self.middle(row, {**known, **have})}
+            starts = [
+                self._start(values, k, var, given["starts"][k], row)
+                for k, var in enumerate(self.starts)
+                if back.chain.carries[k].kind is not Kind.TOTAL
+            ]
+            return starts, [values[v] for v in self.leaving]
+
+        def backward(row: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
+            start = where(back.position == 0, starts, arrived)
+            xs = [
+                self._residual(stores[source], row, role, source) if source is not None else of_row([v], [role], row)[0]
+                for v, role, source in zip(given["back xs"], back.chain.xs, self.sources, strict=True)
+            ]
+            after, ys = back.layers(self.back.body_of, row, given["back consts"], back.carried(start, zeros_back), xs)
+            return (*back.parted(back.held("carry", range(len(after)), after)), list(ys))
+
+        def tick(state: Any, t: Any) -> Any:
+            arrived, returned, left, totals, finals, added, stores, ys = state
+            row, valid = ahead.microbatch(t)
+            out, more, made = when(valid, forward, row, arrived)
+            totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
+            stores = [self._store(k, v, s, row, valid, ahead) for k, (s, v) in enumerate(zip(stores, made, strict=True))]
+            turning = valid & last
+            starts, values = when(turning, between, row, out)
+            left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in zip(left, values, self.leaving, strict=True)]
+            row, valid = back.microbatch(t, self.k - 1)
+            home, more, made = when(valid, backward, row, starts, returned, stores)
+            added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
+            roles = [back.chain.carries[k] for k in back.chain.circulating]
+            finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
+            ys = back.held("out", range(len(ys)), back.kept(ys, made, row, valid))
+            arrived = ahead.held("carry", ahead.chain.circulating, ahead.handed_on(out))
+            returned = back.held("carry", back.chain.circulating, back.handed_on(home))
+            return (arrived, returned, left, totals, finals, added, stores, ys), None
+
+        row = jnp.int32(0)
+        zeros_ahead = self._zeros(self.ahead)
+        zeros_back = self._zeros(self.back)
+        entering = ahead.entering(carries, row)
+        starts, values = jax.eval_shape(between, row, entering)
+        roles = [back.chain.carries[k] for k in back.chain.circulating]
+        state = (
+            entering, blanks(starts), [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
+            [blank(v.shape, v.dtype, TOTAL) for v in zeros_ahead],
+            [self._room(v, r) for v, r in zip(starts, roles, strict=True)], [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
+            self._stores(ahead), back.stores(self.m),
+        )  # fmt: skip
+        ticks = jnp.arange(self.m + 2 * (self.k - 1), dtype=jnp.int32)
+        (_, _, left, totals, finals, added, stores, ys), _ = jax.lax.scan(tick, state, ticks)
+        return (
+            [from_stage(v, last, self.axis) for v in left], [everywhere(v, self.axis) for v in totals],
+            [from_stage(v, first, self.axis) for v in finals], [everywhere(v, self.axis) for v in added], stores, ys,
+        )  # fmt: skip
+
+    def _zeros(self, side: Side) -> list[Any]:
+        """What the carries that stages add up start from, for every micro-batch."""
+        outs = zip(side.equation.outvars, side.chain.carries, strict=False)
+        return [_jax.zeros(v.aval.shape, v.aval.dtype) for v, r in outs if r.kind is Kind.TOTAL]
+
+    def _start(self, values: Mapping[Any, Any], k: int, var: Any, given: Any, row: Any) -> Any:
+        """The first value of a carry of the backward scan, for a micro-batch."""
+        role = self.back.chain.carries[k]
+        if given is not None:
+            return at(given, row) if role.kind is Kind.CUT else edited(given, role, row, self.m) if role == SUM else given
+        change = self.fused.entering[k]
+        return values[var] if change is None else edited(values[var], change, row, self.m)
+
+    def _room(self, one: Any, role: Role) -> Any:
+        """Room for a value of every micro-batch, or for their sum."""
+        return blank((self.m, *one.shape) if role.kind is Kind.CUT else one.shape, one.dtype, role)
+
+    def _ring(self, number: int) -> int:
+        """Slots for a residual: all micro-batches' where somebody reads them afterwards."""
+        return self.m if self.ahead.equation.outvars[len(self.ahead.chain.carries) + number] in self.fused.leaving else self.slots
+
+    def _stores(self, stage: Stage) -> list[Any]:
+        full = stage.stores(self.slots), stage.stores(self.m)
+        return [full[self._ring(k) == self.m][k] for k in range(len(full[0]))]
+
+    def _store(self, number: int, value: Any, store: Any, row: Any, valid: Any, stage: Stage) -> Any:
+        role = stage.chain.ys[number]
+        return stage.hold("out", number, keep(store, value, role, row % self._ring(number), valid))
+
+    def _residual(self, store: Any, row: Any, role: Role, number: int) -> Any:
+        """A micro-batch's residual; of one that is the same for all, its rows."""
+        if self.ahead.chain.ys[number].kind is Kind.CUT:
+            return at(store, row % self._ring(number))
+        return take_rows(store, role._replace(dim=role.dim + 1), row, self.m) if role.kind is Kind.CUT else store
+
+
+def when(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
+    """A function's results, or zeros where it is not to run."""
+    shapes = jax.eval_shape(function, *operands)
+    return jax.lax.cond(condition, function, lambda *_: blanks(shapes), *operands)
+
+
+def blanks(shapes: Any) -> Any:
+    return jax.tree.map(lambda v: _jax.zeros(v.shape, v.dtype), shapes)
+
+
+def _left(value: Any, role: Role, var: Any) -> Any:
+    """A value of the whole batch from what micro-batches had of it."""
+    found = join_rows(value, role) if role.kind is Kind.CUT else value
+    return found.astype(var.aval.dtype) if role == SUM else found

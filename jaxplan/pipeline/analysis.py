@@ -1,0 +1,193 @@
+"""Which scans of a program can run in stages, and what each of their values is to a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxplan import _jax
+from jaxplan.graph.flatten import scan_arity
+from jaxplan.pipeline.dimensions import like_dimensions
+from jaxplan.pipeline.fuse import check_fusible
+from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
+from jaxplan.pipeline.roles import Walk
+from jaxplan.pipeline.rowwise import SAME, SUM, Edit, told
+
+
+class Scan(NamedTuple):
+    """A scan of a program and where it stands. `times`: how often it runs in one call, as far as scans around it tell."""
+
+    path: Path
+    equation: Any
+    times: int
+
+    @property
+    def length(self) -> int:
+        return int(self.equation.params["length"])
+
+
+_WITHIN = {
+    _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
+    _jax.custom_jvp_call_p: "call_jaxpr", _jax.custom_vjp_call_p: "call_jaxpr",
+}  # fmt: skip
+
+
+def scans(jaxpr: Any, path: Path = (), times: int = 1) -> Iterator[Scan]:
+    """All scans of a jaxpr, outer ones before those inside of them, in program order. Branches and `while` loops are left out."""
+    for number, equation in enumerate(jaxpr.eqns):
+        here = (*path, number)
+        if equation.primitive is _jax.scan_p:
+            found = Scan(here, equation, times)
+            yield found
+            yield from scans(equation.params["jaxpr"].jaxpr, here, times * found.length)
+        elif equation.primitive in _WITHIN:
+            inner = equation.params[_WITHIN[equation.primitive]]
+            yield from scans(getattr(inner, "jaxpr", inner), here, times)
+
+
+def scan_at(jaxpr: Any, path: Path) -> Any:
+    """The scan equation at a path. Raises PipelineError where there is none."""
+    for scan in scans(jaxpr):
+        if scan.path == path:
+            return scan.equation
+    raise PipelineError(f"the program has no scan at {path}: the pipeline was made for another program")
+
+
+def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int) -> Chain:
+    """The chain of a scan over layers: which dimension of its values holds the rows of the batch, and what becomes of each.
+
+    Every dimension of every carry is tried for the rows, in order; the first with which the body works row by row is taken.
+    Raises PipelineError that tells for each why it is not, naming the operator and the user's line.
+    """
+    consts, carries = scan_arity(equation)
+    body = equation.params["jaxpr"].jaxpr
+    if sum(layers) != equation.params["length"]:
+        raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
+    refusals: dict[str, str] = {}
+    for k in range(consts, consts + carries):
+        for dim, extent in enumerate(body.invars[k].aval.shape):
+            if extent < 2:
+                continue
+            if extent % microbatches:
+                why = f"{microbatches} micro-batches do not divide its {extent} rows"
+                refusals.setdefault(why, f"dimension {dim} of {body.invars[k].aval.str_short()}")
+                continue
+            try:
+                return _chain(equation, path, tuple(layers), Walk(microbatches), k, dim)
+            except PipelineError as error:
+                refusals.setdefault(str(error), f"dimension {dim} of {body.invars[k].aval.str_short()}")
+    if not refusals:
+        raise PipelineError(f"{told(equation)} carries no array from layer to layer, so that it has no rows to cut")
+    tried = "; ".join(f"were the rows in {place}: {why}" for why, place in refusals.items())
+    raise PipelineError(f"{told(equation)} cannot run in stages on {microbatches} micro-batches: {tried}")
+
+
+def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed: int, dim: int) -> Chain:
+    """The chain if the rows are in dimension `dim` of the body's input `seed`."""
+    consts, carries = scan_arity(equation)
+    body = equation.params["jaxpr"].jaxpr
+    rows = body.invars[seed].aval.shape[dim]
+    like = like_dimensions(body, seed, dim)
+    first: PipelineError | None = None
+    for kept in (range(len(body.invars)), range(consts + carries, len(body.invars)), ()):
+        roles = [SAME] * len(body.invars)
+        for k in kept:
+            if not consts <= k < consts + carries and k in like:
+                extent = body.invars[k].aval.shape[like[k]]
+                if extent % rows == 0:
+                    roles[k] = Role(Kind.CUT, like[k], extent // rows)
+        roles[seed] = Role(Kind.CUT, dim, 1)
+        try:
+            state, ys = _settled(equation, roles, walk)
+        except PipelineError as error:
+            first = first or error
+            continue
+        return Chain(
+            path, bool(equation.params["reverse"]), layers, tuple(roles[:consts]), tuple(state),
+            tuple(roles[consts + carries :]), tuple(ys), rows,
+        )  # fmt: skip
+    raise first or PipelineError("no way to cut the rows was tried")
+
+
+def _settled(equation: Any, roles: Sequence[Role], walk: Walk) -> tuple[list[Role], list[Role]]:
+    """The roles of the carries, and of what is stacked, when the body has been walked until they change no more."""
+    consts, carries = scan_arity(equation)
+    body, ys = equation.params["jaxpr"].jaxpr, list[Role]()
+
+    def once(state: list[Role]) -> list[Role]:
+        ins = [*roles[:consts], *state, *roles[consts + carries :]]
+        outs = walk.body(equation, body, ins, [*state, *[None] * (len(body.outvars) - carries)], ())
+        ys[:] = outs[carries:]
+        return outs[:carries]
+
+    state = walk.loop(equation, list(roles[consts : consts + carries]), once)
+    added = _only_added_to(equation)
+    return [Role(Kind.TOTAL) if role == SUM and k in added else role for k, role in enumerate(state)], ys
+
+
+def _only_added_to(equation: Any) -> set[int]:
+    """The carries that a scan's body does nothing with but add to."""
+    consts, carries = scan_arity(equation)
+    body = equation.params["jaxpr"].jaxpr
+    found = set()
+    for k in range(carries):
+        var, out = body.invars[consts + k], body.outvars[k]
+        readers = [e for e in body.eqns if any(v is var for v in e.invars)]
+        read = sum(v is out for e in body.eqns for v in e.invars) + sum(v is out or v is var for v in body.outvars)
+        added = len(readers) == 1 and readers[0].primitive in _ADDS and readers[0].outvars[0] is out
+        if added and read == 1 and sum(v is var for v in readers[0].invars) == 1:
+            found.add(k)
+    return found
+
+
+_ADDS = frozenset(_jax.primitives("add add_any"))
+
+
+def edits_of(equation: Any, chain: Chain, microbatches: int) -> Mapping[Path, Edit]:
+    """The edits with which a scan's body computes one micro-batch. Paths start with the scan's own."""
+    walk = Walk(microbatches)
+    carried = [SUM if role.kind is Kind.TOTAL else role for role in chain.carries]
+    body = equation.params["jaxpr"].jaxpr
+    outs = walk.body(
+        equation, body, [*chain.consts, *carried, *chain.xs], [*carried, *[None] * len(chain.ys)], chain.path
+    )
+    if outs != [*carried, *chain.ys]:
+        raise PipelineError(f"{told(equation)} is not the scan that its chain was made for")
+    return walk.edits
+
+
+def pipeline_of(
+    jaxpr: Any,
+    axis: str,
+    stages: int,
+    microbatches: int,
+    *,
+    paths: Sequence[Path] | None = None,
+    layers: Mapping[int, Sequence[int]] | None = None,
+    schedule: str = "gpipe",
+) -> Pipeline:
+    """A pipeline of a program: its scans over layers laid over the stages.
+
+    `paths`: the scans (`None`: the outermost ones that can run in stages, at least one). `layers`: {length of a scan: layers per
+    stage}; scans of a length that it leaves out have as equal stages as can be. Raises PipelineError where a scan cannot run
+    in stages, naming the operator and line; ValueError for numbers that do not fit.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}; it may be {' or '.join(map(repr, SCHEDULES))}")
+    chains, problems = [], []
+    for scan in scans(jaxpr):
+        inside = any(scan.path[: len(chain.path)] == chain.path for chain in chains)
+        if inside or (paths is not None and scan.path not in paths):
+            continue
+        try:
+            counts = tuple((layers or {}).get(scan.length) or even_layers(scan.length, stages))
+            chains.append(chain_of(scan.equation, scan.path, counts, microbatches))
+        except ValueError as error:
+            if paths is not None:
+                raise
+            problems.append(str(error))
+    if not chains:
+        raise PipelineError("no scan of the program can run in stages: " + ("; ".join(problems) or "it has none"))
+    pipeline = Pipeline(axis, stages, microbatches, schedule, tuple(chains))
+    check_fusible(jaxpr, pipeline)
+    return pipeline

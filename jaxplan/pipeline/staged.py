@@ -1,0 +1,122 @@
+"""The forms that values have around a pipeline: rows apart by micro-batch, layers apart by stage.
+
+Micro-batch j of m has the rows j, j + m, j + 2 m, ...: where the batch is laid over another axis, each of its shards has rows of
+every micro-batch, and to take a micro-batch moves nothing. Stages of unequal length are filled up to the longest with copies of
+their last layer, whose results nobody reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxplan.pipeline.nouns import Chain, Kind, Role
+from jaxplan.pipeline.rowwise import SUM
+
+
+def take_rows(value: Any, role: Role, row: Any, m: int) -> Any:
+    """The rows of micro-batch `row` (it may be traced)."""
+    apart = _apart(value.shape, role, m)
+    found = jax.lax.dynamic_index_in_dim(value.reshape(apart), row, role.dim + 1, keepdims=False)
+    return found.reshape(_part(value.shape, role, m))
+
+
+def split_rows(value: Any, role: Role, m: int) -> Any:
+    """All micro-batches, along a new first dimension."""
+    moved = jnp.moveaxis(value.reshape(_apart(value.shape, role, m)), role.dim + 1, 0)
+    return moved.reshape((m, *_part(value.shape, role, m)))
+
+
+def join_rows(value: Any, role: Role) -> Any:
+    """The whole batch from its micro-batches: the reverse of `split_rows`."""
+    m, *part = value.shape
+    whole = [n * m if d == role.dim else n for d, n in enumerate(part)]
+    apart = _apart(whole, role, m)
+    split = (m, *apart[: role.dim + 1], *apart[role.dim + 2 :])
+    return jnp.moveaxis(value.reshape(split), 0, role.dim + 1).reshape(whole)
+
+
+def _apart(shape: Sequence[int], role: Role, m: int) -> tuple[int, ...]:
+    rest = shape[role.dim] // (m * role.stride)
+    return (*shape[: role.dim], rest, m, role.stride, *shape[role.dim + 1 :])
+
+
+def _part(shape: Sequence[int], role: Role, m: int) -> tuple[int, ...]:
+    return tuple(n // m if d == role.dim else n for d, n in enumerate(shape))
+
+
+def once(value: Any, row: Any) -> Any:
+    """A value that counts for the first micro-batch only: a part of what all of them add up to."""
+    return jnp.where(row == 0, value, jnp.zeros_like(value))
+
+
+def edited(value: Any, to: Role, row: Any, m: int) -> Any:
+    """What is the same for all micro-batches, as micro-batch `row` needs it."""
+    return take_rows(value, to, row, m) if to.kind is Kind.CUT else once(value, row) if to == SUM else value
+
+
+def fill_stages(value: Any, layers: Sequence[int], dim: int) -> Any:
+    """Layers along `dim`, every stage filled up to the longest."""
+    longest = max(layers)
+    if min(layers) == longest:
+        return value
+    ends = list(itertools.accumulate(layers))
+    rows = [min(end - count + k, end - 1) for end, count in zip(ends, layers, strict=True) for k in range(longest)]
+    return _rows(value, rows, dim)
+
+
+def drop_filling(value: Any, layers: Sequence[int], dim: int) -> Any:
+    """The reverse of `fill_stages`."""
+    longest = max(layers)
+    if min(layers) == longest:
+        return value
+    return _rows(value, [stage * longest + k for stage, count in enumerate(layers) for k in range(count)], dim)
+
+
+def _rows(value: Any, rows: Sequence[int], dim: int) -> Any:
+    return jnp.concatenate([jax.lax.slice_in_dim(value, row, row + 1, axis=dim) for row in rows], axis=dim)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What the layers of a chain leave behind for every micro-batch, where the stages keep it. `value`: (micro-batches, stages *
+    longest stage, ...). A later chain of the same stages takes it as it is; whoever else reads it takes `whole`."""
+
+    value: Any
+    layers: tuple[int, ...]
+    role: Role
+
+    def whole(self) -> Any:
+        """(layers, ...), the whole batch."""
+        return join_rows(drop_filling(self.value, self.layers, 1), self.role._replace(dim=self.role.dim + 1))
+
+    def fits(self, chain: Chain, role: Role, m: int) -> bool:
+        """Whether a chain can take it up without moving anything."""
+        return self.layers == chain.layers and self.role == role and self.value.shape[0] == m
+
+
+def whole(value: Any) -> Any:
+    """A value as everybody knows it."""
+    return value.whole() if isinstance(value, Staged) else value
+
+
+def enter_stacked(value: Any, role: Role, chain: Chain, m: int) -> Any:
+    """A value stacked over layers, as the stages take it: filled up, and by micro-batch where it has rows."""
+    if isinstance(value, Staged):
+        if value.fits(chain, role, m):
+            return value.value
+        value = value.whole()
+    if role.kind is Kind.CUT:
+        return fill_stages(split_rows(value, role._replace(dim=role.dim + 1), m), chain.layers, 1)
+    return fill_stages(value, chain.layers, 0)
+
+
+def leave_stacked(value: Any, role: Role, chain: Chain) -> Any:
+    """The reverse of `enter_stacked`; rows are left where they are until somebody asks for the whole."""
+    return Staged(value, chain.layers, role) if role.kind is Kind.CUT else drop_filling(value, chain.layers, 0)
+
