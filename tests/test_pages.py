@@ -317,7 +317,7 @@ def test_pages_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert cli.main(["show", "plan.json", "--html", "b.html"]) == 0
     assert cli.main(["show", "plan.json", "pagemodel:step", *spec, "--html", "c.html"]) == 0
     said = capsys.readouterr()
-    assert said.err.count("wrote") == 4 and "Plan for step" in said.out
+    assert said.err.count("wrote") == 4 and said.out.count("Plan for step") == 3
     a, b, c = ((tmp_path / f"{name}.html").read_text() for name in "abc")
     assert a == c and "Made from the file alone" in b and "Made from the file alone" not in a
     assert cli.main(["show", "plan.json", "pagemodel:step"]) == 2

@@ -29,8 +29,6 @@ def show(arguments: argparse.Namespace) -> int:
     saved = read(arguments.file)
     if arguments.html is not None:
         write_page(_drawn(arguments), arguments.html)
-        if not (arguments.json or arguments.python):
-            return 0
     elif arguments.function is not None:
         raise Trouble("a function is of use to `show` with --html only; without, leave it out")
     if arguments.json:
