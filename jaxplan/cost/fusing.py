@@ -71,7 +71,7 @@ def stored(
             readers[tensor] = [p for r in places for p in (readers.get(operators[r].results[0], [r]) if operators[r].results else [r])]
     made = {t: at for place, at in found.at.items() for t in operators[place].results}
     narrow = _narrow(graph, operators, found)
-    waits = {t: min(found.near[t]) for op in operators if op.rule.rounds for t in op.results if found.near.get(t)}
+    waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(frozenset(found.origins) | frozenset(found.moved), readers, made, narrow, found.shifted, _outer(operators, found), waits, found.copies, found.turned)
 
 
@@ -91,7 +91,7 @@ def in_a_loop(operator: Operator) -> bool:
         return not reduces(operator) and not (rule.touched and rule.touched[-1] < 1)
     if len(rule.operands) == 3 and len(rule.touched) == 4:
         return _one_a_row(rule)
-    return rule.rounds and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
+    return rule.product and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
 
 
 def _one_a_row(rule: Rule) -> bool:
@@ -143,7 +143,7 @@ class _Fused:
         """Products that nothing needs before a later loop is through run behind it, if there they hide an exchange."""
         for place in hidden:
             operator = self.operators[place]
-            tensor = operator.results[0] if operator.rule.rounds else -1
+            tensor = operator.results[0] if operator.rule.product else -1
             near = self.near.get(tensor, ())
             if not near or tensor in self.origins:
                 continue
@@ -189,7 +189,7 @@ class _Fused:
             self.copies.append((old[0], 0, at))  # state that meets a transposed product is transposed for it, and back
             self.turned.append((tensor, at))
         if product is None or self._made[product] in self.scattered:
-            if not kept and all(self.operators[r].rule.rounds for r in near):
+            if not kept and all(self.operators[r].rule.product for r in near):
                 self.origins[tensor] = tuple(seen)
             return
         start = self._made[product]
@@ -211,7 +211,7 @@ class _Fused:
                 by = self.operators[maker]
                 if tensor in self.origins:
                     ahead.append(by)
-                elif by.rule.rounds and by.scope == operator.scope and (best is None or maker > self._made[best]):
+                elif by.rule.product and by.scope == operator.scope and (best is None or maker > self._made[best]):
                     best = tensor
         return best
 

@@ -193,7 +193,7 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
             seconds += sent_seconds(*steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes), numbers)
     found = set()
     for index, cluster in enumerate(graph.clusters if seconds else ()):
-        if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.rounds:
+        if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.product:
             split = [o.factor for o in modelled.chosen(choices, index)]
             parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
             if numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts <= seconds:
