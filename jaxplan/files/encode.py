@@ -151,13 +151,18 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "node": machine.node,
         "axis_links": {axis: _link_json(link) for axis, link in machine.axis_links.items()},
         "materialises": machine.materialises,
+        "matmul_reads": dict(machine.matmul_reads),
+        "tile": machine.tile and list(machine.tile),
+        "near_bytes": machine.near_bytes,
     }
 
 
 def _machine(value: Mapping[str, Any]) -> Machine:
     links = {axis: Link(**link) for axis, link in value["axis_links"].items()}
+    tile = tuple(value["tile"]) if value.get("tile") else None
+    made = {"inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links, "tile": tile}
     try:
-        return Machine(**{**value, "inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links})
+        return Machine(**{**value, **made})
     except ValueError as error:
         raise PlanFileError(str(error)) from None
 
