@@ -34,6 +34,7 @@ __all__ = [
     "parse_plan",
     "pipeline_for",
     "plan_schema",
+    "program_for",
     "read_plan",
     "saved_plan",
     "to_json",
