@@ -14,7 +14,8 @@ from jax.sharding import AxisType
 
 import jaxplan
 from jaxplan.examples.decoder import SMALL, decoder
-from jaxplan.files import PlanFileError
+from jaxplan.files import PlanFileError, program_for, saved_plan
+from jaxplan.files.fingerprint import program_of
 from jaxplan.pipeline import (
     Chain,
     Kind,
@@ -520,6 +521,9 @@ def test_an_unrolled_decoder_in_stages(schedule, remat):
     plan = in_stages(flat, leaves, (2, 2), "x", 4, schedule=schedule)
     (_, want, loss), (_, got, same) = jax.jit(program.fn)(*args), found.unflatten_outputs(plan.jit()(*leaves))
     assert_close((want["mu"], loss), (got["mu"], same))
+    saved = saved_plan(plan)
+    again = program_for(saved, trace(program.fn, args, {}))
+    assert program_of(again.jaxpr).fingerprint == saved.program.fingerprint, "a loaded plan finds its scans again"
 
 
 # --- what the compiled program sends --------------------------------------------------------------------------------

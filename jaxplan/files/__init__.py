@@ -10,6 +10,7 @@ from jaxplan.files.derive import (
     input_leaves,
     mesh_for,
     pipeline_for,
+    program_for,
     saved_plan,
 )
 from jaxplan.files.describe import describe_saved
