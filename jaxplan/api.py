@@ -411,6 +411,7 @@ def load_plan(
         mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
+        traced = files.program_for(saved, traced)
         files.check_program(saved, traced)
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
             traced = replace(traced, donated=files.donated_of(saved, traced))
