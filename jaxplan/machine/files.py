@@ -75,6 +75,9 @@ def load_machine(path: str | Path) -> Machine:
             reader.of(found, "node", int),
             {k: reader.link(v, f"axis_links.{k}") for k, v in reader.of(found, "axis_links", dict).items()},
             found.get("materialises") is True,
+            {k: str(v) for k, v in reader.of({"matmul_reads": {}, **found}, "matmul_reads", dict).items()},
+            reader.tile(found.get("tile")),
+            reader.number(found.get("near_bytes", 0.0), "near_bytes"),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -97,6 +100,9 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "outer": link(machine.outer),
         "node": machine.node,
         "materialises": machine.materialises,
+        "matmul_reads": dict(machine.matmul_reads),
+        "tile": None if machine.tile is None else list(machine.tile),
+        "near_bytes": machine.near_bytes,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 
@@ -117,6 +123,13 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self.path}: {name!r} should be a number, found {value!r:.60}")
         return float(value)
+
+    def tile(self, value: Any) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        if not (isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)):
+            raise ValueError(f"{self.path}: 'tile' should be two whole numbers or null, found {value!r:.60}")
+        return value[0], value[1]
 
     def link(self, value: Any, name: str) -> Link:
         if not isinstance(value, dict):
