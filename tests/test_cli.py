@@ -56,7 +56,7 @@ def trace(a):
 def wrong(a):
     return a @ jnp.ones((3, 3))
 
-@jaxplan.auto_shard(None)
+@jaxplan.auto_shard(jax.sharding.AbstractMesh((4, 2), ("data", "model")))
 def decorated(a):
     return a * 2.0
 

@@ -100,7 +100,9 @@ def memory(
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
                 layout = layouts.get(old)
                 buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
-        buffers += [Buffer(t, TRANSIENT, local(t, layouts.get(t)), *life, _axes(layouts.get(t))) for t, *life in facts.copies]
+        buffers += [
+            Buffer(t, TRANSIENT, local(t, layouts.get(t)), first, last, _axes(layouts.get(t))) for t, first, last in facts.copies
+        ]
         turned = [Buffer(t, TRANSIENT, local(t, layouts.get(t)), at, at, _axes(layouts.get(t))) for t, at in facts.turned]
         heap = _far(buffers, facts, machine.near_bytes) + turned
     lives = _lives(heap, places)

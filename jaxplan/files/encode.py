@@ -141,6 +141,14 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _machine_json(machine: Machine) -> dict[str, Any]:
+    """What the compiler of a machine rounds, pads and keeps on the chip is written where it does."""
+    dialect: dict[str, Any] = {}
+    if machine.matmul_reads:
+        dialect["matmul_reads"] = dict(machine.matmul_reads)
+    if machine.tile is not None:
+        dialect["tile"] = list(machine.tile)
+    if machine.near_bytes:
+        dialect["near_bytes"] = _number(machine.near_bytes)
     return {
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),
@@ -151,9 +159,7 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "node": machine.node,
         "axis_links": {axis: _link_json(link) for axis, link in machine.axis_links.items()},
         "materialises": machine.materialises,
-        "matmul_reads": dict(machine.matmul_reads),
-        "tile": machine.tile and list(machine.tile),
-        "near_bytes": machine.near_bytes,
+        **dialect,
     }
 
 
