@@ -185,3 +185,14 @@ def test_every_public_name_has_its_docstring_and_an_example_on_the_page():
         assert getattr(importlib.import_module(module), name) is getattr(jaxplan, name)
         assert (getattr(jaxplan, name).__doc__ or "").strip(), name
         assert f"jaxplan.{name}" in code or name == "Plan", name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """To files, and to headings of pages; the site's build checks the rest."""
+    for target, anchor in re.findall(r"\]\(([^):#\s]*)(#[^)\s]*)?\)", (ROOT / page).read_text()):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert anchor[1:] in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, anchor
