@@ -398,7 +398,11 @@ class PlannedFunction:
 
     def __init__(self, plan: Plan, static: dict[int | str, Any], donate: Sequence[int]) -> None:
         if not isinstance(plan.mesh, Mesh):
-            raise ValueError("this plan was made for an AbstractMesh; use plan.replan(mesh=...) with a mesh of devices to run it")
+            shape = ", ".join(f"{axis}={size}" for axis, size in plan.axis_sizes.items())
+            raise ValueError(
+                f"this plan was made for an AbstractMesh, and has no devices to run on: it needs {plan.mesh.size} ({shape}), "
+                f"this process sees {len(jax.devices())}: use plan.replan(mesh=...) with a mesh of devices"
+            )
         self.plan, self._static = plan, static
         self._mesh = auto_mesh(plan.mesh)
         self._donate = frozenset(donate)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from typing import Any, TypeVar
 
 import jax
@@ -176,6 +177,10 @@ class Audit:
         lines += _more(self.warnings)
         lines += [f"not read: {note}" for note in self.unread]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def _tail(stack: str, width: int = 56) -> str:

@@ -48,8 +48,9 @@ class Buffer:
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs, `given`: of the arguments;
-    `moment`: the place of it in the order of operators."""
+    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs,
+    `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments and
+    outputs at every place of that order."""
 
     arguments: float
     outputs: float
@@ -58,6 +59,7 @@ class Memory:
     results: tuple[Buffer, ...]
     given: tuple[Buffer, ...]
     moment: int
+    over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     @property
     def peak(self) -> float:
@@ -75,7 +77,7 @@ def memory(
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
     graph, machine = modelled.graph, modelled.numbers.machine
-    facts = _facts(graph, machine.materialises, frozenset() if machine.materialises else _scattered(modelled, choices))
+    facts = _facts_of(modelled, choices)
     local = _sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
@@ -100,7 +102,7 @@ def memory(
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(
-        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at
+        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
     )  # fmt: skip
 
 
@@ -129,6 +131,16 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
         return nbytes * padding(local_shape(about.shape, layout, sizes), machine.tile, facts.outer.get(tensor, ())) if machine.tile else nbytes
 
     return local
+
+
+def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
+    """The operators in the order in which memory takes them to run: their numbers in the graph."""
+    return _facts_of(modelled, choices).order.sequence
+
+
+def _facts_of(modelled: Modelled, choices: np.ndarray) -> _Facts:
+    materialises = modelled.numbers.machine.materialises
+    return _facts(modelled.graph, materialises, frozenset() if materialises else _scattered(modelled, choices))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:

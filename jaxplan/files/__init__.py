@@ -17,7 +17,7 @@ from jaxplan.files.encode import to_json
 from jaxplan.files.nouns import PlanFileError, SavedPlan
 from jaxplan.files.python import to_python
 from jaxplan.files.schema import plan_schema
-from jaxplan.files.store import parse_plan, read_plan, write_plan, write_text
+from jaxplan.files.store import parse_plan, read_plan, write_bytes, write_plan, write_text
 
 __all__ = [
     "Comparison",
@@ -38,6 +38,7 @@ __all__ = [
     "saved_plan",
     "to_json",
     "to_python",
+    "write_bytes",
     "write_plan",
     "write_text",
 ]
