@@ -160,7 +160,8 @@ def test_no_block_hides_from_the_tests(page):
     code = r"import |from \w+ import|@?jaxplan\.|\w+ = (?:jaxplan|plan)\.|plan\.\w+\(|\$ |pip install"
     assert not re.findall(rf"^    (?:{code}).*$", text, re.M)
     fences = re.findall(r"^```(\w*)$", (ROOT / page).read_text(), re.M)
-    assert not {*fences[::2]} - {"python", "bash", "console", "text", "json", "yaml", ""}
+    gone = {"py"} if page.startswith("docs/migrate/") else set()  # code for libraries that no longer exist
+    assert not {*fences[::2]} - {"python", "bash", "console", "text", "json", "yaml", ""} - gone
 
 
 def test_a_page_that_does_not_run_is_seen():
