@@ -20,9 +20,9 @@ from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
 from jaxplan.pipeline.fuse import Fused, fuse
-from jaxplan.pipeline.nouns import Chain, Pipeline
+from jaxplan.pipeline.nouns import Chain, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
-from jaxplan.pipeline.rowwise import Edit
+from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Plan
 
@@ -147,8 +147,7 @@ class _Replay:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
         if self.rows is None:
             return _jax.bind(equation, values, self.mesh.size)
-        outs = _jax.bind(equation, values, self.mesh.size, self.rows.params(path))
-        return outs
+        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
 
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
@@ -183,6 +182,17 @@ class _Rows:
         """The parameters that an equation has for a micro-batch instead of its own."""
         found = self.edits.get(path)
         return {} if found is None else found.params
+
+    def checked(self, equation: Any, outs: list[Any], path: Path) -> list[Any]:
+        """The results of an equation. Raises PipelineError if they are not those of a micro-batch."""
+        found = self.edits.get(path)
+        shapes = tuple(out.shape for out in outs)
+        if found is not None and found.shapes and shapes != found.shapes:
+            raise PipelineError(
+                f"{told(equation)} gives {shapes} for a micro-batch, where its rule leads to {found.shapes}: its parameters hold "
+                "extents, so that it cannot run on a part of the batch"
+            )
+        return outs
 
     def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
         """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""

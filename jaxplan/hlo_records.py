@@ -68,6 +68,7 @@ class Kernel:
     opcode: str
     flops: float
     memory_bytes: float
+    cycles: float = 0.0  # of the device's clock, as the compiler estimates; 0 where it does not
 
 
 @record("wire_bytes", "flops", "count")

@@ -18,12 +18,12 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
-from jaxplan.cost.price import cluster_exchanges
+from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
 from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
-from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
 
 Local = Callable[[int, Layout | None], float]
@@ -77,7 +77,8 @@ def memory(
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
     graph, machine = modelled.graph, modelled.numbers.machine
-    facts = _facts_of(modelled, choices)
+    gathered = {} if machine.materialises else _gathered(modelled, choices)
+    facts = _facts_of(modelled, choices, gathered)
     local = _sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
@@ -94,6 +95,11 @@ def memory(
     if machine.materialises:
         heap = _outside_outputs(buffers)
     else:
+        looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
+        for tensor, old in gathered.items():
+            if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
+                layout = layouts.get(old)
+                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
         buffers += [Buffer(t, TRANSIENT, local(t, layouts.get(t)), *life, _axes(layouts.get(t))) for t, *life in facts.copies]
         turned = [Buffer(t, TRANSIENT, local(t, layouts.get(t)), at, at, _axes(layouts.get(t))) for t, at in facts.turned]
         heap = _far(buffers, facts, machine.near_bytes) + turned
@@ -135,12 +141,14 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
 
 def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
     """The operators in the order in which memory takes them to run: their numbers in the graph."""
-    return _facts_of(modelled, choices).order.sequence
+    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
+    return _facts_of(modelled, choices, gathered).order.sequence
 
 
-def _facts_of(modelled: Modelled, choices: np.ndarray) -> _Facts:
-    materialises = modelled.numbers.machine.materialises
-    return _facts(modelled.graph, materialises, frozenset() if materialises else _scattered(modelled, choices))
+def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> _Facts:
+    if modelled.numbers.machine.materialises:
+        return _facts(modelled.graph, True, frozenset(), frozenset())
+    return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
@@ -177,8 +185,39 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
     return frozenset(found)
 
 
+def _gathered(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
+    """{new value: old value} of state whose parts are gathered at the end of a call."""
+    graph, found = modelled.graph, dict[int, int]()
+    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
+    for reading in modelled.readings:
+        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            if any(step.kind == "all_gather" for step in steps):
+                found[reading.tensor] = olds[reading.tensor]
+    return found
+
+
+def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> frozenset[int]:
+    """Operators that take no longer than gathering the state at the end of a call: that can hide behind them."""
+    graph, numbers, seconds = modelled.graph, modelled.numbers, 0.0
+    for reading in modelled.readings if gathered else ():
+        if reading.tensor in gathered and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            seconds += sent_seconds(*steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes), numbers)
+    found = set()
+    for index, cluster in enumerate(graph.clusters if seconds else ()):
+        if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.product:
+            split = [o.factor for o in modelled.chosen(choices, index)]
+            parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
+            if numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts <= seconds:
+                found.add(cluster.members[-1])
+    return frozenset(found)
+
+
 @lru_cache(maxsize=16)
-def _facts(graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset()) -> _Facts:
+def _facts(
+    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[int] = frozenset()
+) -> _Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
@@ -191,7 +230,9 @@ def _facts(graph: Graph, materialises: bool, scattered: frozenset[int] = frozens
             if tensor >= 0:
                 readers.setdefault(tensor, []).append(place)
     if not materialises:
-        found = stored(graph, operators, frozenset(places[i] for i in scattered if i in places))
+        loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
+        at, late = (frozenset(places[i] for i in found if i in places) for found in (scattered, hidden))
+        found = stored(graph, operators, at, late, loops)
         made.update(found.made)
         return _Facts(order, operators, made, found.readers, found.computed, places, True, found.narrow, found.shifted, found.outer, found.waits, found.copies, found.turned)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}

@@ -10,6 +10,7 @@ from jaxplan.files.derive import (
     input_leaves,
     mesh_for,
     pipeline_for,
+    program_for,
     saved_plan,
 )
 from jaxplan.files.describe import describe_saved
@@ -34,6 +35,7 @@ __all__ = [
     "parse_plan",
     "pipeline_for",
     "plan_schema",
+    "program_for",
     "read_plan",
     "saved_plan",
     "to_json",
