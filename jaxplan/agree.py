@@ -87,6 +87,7 @@ def fingerprints(plan: Plan) -> dict[str, str]:
         "the mesh": str((dict(mesh.shape), devices)),
         "the machine": str(machine),
         "the layouts": str((plan.choices.shape, plan.choices.tolist())),
+        "the pipeline": str(plan.pipeline),
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, names, percent, pin, positive, shape_options
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
-from jaxplan.cli.saved import read
+from jaxplan.cli.reading import read
 
 if TYPE_CHECKING:
     from jaxplan.api import Plan
@@ -32,6 +32,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     planning_options(parser)
     parser.add_argument("--certify", action="store_true", help="also prove how far from the optimum the plan can be")
     parser.add_argument("-o", "--output", metavar="FILE", help="save the plan")
+    parser.add_argument("--html", metavar="FILE", help="write a page that draws the plan")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -44,6 +45,13 @@ def planning_options(parser: argparse.ArgumentParser) -> None:
         "--pin", type=pin, action="append", default=[], metavar="PATH=SPEC",
         help="a layout to insist on: 'params/*/wq=-,model' for P(None, 'model'); may be given again",
     )  # fmt: skip
+    parser.add_argument(
+        "--pipeline", metavar="AXIS", default=None,
+        help="the mesh axis to lay along the layers of a scan, auto, or none (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--microbatches", type=positive, default=None, metavar="N", help="of a pipeline (default: as many as are best)"
+    )
     parser.add_argument("--donate", type=names, metavar="NAMES", help="arguments whose buffers may be reused, such as w,state")
 
 
@@ -53,8 +61,10 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": arguments.machine, "search": arguments.search,
         "memory_budget": math.inf if arguments.budget == "unlimited" else arguments.budget,
         "pins": pins_of(arguments) or None, "donate_argnames": arguments.donate,
+        "pipeline": arguments.pipeline, "microbatches": arguments.microbatches,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
+    found = {name: value for name, value in given.items() if value is not None}
+    return {**found, "pipeline": None} if arguments.pipeline == "none" else found
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -65,6 +75,10 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         with progress(f"saving {arguments.output}"):
             save(found, arguments.output)
+    if arguments.html is not None:
+        with progress(f"drawing {arguments.html}"):
+            text = found.to_html()
+        write_page(text, arguments.html)
     if arguments.json:
         from jaxplan.files import saved_plan, to_json
 
@@ -111,8 +125,20 @@ def refused() -> Iterator[None]:
 
 def save(plan: Plan, path: str) -> None:
     """Write a plan; what the system refuses becomes Trouble."""
+    written(lambda: plan.save(path), path)
+
+
+def write_page(text: str, path: str) -> None:
+    """Write a page; what the system refuses becomes Trouble."""
+    from jaxplan.files import write_text
+
+    written(lambda: write_text(text, path), path)
+
+
+def written(write: Callable[[], None], path: str) -> None:
+    """Write a file, and say so on stderr; what the system refuses becomes Trouble."""
     try:
-        plan.save(path)
+        write()
     except OSError as error:
         raise Trouble(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from None
     print(f"wrote {path} ({os.path.getsize(path):,} bytes)", file=sys.stderr)
@@ -157,7 +183,7 @@ def check(arguments: argparse.Namespace) -> int:
     found = planned(
         fn, arguments_of(fn, arguments), mesh=abstract_mesh(old.mesh_shape), machine=old.machine, search=asked.search or "hsm2dl",
         memory_budget=math.inf if budget == "unlimited" else budget, while_trips=asked.while_trips,
-        certify=asked.certify, donate_argnames=donated_names(old, fn),
+        certify=asked.certify, pipeline=asked.pipeline, microbatches=asked.microbatches, donate_argnames=donated_names(old, fn),
         pins={path: PartitionSpec(*spec) for path, spec in asked.pins.items()},
     )  # fmt: skip
     if arguments.output is not None:

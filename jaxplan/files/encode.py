@@ -51,6 +51,8 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "while_trips": _number(asked.while_trips),
             "certify": asked.certify,
             "dims": dict(asked.dims),
+            **({} if asked.pipeline == "auto" else {"pipeline": asked.pipeline}),
+            **({} if asked.microbatches is None else {"microbatches": asked.microbatches}),
         },
         "program": {
             "fingerprint": saved.program.fingerprint,
@@ -85,7 +87,10 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
     primitives = {name: Primitives(count, digest) for name, (count, digest) in program["primitives"].items()}
     return SavedPlan(
         value["function"], value["versions"], mesh, _machine(value["machine"]),
-        Asked(asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"]),
+        Asked(
+            asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"],
+            asked.get("pipeline", "auto"), asked.get("microbatches"),
+        ),
         Program(program["fingerprint"], primitives), tuple(value["unknown"]),
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
@@ -146,13 +151,18 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "node": machine.node,
         "axis_links": {axis: _link_json(link) for axis, link in machine.axis_links.items()},
         "materialises": machine.materialises,
+        "matmul_reads": dict(machine.matmul_reads),
+        "tile": machine.tile and list(machine.tile),
+        "near_bytes": machine.near_bytes,
     }
 
 
 def _machine(value: Mapping[str, Any]) -> Machine:
     links = {axis: Link(**link) for axis, link in value["axis_links"].items()}
+    tile = tuple(value["tile"]) if value.get("tile") else None
+    made = {"inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links, "tile": tile}
     try:
-        return Machine(**{**value, "inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links})
+        return Machine(**{**value, **made})
     except ValueError as error:
         raise PlanFileError(str(error)) from None
 

@@ -71,8 +71,8 @@ class _Classes:
             for branch in params["branches"]:
                 for out, result in zip(self.walk(branch.jaxpr, operands[1:]), results, strict=True):
                     self.merge(out, result)
-        elif primitive in _CALLS:
-            inner = params[_CALLS[primitive]]
+        elif primitive in CALLS:
+            inner = params[CALLS[primitive]]
             for out, result in zip(self.walk(getattr(inner, "jaxpr", inner), operands), results, strict=True):
                 self.merge(out, result)
         else:
@@ -90,22 +90,23 @@ class _Classes:
                     self.merge([node], [known.setdefault(dim[0], node)])
 
 
-_CALLS = {
+CALLS = {
     _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
     _jax.custom_jvp_call_p: "call_jaxpr", _jax.custom_vjp_call_p: "call_jaxpr",
 }  # fmt: skip
+"""Calls that are looked into, and the parameter that holds what they call."""
 
 
-def like_dimensions(jaxpr: Any, number: int, dim: int) -> dict[int, int]:
-    """{input: its dimension} of the inputs with a dimension that goes together with dimension `dim` of input `number`, the first
-    one of each."""
+def like_dimensions(jaxpr: Any, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:
+    """{input: its dimension} and {output: its dimension} of those with a dimension that goes together with dimension `dim` of
+    input `number`, the first one of each."""
     classes = _Classes()
     ins = [classes.new(v.aval) for v in jaxpr.invars]
-    classes.walk(jaxpr, ins)
+    outs = classes.walk(jaxpr, ins)
     goal = classes.find(ins[number][dim])
-    found: dict[int, int] = {}
-    for k, held in enumerate(ins):
-        for d, node in enumerate(held):
-            if classes.find(node) == goal:
-                found.setdefault(k, d)
-    return found
+
+    def found(values: Sequence[Nodes]) -> dict[int, int]:
+        like = {k: [d for d, node in enumerate(held) if classes.find(node) == goal] for k, held in enumerate(values)}
+        return {k: dims[0] for k, dims in like.items() if dims}
+
+    return found(ins), found(outs)

@@ -9,7 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxplan.api import Plan, make_plan
 from jaxplan.budget import NothingFits, budget_bytes
 from jaxplan.machine import Machine, axis_links, machine as find_machine
+from jaxplan.pages import fragment
 from jaxplan.report import show_bytes, show_seconds, table
 
 AXIS_NAMES = ("x", "y", "z")
@@ -118,6 +119,11 @@ class MeshRanking:
         lines += ["", "seconds, and bytes sent, per call and device; efficiency: beside one device, memory aside; all modelled"]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        head, *lines = str(self).split("\n")
+        notes = [line for line in lines[len(self.candidates) + 2 :] if line]
+        return fragment(head, _HEADER, map(_cells, self.candidates), notes)
+
     def to_json(self) -> dict[str, Any]:
         """The table for a machine to read."""
         return {
@@ -189,7 +195,11 @@ def base_plan(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, n
         if name in options:
             what = "the meshes are what is looked for" if name == "mesh" else "certify the plan that was chosen, by replan"
             raise TypeError(f"{name} cannot be given here: {what}")
-    return make_plan(fn, *args, mesh=AbstractMesh((1,), (names[0],)), machine=machine, memory_budget=math.inf, **options)
+    asked = {name: options[name] for name in ("pipeline", "microbatches") if name in options}
+    others = {name: value for name, value in options.items() if name not in asked}
+    one = AbstractMesh((1,), (names[0],))
+    base = make_plan(fn, *args, mesh=one, machine=machine, memory_budget=math.inf, pipeline=None, **others)
+    return replace(base, request=replace(base.request, **{"pipeline": "auto", **asked}))
 
 
 def candidate(
