@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxplan import _jax
-from jaxplan.export.nouns import Exporter, Selection, Written
+from jaxplan.export.nouns import Exporter, ExportError, Selection, Written
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Spec, spec_of
 from jaxplan.plan import Plan
@@ -85,8 +85,13 @@ class ExplicitCalls:
 
 
 def build(selection: Selection) -> ExplicitCalls:
-    """The calls for the whole function; what is selected does not matter."""
+    """The calls for the whole function; what is selected does not matter. Raises ExportError for a plan with a pipeline."""
     plan = selection.plan
+    if plan.pipeline is not None:
+        raise ExportError(
+            "this plan lays a mesh axis along the layers, as a pipeline, which layouts in types cannot say: run plan.jit(), or "
+            "plan with pipeline=None"
+        )
     closed = plan.traced.jaxpr
     walk = _Walk(plan, _said_elsewhere(closed.jaxpr))
     places = zip(plan.traced.in_paths, plan.input_layouts, plan.traced.in_avals, strict=True)
