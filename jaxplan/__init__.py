@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxplan.hlo import Audit as Audit, audit as audit
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
+    from jaxplan.regimes import Regimes as Regimes
     from jaxplan.rules import rule as rule
     from jaxplan.state import LayoutError as LayoutError
     from jaxplan.whatif import MeshRanking as MeshRanking, Sweep as Sweep, best_mesh as best_mesh, sweep as sweep
@@ -28,6 +29,7 @@ _HOMES = {
     "audit": "jaxplan.hlo",
     "Audit": "jaxplan.hlo",
     "rule": "jaxplan.rules",
+    "Regimes": "jaxplan.regimes",
     "Calibration": "jaxplan.measure",
     "CheckpointError": "jaxplan.export",
     "DifferentPlans": "jaxplan.agree",
@@ -57,6 +59,7 @@ __all__ = [
     "MeshRanking",
     "NothingFits",
     "Plan",
+    "Regimes",
     "Sweep",
     "audit",
     "auto_shard",

@@ -13,12 +13,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxplan import files, plan as _plan
+from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.budget import budget_bytes
 from jaxplan.compare import PlanAudit, compare
@@ -31,10 +31,12 @@ from jaxplan.hybrid import AUTO, Choosing, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.pages import SweepView, page, picture_of, plan_table, sweep_view
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.pipeline import Pipeline
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
+from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
@@ -192,12 +194,12 @@ class Plan(_plan.Plan):
         return why_not(self, self, pins)
 
     def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
-        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form condition
-        at each boundary. From one trace; memory apart.
+        """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form
+        condition at each boundary. From one trace; memory apart.
 
-        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`, `high`:
-        the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that cannot be
-        given other sizes from the trace, saying why.
+        `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`,
+        `high`: the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that
+        cannot be given other sizes from the trace, saying why.
         """
         return regimes(self, self, symbol, low, high)
 
@@ -250,6 +252,27 @@ class Plan(_plan.Plan):
     def _saved(self) -> files.SavedPlan:
         with _collector_paused():
             return files.saved_plan(self)
+
+    def to_html(self, sweep: SweepView | Literal["auto"] | None = "auto") -> str:
+        """The plan as one HTML page that needs no network: the program with layouts and exchanges, the mesh, memory over the
+        step, cost by source line, and a slider over plans at other sizes or link speeds.
+
+        `sweep`: what the slider goes over (`Sweep.view()` gives one); "auto": the first dimension of the data, if the trace
+        tells of other sizes, else the link of the first axis; None: no slider.
+        """
+        return page(replace(picture_of(self), sweep=_auto_sweep(self) if sweep == "auto" else sweep, about=_about()))
+
+    def save_html(self, path: str | os.PathLike[str], sweep: SweepView | Literal["auto"] | None = "auto") -> None:
+        """Write `to_html` to a file; the old one survives if it cannot be written (OSError)."""
+        files.write_text(self.to_html(sweep), path)
+
+    def plot_memory(self, path: str | os.PathLike[str]) -> None:
+        """Draw memory over one call to a .png, .svg or .pdf file. Needs matplotlib (ModuleNotFoundError says how to have it)."""
+        plot_memory(self, path)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `print(plan)` says of the inputs, as a table, and the totals."""
+        return plan_table(self)
 
     def replan(self, **changes: Any) -> Plan:
         """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search`, `certify`, `pipeline` or
@@ -317,8 +340,9 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
-    callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in
+    `jaxplan.search.SEARCHES`, or a callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`;
+    None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
     `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
@@ -387,6 +411,7 @@ def load_plan(
         mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
+        traced = files.program_for(saved, traced)
         files.check_program(saved, traced)
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
             traced = replace(traced, donated=files.donated_of(saved, traced))
@@ -404,6 +429,32 @@ def load_plan(
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
+
+
+def _about() -> dict[str, str]:
+    return {"jaxplan": __version__, "JAX": jax.__version__}
+
+
+def _auto_sweep(plan: Plan) -> SweepView | None:
+    """Plans along the first dimension of the data that can be given other sizes, or along the speed of the first link."""
+    graph, state = plan.modelled.graph, {position for _, position in plan.modelled.graph.ties}
+    data = [tensor for position, tensor in enumerate(graph.inputs) if position not in state and graph.tensors[tensor].shape]
+    names = [name for tensor in data for name in plan.names.dimension(tensor)[:1]]
+    for name in dict.fromkeys(name for name in names if name in plan.origin.extents):
+        now = plan.request.sizes.get(name, next(iter(plan.origin.extents[name].values())))
+        grain = math.gcd(now, math.prod(plan.axis_sizes.values()))
+        sizes = sorted({max(grain, round(now * 2.0**k / grain) * grain) for k in range(-3, 4)} - {1})
+        try:
+            found = [plan.replan(sizes={name: size}, memory_budget=math.inf, certify=False) for size in sizes]
+        except ValueError:
+            continue
+        return sweep_view(name, [(f"{name} = {size}", one) for size, one in zip(sizes, found, strict=True)], sizes.index(now))
+    axis, machine = plan.axis_names[0], plan.modelled.numbers.machine
+    speeds = [2.0**k for k in range(-3, 4)]
+    machines = [machine.slower(axis, 1 / speed, plan.axis_sizes) for speed in speeds]
+    found = [plan.replan(machine=one, memory_budget=math.inf, certify=False) for one in machines]
+    told = [f"{speed:g} times as fast" for speed in speeds]
+    return sweep_view(f"speed of the link of {axis}", list(zip(told, found, strict=True)), 3)
 
 
 @contextlib.contextmanager

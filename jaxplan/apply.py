@@ -408,7 +408,11 @@ class PlannedFunction:
 
     def __init__(self, plan: Plan, static: dict[int | str, Any], donate: Sequence[int]) -> None:
         if not isinstance(plan.mesh, Mesh):
-            raise ValueError("this plan was made for an AbstractMesh; use plan.replan(mesh=...) with a mesh of devices to run it")
+            shape = ", ".join(f"{axis}={size}" for axis, size in plan.axis_sizes.items())
+            raise ValueError(
+                f"this plan was made for an AbstractMesh, and has no devices to run on: it needs {plan.mesh.size} ({shape}), "
+                f"this process sees {len(jax.devices())}: use plan.replan(mesh=...) with a mesh of devices"
+            )
         self.plan, self._static = plan, static
         self._mesh = auto_mesh(plan.mesh)
         self._donate = frozenset(donate)
@@ -471,8 +475,8 @@ class PlannedFunction:
         traced = self.plan.traced
         if tree != traced.in_tree:
             raise ValueError(
-                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it as it was "
-                "planned, with the same arguments by position, by keyword and static, or plan again"
+                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it "
+                "as it was planned, with the same arguments by position, by keyword and static, or plan again"
             )
         for path, aval, leaf in zip(traced.in_paths, traced.in_avals, leaves, strict=True):
             shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
@@ -513,10 +517,10 @@ def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> l
 
 
 def _fits(leaf: Any, planned: Any) -> bool:
-    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32, say); a Python number has a kind only."""
-    kind = {bool: jax.numpy.bool_, int: jax.numpy.integer, float: jax.numpy.floating, complex: jax.numpy.complexfloating}.get(type(leaf))
-    if kind is not None:
-        return jax.numpy.issubdtype(planned, kind)
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32). A Python number has a kind only."""
+    for number, kind in ((bool, np.bool_), (int, np.integer), (float, np.floating), (complex, np.complexfloating)):
+        if type(leaf) is number:
+            return jax.numpy.issubdtype(planned, kind)
     dtype = getattr(leaf, "dtype", planned)
     return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from jaxplan.hlo import Audit, Collective
@@ -102,6 +103,10 @@ class PlanAudit:
             "audit": json.loads(self.audit.to_json()),
         }  # fmt: skip
         return json.dumps(found, indent=indent, allow_nan=False)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items())

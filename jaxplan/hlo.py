@@ -194,7 +194,9 @@ class _Reader:
                 self._include(computation, callee, inner)
             if opcode != "call":  # what a fusion or a library call does inside is one kernel
                 moved = traffic_of(self.module, computation, instruction)
-                inner.kernels = {Kernel(instruction.name, opcode, inner.flops, moved): 1} if inner.flops or moved else {}
+                cycles = float(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)  # the TPU's compiler says so
+                kernel = Kernel(instruction.name, opcode, inner.flops, moved, cycles)
+                inner.kernels = {kernel: 1} if inner.flops or moved or cycles else {}
             tally.include(inner, 1, True)
 
     def _weight(self, tally: _Tally) -> tuple[float, float]:

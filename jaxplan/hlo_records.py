@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from html import escape
 from typing import Any, TypeVar
 
 import jax
@@ -67,6 +68,7 @@ class Kernel:
     opcode: str
     flops: float
     memory_bytes: float
+    cycles: float = 0.0  # of the device's clock, as the compiler estimates; 0 where it does not
 
 
 @record("wire_bytes", "flops", "count")
@@ -176,6 +178,10 @@ class Audit:
         lines += _more(self.warnings)
         lines += [f"not read: {note}" for note in self.unread]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def _tail(stack: str, width: int = 56) -> str:

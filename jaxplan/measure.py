@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,8 @@ def calibrate(mesh: Mesh, name: str = "measured") -> Calibration:
             links[axis] = Link(max(g, 1e-15), latency, "measured by jaxplan calibrate")
     by_speed = sorted(links.values(), key=lambda link: link.seconds_per_byte) or [taken.inner]
     memory = (device.memory_stats() or {}).get("bytes_limit", taken.memory_bytes)
-    machine = Machine(name, rates, per_byte, float(memory), by_speed[0], by_speed[-1], mesh.size, links, taken.materialises)
+    measured = {"seconds_per_flop": rates, "seconds_per_byte": per_byte, "memory_bytes": float(memory), "node": mesh.size}
+    machine = replace(taken, name=name, inner=by_speed[0], outer=by_speed[-1], axis_links=links, **measured)
     return Calibration(machine, tuple(samples), time.perf_counter() - start)
 
 

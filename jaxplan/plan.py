@@ -238,23 +238,8 @@ class Plan:
         """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[PlannedExchange] = []
-        for index, cluster in enumerate(graph.clusters):
-            options = self.modelled.chosen(self.choices, index)
-            for exchange in cluster_exchanges(cluster, options, setting):
-                found += self._planned(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
-            for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
-                about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
-                name = self.axis_names[axis]
-                found.append(PlannedExchange(
-                    "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
-                ))  # fmt: skip
-            for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
-                about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
-                ticks = self.modelled.numbers.ticks if handed.every_tick else cluster.times
-                what = "next stage" if handed.every_tick else "stages of unequal length"
-                found.append(PlannedExchange(
-                    "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
-                ))  # fmt: skip
+        for index in range(len(graph.clusters)):
+            found += self.combined(index)
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         shares = self._shares if rounded else {}
         for reading in self.modelled.readings:
@@ -267,8 +252,30 @@ class Plan:
                 already = moved.get((reading.tensor, step, inside), 0.0)
                 if reading.times > already:
                     moved[reading.tensor, step, inside] = reading.times
-                    found += self._planned((step,), reading.tensor, reader, reading.times - already, shares.get((reading.tensor, step), 1.0))
+                    share = shares.get((reading.tensor, step), 1.0)
+                    found += self.moved((step,), reading.tensor, reader, reading.times - already, share)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
+
+    def combined(self, index: int) -> list[PlannedExchange]:
+        """The exchanges inside of one cluster: of partial results, and with neighbours."""
+        graph, setting, cluster = self.modelled.graph, self.modelled.setting, self.modelled.graph.clusters[index]
+        options, found = self.modelled.chosen(self.choices, index), []
+        for exchange in cluster_exchanges(cluster, options, setting):
+            found += self.moved(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+        for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
+            about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
+            name = self.axis_names[axis]
+            found.append(PlannedExchange(
+                "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
+            ))  # fmt: skip
+        for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
+            about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
+            ticks = self.modelled.numbers.ticks if handed.every_tick else cluster.times
+            what = "next stage" if handed.every_tick else "stages of unequal length"
+            found.append(PlannedExchange(
+                "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
+            ))  # fmt: skip
+        return found
 
     @property
     def _shares(self) -> dict[tuple[int, Step], float]:
@@ -287,10 +294,11 @@ class Plan:
         path = next((op.path for op in members if reading.tensor in op.operands), ())
         return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
 
-    def _planned(
+    def moved(
         self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0
     ) -> list[PlannedExchange]:
-        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent. Scatters of several dimensions are one: so the compiler does it."""
+        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent. Scatters of several dimensions are one: so the
+        compiler does it."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
         runs: list[list[Step]] = []
         for step in steps:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -125,6 +126,10 @@ class WhyNot:
         pairs = zip(self.plan.traced.in_paths, _input_specs(self.plan), _input_specs(self.other), strict=True)
         return {path: (one, two) for path, one, two in pairs if one != two}
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         pinned = ", ".join(f"{path} as {_show(spec)}" for path, spec in self.pins.items())
         lines = [f"{pinned} {_difference(self.extra, self.plan.seconds)} ({show_seconds(self.other.seconds)} in all)"]
@@ -182,6 +187,14 @@ class InputReason:
     idle: Mapping[str, str]
     whole: float = field(repr=False)
 
+    @property
+    def forced_by(self) -> str:
+        """What would cost most more under the runner-up, and how much; "" where nothing would."""
+        if not self.alternatives or self.alternatives[0].extra <= 0 or not self.alternatives[0].causes:
+            return ""
+        charge = self.alternatives[0].causes[0]
+        return f"{charge}: {show_seconds(charge.seconds)} more"
+
     def __str__(self) -> str:
         name = without_indices(self.paths[0]) + f" (x{len(self.paths)})" if len(self.paths) > 1 else self.paths[0]
         dims = f" ({' '.join(self.dims)})" if self.dims else ""
@@ -193,6 +206,8 @@ class InputReason:
         for number, other in enumerate(self.alternatives[:3]):
             word = "runner-up" if number == 0 else "then"
             lines.append(f"  {word:15s} {_show(other.spec)} {_difference(other.extra, self.whole)}{_because(other)}")
+        if self.forced_by:
+            lines.append(f"  forced by       {self.forced_by}")
         lines += [f"  axis {axis:10s} {why}" for axis, why in self.idle.items()]
         return "\n".join(lines)
 
@@ -201,7 +216,8 @@ class InputReason:
 class OperatorReason:
     """Why the operators of one cluster work as they do. `cost`: closed form of one run; `seconds`: of all runs in a call.
 
-    `splits`: {axis: what it splits}; `runner_up`: (the same for the next best choice, seconds more), given its neighbours.
+    `splits`: {axis: what it splits}; `runner_up`: (the same for the next best choice, seconds more), given its neighbours;
+    `forced_by`: what would cost most more under that choice, a neighbour or the operators' own work, and how much.
     """
 
     operator: str
@@ -212,6 +228,7 @@ class OperatorReason:
     seconds: float
     runner_up: tuple[Mapping[str, str], float] | None
     whole: float = field(repr=False)
+    forced_by: str = ""
 
     def __str__(self) -> str:
         often = f", {self.times:g} times" if self.times != 1 else ""
@@ -220,6 +237,8 @@ class OperatorReason:
         if self.runner_up is not None:
             splits, extra = self.runner_up
             lines.append(f"  runner-up       {_splits(splits)}: {_difference(extra, self.whole)}, given its neighbours")
+        if self.forced_by:
+            lines.append(f"  forced by       {self.forced_by}")
         return "\n".join(lines)
 
 
@@ -230,6 +249,10 @@ class Explanation:
     subject: str
     reasons: Sequence[InputReason | OperatorReason]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         return "\n".join([*map(str, self.reasons), *([self.note] if self.note else [])])
@@ -395,30 +418,58 @@ def _operator_reason(plan: Plan, index: int, members: Sequence[int]) -> Operator
     cost = terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols)
     seconds = cluster.times * terms_seconds(cluster_terms(cluster, options, modelled.setting, numbers), numbers)
     names = list(dict.fromkeys(modelled.graph.operators[m].name for m in members))
+    runner_up, forced_by = _next_best(plan, index)
     return OperatorReason(
         ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""), plan.source(modelled.graph.operators[members[-1]]),
-        cluster.times, _splitting(plan, index, plan.choices[index]), cost, seconds, _next_best(plan, index), plan.seconds,
+        cluster.times, _splitting(plan, index, plan.choices[index]), cost, seconds, runner_up, plan.seconds, forced_by,
     )  # fmt: skip
 
 
-def _next_best(plan: Plan, index: int) -> tuple[Mapping[str, str], float] | None:
-    """The second best choice of one cluster while every other keeps its own."""
+def _next_best(plan: Plan, index: int) -> tuple[tuple[Mapping[str, str], float] | None, str]:
+    """The second best choice of one cluster while every other keeps its own, and what speaks against it most."""
     modelled, problem = plan.modelled, plan.modelled.problem
     if index not in modelled.kept:
-        return None
+        return None, ""
     number, choices = modelled.kept.index(index), plan.choices[list(modelled.kept)]
     node = problem.nodes[number]
     rows = all_rows(node.options)
     total = repeated(node.times, node.price(rows))
+    parts = [("its own work and exchanges", total)]
     edges = [edge for edge in problem.edges if number in (edge.tail, edge.head) and edge.tail != edge.head]
     asked = [
         (e.price, rows, choices[e.head][None]) if e.tail == number else (e.price, choices[e.tail][None], rows) for e in edges
     ]
     for edge, matrix in zip(edges, edge_prices(asked), strict=True):
-        total = total + repeated(edge.times, matrix[:, 0] if edge.tail == number else matrix[0])
+        part = repeated(edge.times, matrix[:, 0] if edge.tail == number else matrix[0])
+        parts.append((_end(plan, edge.head if edge.tail == number else edge.tail), part))
+        total = total + part
     own = int(np.flatnonzero((rows == choices[number]).all(axis=1))[0])
     others = [i for i in np.argsort(total, kind="stable").tolist() if i != own and np.isfinite(total[i])]
-    return (_splitting(plan, index, rows[others[0]]), float(total[others[0]] - total[own])) if others else None
+    if not others:
+        return None, ""
+    best = others[0]
+    more: dict[str, float] = {}
+    for told, part in parts:
+        more[told] = more.get(told, 0.0) + float(part[best] - part[own])
+    told = max(more, key=lambda name: more[name])
+    forced_by = f"{told}: {show_seconds(more[told])} more" if more[told] > 0 else ""
+    return (_splitting(plan, index, rows[best]), float(total[best] - total[own])), forced_by
+
+
+def _end(plan: Plan, node: int) -> str:
+    """A neighbour, as text: an input by its path, anything else by what makes it."""
+    graph = plan.modelled.graph
+    cluster = graph.clusters[plan.modelled.kept[node]]
+    operator = graph.operators[cluster.members[-1]]
+    if operator.name == INPUT:
+        return plan.traced.in_paths[graph.inputs.index(operator.results[0])]
+    if operator.equation is None and operator.operands:  # a view, or the edge of a loop: told by what comes in
+        tensor = operator.operands[0]
+        if tensor in graph.inputs:
+            return plan.traced.in_paths[graph.inputs.index(tensor)]
+        operator = next((op for op in graph.operators if op.equation is not None and tensor in op.results), operator)
+    source = plan.source(operator)
+    return f"{operator.name} at {source}" if source else operator.name
 
 
 def _splitting(plan: Plan, index: int, row: np.ndarray) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """Room `regimes`: where along one symbol of a plan's cost another plan takes over.
 
-Candidates are the plans found at points of a range, by planning again and with nothing traced. Each has a closed-form cost; with all
-symbols but one put in, that is a function of one variable, and where two of them cross is solved for. Just below and just above, the
-planner is asked again: what it finds there that is cheaper joins the candidates, until nothing does.
+Candidates are the plans found at points of a range, by planning again and with nothing traced. Each has a closed-form cost; with
+all symbols but one put in, that is a function of one variable, and where two of them cross is solved for. Just below and just
+above, the planner is asked again: what it finds there that is cheaper joins the candidates, until nothing does.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -85,6 +87,10 @@ class Regimes:
         """The one that the plan that was asked is in."""
         return next((r for r in self.regimes if r.low <= self.now <= r.high), self.regimes[-1])
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         lines = [f"Regimes along {self.symbol}, now {_show(self.now)}", ""]
         for number, regime in enumerate(self.regimes):
@@ -95,13 +101,15 @@ class Regimes:
             if number < len(self.crossings):
                 lines += self._crossing(self.crossings[number])
         lines += [f"not planned     {self.symbol} = {_show(value)}: {why}" for value, why in self.refused.items()]
-        lines += ["", f"{self.points} plans, from one trace; plans that gain less than {WORTH:.1%} left out; memory apart; all modelled"]
+        left_out = f"plans that gain less than {WORTH:.1%} left out"
+        lines += ["", f"{self.points} plans, from one trace; {left_out}; memory apart; all modelled"]
         return "\n".join(lines)
 
     def _crossing(self, crossing: Crossing) -> list[str]:
         low, high = map(_show, crossing.between)
         if not crossing.solved:
-            return [f"    then, from {self.symbol} = {high} on: what the mesh divides, or the search, decides; costs do not cross there", ""]
+            told = "what the mesh divides, or the search, decides; costs do not cross there"
+            return [f"    then, from {self.symbol} = {high} on: {told}", ""]
         sure = "" if crossing.verified else " (not closed in)"
         lines = [f"    until {self.symbol} = {crossing.value:.6g}, between {low} and {high}{sure}: while about"]
         return [*lines, *textwrap.wrap(crossing.short, WIDTH, initial_indent="      ", subsequent_indent="        "), ""]
@@ -149,6 +157,8 @@ def regimes(
     `symbol`: as it stands in `plan.cost`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its
     link ("g_x"). ValueError for another, or for a dimension that cannot be given other sizes from the trace.
     """
+    if not isinstance(symbol, str):
+        raise TypeError(f"symbol must be a name such as 'B', 'n_x' or 'g_x', got {symbol!r}")
     line = _line(plan, replannable, symbol)
     low = line.now / 2**STEPS if low is None else low
     high = line.now * 2**STEPS if high is None else high
@@ -247,8 +257,6 @@ class _Search:
         try:
             found = self.line.plan_at(value)
         except ValueError as error:
-            if not self.at and len(self.refused) > 2:
-                raise
             self.refused[value] = str(error)
             return
         self.at[value] = found.seconds
@@ -256,7 +264,7 @@ class _Search:
             self.candidates.append(_Candidate(found, self.line.name))
 
     def kept(self) -> list[_Candidate]:
-        """The candidates without which some point would be dearer by more than `WORTH`; the one that is missed least goes first."""
+        """The candidates without which some point would be dearer by more than `WORTH`; the one missed least goes first."""
         kept = list(self.candidates)
         costs = {id(c): np.array([c.seconds(value) for value in self.at]) for c in kept}
         least = np.min(list(costs.values()), axis=0)
@@ -271,8 +279,8 @@ class _Search:
     def run(self, values: Sequence[float]) -> Regimes:
         for value in sorted(values, key=lambda v: abs(math.log(v / self.line.now))):
             self.sample(value)
-        if not self.at:
-            raise ValueError(f"no plan at any {self.line.name}: {next(iter(self.refused.values()))}")
+        if not self.at or (len(self.at) == 1 and self.refused):
+            raise ValueError(f"no plan along {self.line.name}: {next(iter(self.refused.values()))}")
         while len(self.at) + len(self.refused) < MOST_POINTS and self._refine():
             pass
         regimes: list[Regime] = []
@@ -300,7 +308,7 @@ class _Search:
         """Look just below and above every crossing; whether that made new points."""
         known = len(self.at) + len(self.refused)
         spans = list(self._spans())
-        for (_, low, one), (high, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, low, one), (high, _, other) in itertools.pairwise(spans):
             root = _root(one, other, low, high)
             middle = root if root is not None else math.sqrt(low * high)
             for value in self.line.near(middle):
@@ -328,7 +336,8 @@ def _root(one: _Candidate, other: _Candidate, low: float, high: float) -> float 
         return low
     if difference(low) * difference(high) > 0:
         return None
-    return float(brentq(difference, low, high, xtol=1e-12 * high, rtol=1e-12))
+    found: Any = brentq(difference, low, high, xtol=1e-12 * high)
+    return float(found)
 
 
 def _condition(one: _Candidate, other: _Candidate, value: float) -> tuple[sympy.Expr, str]:
@@ -370,7 +379,7 @@ def _inequality(less: sympy.Expr, more: sympy.Expr, variable: sympy.Symbol, numb
     return f"{sympy.factor_terms(left)} < {sympy.factor_terms(right)}"
 
 
-def _evaluated(terms: Sequence[sympy.Expr], numbers: Mapping[Any, float]) -> list[float]:
+def _evaluated(terms: Sequence[Any], numbers: Mapping[Any, float]) -> list[float]:
     import sympy
 
     return [float(v) for v in sympy.lambdify(list(numbers), list(terms), "math")(*numbers.values())]

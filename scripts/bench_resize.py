@@ -25,7 +25,8 @@ def report(name: str, plan: jaxplan.Plan) -> None:
     first = taken(lambda: plan.replan(sizes={batch: 128}))
     graph = min(taken(lambda n=n: resize(plan.origin, {batch: n})) for n in (192, 256, 320))
     point = min(taken(lambda n=n: plan.replan(sizes={batch: n})) for n in (384, 448, 512))
-    print(f"{name}: traced in {plan.stages['trace']:.2f}, first point {first:.2f}, point {point:.2f}, of which the graph {graph:.2f}")
+    traced = plan.stages["trace"]
+    print(f"{name}: traced in {traced:.2f}, first point {first:.2f}, point {point:.2f}, of which the graph {graph:.2f}")
 
 
 def main() -> None:

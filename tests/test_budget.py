@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.examples import programs
+from jaxplan.machine import PRESETS
 
 MESH = AbstractMesh((4, 2), ("x", "y"))
 WIDTH, LAYERS = 256, 3
@@ -20,6 +22,10 @@ WIDTH, LAYERS = 256, 3
 
 def shape(*extents):
     return jax.ShapeDtypeStruct(extents, jnp.float32)
+
+
+OFF_CHIP = replace(PRESETS["v5e"], name="v5e, nothing on the chip", near_bytes=0.0)
+"""So small programs live on the chip else, and take no memory."""
 
 
 def train_step(state, x):
@@ -75,7 +81,7 @@ def test_the_examples_of_training_are_squeezed_step_by_step(name):
     program = programs("full")[name]
     free, squeezed = path(program.fn, program.args, (0.9, 0.8), mesh=AbstractMesh((4, 4), ("x", "y")), machine="v5e")
     assert all(plan.peak_bytes <= budget for budget, plan in squeezed)
-    assert free.seconds < squeezed[0][1].seconds < squeezed[1][1].seconds < 1.1 * free.seconds
+    assert all(free.seconds < plan.seconds < 1.1 * free.seconds for _, plan in squeezed)
     parameters = [plan.ledger.by_kind["parameters"] for plan in (free, *(plan for _, plan in squeezed))]
     assert parameters == sorted(parameters, reverse=True) and parameters[-1] < parameters[0]
 
@@ -98,7 +104,7 @@ def test_a_plan_that_fits_without_a_budget_is_that_plan():
 
 def test_where_nothing_fits_the_error_says_what_takes_it_and_what_would_help():
     with pytest.raises(jaxplan.NothingFits) as caught:
-        jaxplan.make_plan(train_step, *train_args(65536), mesh=MESH, memory_budget="9MiB")
+        jaxplan.make_plan(train_step, *train_args(65536), mesh=MESH, machine=OFF_CHIP, memory_budget="9MiB")
     told = str(caught.value)
     assert caught.value.smallest > 9 * 2**20 and f"{caught.value.smallest:,.0f} bytes" in told
     largest = re.search(r"The largest, per device: (.*?)\. What would help: (.*)", told)
@@ -133,12 +139,12 @@ def test_the_ledger_adds_up_to_the_peak(name, machine):
 
 @pytest.mark.parametrize("batch", [8, 4096])
 def test_state_is_told_apart(batch):
-    plan = jaxplan.make_plan(train_step, *train_args(batch), mesh=AbstractMesh((1,), ("x",)), machine="v5e", donate_argnums=0)
+    plan = jaxplan.make_plan(train_step, *train_args(batch), mesh=AbstractMesh((1,), ("x",)), machine=OFF_CHIP, donate_argnums=0)
     held = plan.ledger.by_kind
     layer = 4 * WIDTH * WIDTH
     assert held["parameters"] == LAYERS * layer and held["other state"] == 2 * LAYERS * layer + 4
     assert held["other arguments"] == 4 * batch * WIDTH and held["outputs"] == 8
-    assert ("activations" if batch == 4096 else "gradients") in held and ("activations" in held) == (batch == 4096)
+    assert held["gradients"] == layer and (held.get("activations", 0) > layer) == (batch == 4096)
 
 
 def test_state_without_any_other_result():
@@ -155,7 +161,7 @@ def test_state_without_any_other_result():
 
 
 def test_the_printed_plan_tells_what_lives_at_the_peak():
-    plan = jaxplan.make_plan(train_step, *train_args(4096), mesh=MESH, machine="v5e", donate_argnums=0)
+    plan = jaxplan.make_plan(train_step, *train_args(4096), mesh=MESH, machine=OFF_CHIP, donate_argnums=0)
     told = str(plan)
     assert "at the peak" in told and "activations" in told and "test_budget.py:" in told
     assert " parameters, " in told.partition("peak memory")[2]

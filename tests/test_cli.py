@@ -56,7 +56,7 @@ def trace(a):
 def wrong(a):
     return a @ jnp.ones((3, 3))
 
-@jaxplan.auto_shard(None)
+@jaxplan.auto_shard(jax.sharding.AbstractMesh((4, 2), ("data", "model")))
 def decorated(a):
     return a * 2.0
 
@@ -465,6 +465,10 @@ def test_an_interrupt(saved, monkeypatch, capsys):
 def test_progress_is_told_only_of_what_takes_long(monkeypatch, capsys):
     monkeypatch.setattr(output, "PATIENCE", 0.05)
     monkeypatch.setattr(output, "AGAIN", 0.05)
+    with output.progress("work that nobody watches"):
+        time.sleep(0.15)
+    assert capsys.readouterr() == ("", ""), "stderr is no terminal here"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with output.progress("quick work"):
         pass
     assert capsys.readouterr() == ("", "")

@@ -167,6 +167,17 @@ def test_machines_certificates_and_ledgers_come_back(tmp_path):
     assert [(one.name, one.source) for one in saved.live] == [(e.name, e.source) for e in plan.ledger.entries[: len(saved.live)]]
 
 
+def test_what_a_machines_compiler_rounds_pads_and_keeps_near_comes_back(tmp_path):
+    program = PROGRAMS["mlp_sgd"]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh(SHAPE, ("x", "y")), machine="v5e")
+    machine = plan.modelled.numbers.machine
+    assert machine.matmul_reads and machine.tile and machine.near_bytes
+    plan.save(tmp_path / "plan.json")
+    loaded = jaxplan.load_plan(tmp_path / "plan.json", program.fn, *program.args, mesh=plan.mesh)
+    assert loaded.modelled.numbers.machine == machine
+    assert (loaded.seconds, loaded.wire_bytes, loaded.memory) == (plan.seconds, plan.wire_bytes, plan.memory)
+
+
 def test_a_callable_search_is_not_written_down(plans, tmp_path):
     def own(problem):
         return jaxplan.search.brute(problem) if False else jaxplan.search.hsm2dl(problem)

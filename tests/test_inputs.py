@@ -146,7 +146,7 @@ def test_what_is_not_there_yet_is_said():
         jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH, pipeline="x")
     plan = jaxplan.make_plan(lambda x: x, shape(8), mesh=MESH)
     with pytest.raises(TypeError, match="replan does not take"):
-        plan.replan(sizes={"B": 1})
+        plan.replan(colours={"B": 1})
 
 
 def test_an_unknown_primitive_is_gathered_whole_priced_and_reported():

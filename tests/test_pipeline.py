@@ -5,6 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from jax.sharding import AxisType
 
 import jaxplan
 from jaxplan.examples.decoder import SMALL, decoder
-from jaxplan.files import PlanFileError
+from jaxplan.files import PlanFileError, program_for, saved_plan
+from jaxplan.files.fingerprint import program_of
 from jaxplan.pipeline import (
     Chain,
     Kind,
@@ -23,11 +25,13 @@ from jaxplan.pipeline import (
     even_layers,
     most_held,
     pipeline_of,
+    rerolled,
     scans,
     schedule_svg,
     schedule_text,
     timetable,
 )
+from jaxplan.trace import trace
 
 TINY = dataclasses.replace(SMALL, width=16, heads=2, mlp_width=24, vocabulary=32, sequence=6, batch=8)
 CUT, SAME, SUM = Role(Kind.CUT, 0), Role(Kind.SAME), Role(Kind.SUM)
@@ -468,6 +472,58 @@ def test_jitted_parts_keep_residuals_on_their_stages():
     gathered = [c for c in sent.collectives if c.kind == "all-gather"]
     residual = 4 * 16 * 8 * 4
     assert all(c.payload_bytes < residual for c in gathered), gathered
+
+
+# --- unrolled layers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_unrolled_layers_are_found_there_and_back_and_nothing_else(remat):
+    config = dataclasses.replace(TINY, remat=remat, layers=5)
+    rolled, unrolled = (trace(p.fn, p.args, {}) for p in (decoder(config), decoder(config, "unrolled")))
+    found = rerolled(unrolled)
+    assert (found.in_avals, found.out_tree) == (unrolled.in_avals, unrolled.out_tree)
+    want, got = (
+        [(s.length, s.equation.params["reverse"]) for s in scans(t.jaxpr.jaxpr)] for t in (rolled, found)
+    )  # fmt: skip
+    assert want == got == [(5, False), (5, True)]
+    chains = pipeline_of(found.jaxpr.jaxpr, "x", 2, 4, schedule="1f1b").chains
+    assert CUT in chains[0].ys and CUT in chains[1].xs and SUM in chains[1].ys
+
+
+def test_what_does_not_repeat_alike_is_left_alone():
+    def fn(x, ws):
+        first = jnp.tanh(x @ ws[0])
+        second = jnp.tanh(first @ ws[1])
+        third = jnp.tanh((second + first) @ ws[2])  # reads the layer before the last
+        return jnp.tanh((third + second) @ ws[3])
+
+    def apart(x, ws):
+        return [jnp.tanh(x @ w) for w in ws]  # no layer reads another
+
+    for function in (fn, apart):
+        traced = trace(function, (ROWS, tuple(WEIGHTS)), {})
+        for scan in scans(rerolled(traced).jaxpr.jaxpr):
+            assert scan.length < 4
+        got = jax.extend.core.jaxpr_as_fun(rerolled(traced).jaxpr)(ROWS, *WEIGHTS)
+        assert_close(jax.tree.leaves(function(ROWS, tuple(WEIGHTS))), got)
+    assert rerolled(trace(jnp.sin, (ROWS,), {})).jaxpr.jaxpr.eqns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "remat"), [("gpipe", False), ("1f1b", True)])
+def test_an_unrolled_decoder_in_stages(schedule, remat):
+    program = decoder(dataclasses.replace(TINY, layers=5, remat=remat), "unrolled")
+    args = program.make_args(0)
+    found = rerolled(trace(program.fn, args, {}))
+    flat = jax.extend.core.jaxpr_as_fun(found.jaxpr)
+    leaves = jax.tree.leaves(args)
+    plan = in_stages(flat, leaves, (2, 2), "x", 4, schedule=schedule)
+    (_, want, loss), (_, got, same) = jax.jit(program.fn)(*args), found.unflatten_outputs(plan.jit()(*leaves))
+    assert_close((want["mu"], loss), (got["mu"], same))
+    saved = saved_plan(plan)
+    again = program_for(saved, trace(program.fn, args, {}))
+    assert program_of(again.jaxpr).fingerprint == saved.program.fingerprint, "a loaded plan finds its scans again"
 
 
 # --- what the compiled program sends --------------------------------------------------------------------------------

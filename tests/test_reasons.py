@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 import jaxplan
 from jaxplan.examples import programs
 from jaxplan.reasons import charges, growth
+from jaxplan.report import show_seconds
 
 
 def f32(*shape):
@@ -53,6 +54,32 @@ def test_an_input_is_explained_by_solving_again(plan):
         assert again.in_specs[0]["up"] == other.spec
         assert other.extra == pytest.approx(again.seconds - plan.seconds, abs=1e-15)
     assert f"runner-up       {other_text(reason.alternatives[0].spec)}" in str(plan.explain("params/up"))
+
+
+def test_what_forces_a_layout_is_named_with_what_it_would_cost(plan):
+    reasons = [plan.explain(path).reasons[0] for path in plan.traced.in_paths]
+    forced = [reason for reason in reasons if reason.alternatives[0].extra > 0]
+    assert forced and all(reason.forced_by == "" for reason in reasons if reason not in forced)
+    for reason in forced:
+        most = growth(plan, plan.replan(pins={reason.paths[0]: reason.alternatives[0].spec}))[0]
+        assert reason.forced_by == f"{most}: {show_seconds(most.seconds)} more"
+        assert f"  forced by       {reason.forced_by}" in str(reason)
+
+
+def test_the_neighbour_that_forces_an_operator_is_named():
+    """A product of rows that lie split, since sorting wants them so: to split nothing, they would have to be gathered."""
+
+    def chain(x, w):
+        return jnp.tanh(jnp.sort(x @ w, axis=1))
+
+    found = jaxplan.make_plan(chain, f32(4096, 256), f32(256, 512), mesh=AbstractMesh((4,), ("x",)), machine="v4")
+    line = inspect.getsourcelines(chain)[1] + 1
+    reasons = {reason.operator: reason for reason in found.explain(f"test_reasons.py:{line}").reasons}
+    product = reasons["dot_general"]
+    assert list(product.splits) == ["x"] and product.runner_up is not None and product.runner_up[1] > 0
+    byte_seconds, latency = found.modelled.numbers.link(0)
+    gathered = 3 / 4 * 4096 * 256 * 4 * byte_seconds + latency
+    assert product.runner_up[0] == {} and product.forced_by == f"x: {show_seconds(gathered)} more"
 
 
 def other_text(spec):

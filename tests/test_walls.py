@@ -45,6 +45,8 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "state": ("report",),
     "measure": (),
     "files": ("ledger", "report"),
+    "plots": ("files",),
+    "pages": ("ledger", "report", "reasons", "files"),
     "export": ("files", "state"),
     "solve": (),
     "iopddl": ("solve",),

@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "show": Command("print a saved plan", saved.show_options, saved.show),
     "explain": Command("why an input, or a source line, is laid out as it is", questions.explain_options, questions.explain),
     "why-not": Command("what another layout of an input would cost", questions.why_not_options, questions.why_not),
+    "regimes": Command("where along a size or a link another plan takes over", questions.regimes_options, questions.regimes),
     "best-mesh": Command("rank all meshes of so many devices", whatif.best_mesh_options, whatif.best_mesh),
     "sweep": Command("plan for several devices, meshes, link speeds and sizes", whatif.sweep_options, whatif.sweep),
     "diff": Command("what differs between two saved plans", saved.diff_options, saved.diff),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, names, percent, pin, positive, shape_options
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
-from jaxplan.cli.saved import read
+from jaxplan.cli.reading import read
 
 if TYPE_CHECKING:
     from jaxplan.api import Plan
@@ -32,6 +32,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     planning_options(parser)
     parser.add_argument("--certify", action="store_true", help="also prove how far from the optimum the plan can be")
     parser.add_argument("-o", "--output", metavar="FILE", help="save the plan")
+    parser.add_argument("--html", metavar="FILE", help="write a page that draws the plan")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -74,6 +75,10 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         with progress(f"saving {arguments.output}"):
             save(found, arguments.output)
+    if arguments.html is not None:
+        with progress(f"drawing {arguments.html}"):
+            text = found.to_html()
+        write_page(text, arguments.html)
     if arguments.json:
         from jaxplan.files import saved_plan, to_json
 
@@ -120,8 +125,20 @@ def refused() -> Iterator[None]:
 
 def save(plan: Plan, path: str) -> None:
     """Write a plan; what the system refuses becomes Trouble."""
+    written(lambda: plan.save(path), path)
+
+
+def write_page(text: str, path: str) -> None:
+    """Write a page; what the system refuses becomes Trouble."""
+    from jaxplan.files import write_text
+
+    written(lambda: write_text(text, path), path)
+
+
+def written(write: Callable[[], None], path: str) -> None:
+    """Write a file, and say so on stderr; what the system refuses becomes Trouble."""
     try:
-        plan.save(path)
+        write()
     except OSError as error:
         raise Trouble(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from None
     print(f"wrote {path} ({os.path.getsize(path):,} bytes)", file=sys.stderr)

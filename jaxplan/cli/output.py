@@ -85,9 +85,21 @@ def close_quietly() -> bool:
     return True
 
 
+def _watched() -> bool:
+    """Whether somebody looks at stderr."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say on stderr what is going on, if it goes on for more than `PATIENCE` seconds, and when it is done."""
+    """Say on stderr what is going on, if it goes on for more than `PATIENCE` seconds, and when it is done; nothing where stderr
+    is no terminal."""
+    if not _watched():
+        yield
+        return
     done, start = threading.Event(), time.monotonic()
 
     def tell() -> None:

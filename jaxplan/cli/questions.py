@@ -1,4 +1,4 @@
-"""Commands that ask the planner again: `explain`, `why-not`."""
+"""Commands that ask the planner again: `explain`, `why-not`, `regimes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, shape_options, spec_entries
 from jaxplan.cli.functions import abstract_mesh, planned, planning, planning_options, refused
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
-from jaxplan.cli.saved import read
+from jaxplan.cli.reading import read
 
 if TYPE_CHECKING:
     from jaxplan.api import Plan
@@ -30,6 +30,30 @@ def explain(arguments: argparse.Namespace) -> int:
         text = None if arguments.json else str(found)
     if text is None:
         emit_json(explanation_json(found))
+    else:
+        emit(text)
+    return 0
+
+
+def regimes_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `jaxplan regimes`."""
+    parser.add_argument(
+        "symbol", metavar="SYMBOL",
+        help="a dimension as the plan prints it (B), n_AXIS for the devices of an axis, or g_AXIS for its link",
+    )  # fmt: skip
+    _plan_options(parser)
+    parser.add_argument("--from", dest="low", type=float, metavar="X", help="the least value (default: a 64th of now)")
+    parser.add_argument("--to", dest="high", type=float, metavar="X", help="the largest (default: 64 times now)")
+
+
+def regimes(arguments: argparse.Namespace) -> int:
+    """Where along a dimension, the devices of an axis, or the speed of its link another plan takes over, in closed form."""
+    plan = _plan(arguments)
+    with progress("looking for regimes"), refused():
+        found = plan.regimes(arguments.symbol, arguments.low, arguments.high)
+        text = None if arguments.json else str(found)
+    if text is None:
+        emit_json(found.to_json())
     else:
         emit(text)
     return 0
@@ -120,6 +144,7 @@ def _input(reason: InputReason) -> dict[str, Any]:
         "paths": list(reason.paths), "dtype": reason.dtype, "shape": list(reason.shape), "dims": list(reason.dims),
         "spec": _spec(reason.spec), "bytes_per_device": reason.bytes_per_device, "cost": str(reason.cost),
         "seconds": reason.seconds, "neighbours": list(reason.neighbours), "idle": dict(reason.idle),
+        "forced_by": reason.forced_by,
         "alternatives": [
             {"spec": _spec(other.spec), "extra_seconds": other.extra, "causes": _charges(other.causes)}
             for other in reason.alternatives
@@ -133,7 +158,7 @@ def _operators(reason: OperatorReason) -> dict[str, Any]:
         runner_up = {"splits": dict(reason.runner_up[0]), "extra_seconds": reason.runner_up[1]}
     return {
         "operator": reason.operator, "source": reason.source, "times": reason.times, "splits": dict(reason.splits),
-        "cost": str(reason.cost), "seconds": reason.seconds, "runner_up": runner_up,
+        "cost": str(reason.cost), "seconds": reason.seconds, "runner_up": runner_up, "forced_by": reason.forced_by,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jaxplan.cli.arguments import (
     shape_options,
     speeds,
 )
-from jaxplan.cli.functions import planning, planning_options, refused, save
+from jaxplan.cli.functions import planning, planning_options, refused, save, written
 from jaxplan.cli.output import emit, emit_json, progress
 
 
@@ -68,6 +68,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     shape_options(parser)
     planning_options(parser)
+    parser.add_argument("--plot", metavar="FILE", help="draw it: time, efficiency and memory (.png, .svg or .pdf)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
@@ -83,6 +84,9 @@ def sweep(arguments: argparse.Namespace) -> int:
             link_speeds=arguments.link_speed, axis_names=arguments.axes, dims=dict(arguments.dims), **planning(arguments),
         )  # fmt: skip
         text = None if arguments.json else str(found)
+    if arguments.plot is not None:
+        with refused():
+            written(lambda: found.plot(arguments.plot), arguments.plot)
     if text is None:
         emit_json(found.to_json())
     else:

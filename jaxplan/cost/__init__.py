@@ -2,7 +2,7 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory
+from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices
@@ -28,6 +28,7 @@ __all__ = [
     "memory",
     "model",
     "reshard_steps",
+    "running_order",
     "stage_graph",
     "symbolic_cost",
     "symbolic_peak",

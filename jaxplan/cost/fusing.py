@@ -42,10 +42,19 @@ class Stored(NamedTuple):
     turned: Sequence[tuple[int, int]]
 
 
-def stored(graph: Graph, operators: Sequence[Operator], scattered: frozenset[int] = frozenset()) -> Stored:
+def stored(
+    graph: Graph,
+    operators: Sequence[Operator],
+    scattered: frozenset[int] = frozenset(),
+    hidden: frozenset[int] = frozenset(),
+    loops: Sequence[tuple[int, int]] = (),
+) -> Stored:
     """Of operators in the order in which they run. `scattered`: places of products whose partial sums are scattered: these are
-    stored before anything else is computed from them."""
+    stored before anything else is computed from them; `hidden`: places of what can run beside the
+    gathers of state that end a call; `loops`: (first, last place) of each.
+    """
     found = _Fused(graph, operators, scattered)
+    found.put_off(hidden, loops)
     readers: dict[int, list[int]] = {}
     for place, operator in enumerate(operators):
         if not any(t in found.origins or t in found.moved for t in operator.results):
@@ -62,7 +71,7 @@ def stored(graph: Graph, operators: Sequence[Operator], scattered: frozenset[int
             readers[tensor] = [p for r in places for p in (readers.get(operators[r].results[0], [r]) if operators[r].results else [r])]
     made = {t: at for place, at in found.at.items() for t in operators[place].results}
     narrow = _narrow(graph, operators, found)
-    waits = {t: min(found.near[t]) for op in operators if op.rule.rounds for t in op.results if found.near.get(t)}
+    waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(frozenset(found.origins) | frozenset(found.moved), readers, made, narrow, found.shifted, _outer(operators, found), waits, found.copies, found.turned)
 
 
@@ -82,7 +91,7 @@ def in_a_loop(operator: Operator) -> bool:
         return not reduces(operator) and not (rule.touched and rule.touched[-1] < 1)
     if len(rule.operands) == 3 and len(rule.touched) == 4:
         return _one_a_row(rule)
-    return rule.rounds and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
+    return rule.product and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
 
 
 def _one_a_row(rule: Rule) -> bool:
@@ -130,6 +139,18 @@ class _Fused:
             if in_a_loop(operator):
                 self._visit(place, operator)
 
+    def put_off(self, hidden: frozenset[int], loops: Sequence[tuple[int, int]]) -> None:
+        """Products that nothing needs before a later loop is through run behind it, if there they hide an exchange."""
+        for place in hidden:
+            operator = self.operators[place]
+            tensor = operator.results[0] if operator.rule.product else -1
+            near = self.near.get(tensor, ())
+            if not near or tensor in self.origins:
+                continue
+            behind = [last for first, last in loops if place < first and last < min(near)]
+            if behind and not any(first <= place <= last for first, last in loops):
+                self.at[place] = max(behind) + 1
+
     def _seen_through_views(self) -> None:
         """Who reads a view reads what it is of."""
         for operator in reversed(self.operators):
@@ -161,12 +182,14 @@ class _Fused:
         if hands_on(operator) or not kept and (len(large) <= 1 or len(near) <= 1):
             self.origins[tensor] = tuple(seen)
             return
-        product = self._product_ending_in(place, operator)
-        made_of = [s for s in large if not self._product(s)]
-        if tensor in self._turns and tensor in self._leaving and len(made_of) == 1 and len(made_of) < len(large):
-            self._update_turned(place, made_of[0], tensor, large)
-        if product is None:
-            if not kept and all(self.operators[r].rule.rounds for r in near):
+        product = self._product_ending_in(operator)
+        old = [s for s in large if s != product]
+        if product is not None and tensor in self._turns and tensor in self._leaving and len(old) == 1:
+            at = max([self._made[s] for s in large if s in self._made])
+            self.copies.append((old[0], 0, at))  # state that meets a transposed product is transposed for it, and back
+            self.turned.append((tensor, at))
+        if product is None or self._made[product] in self.scattered:
+            if not kept and all(self.operators[r].rule.product for r in near):
                 self.origins[tensor] = tuple(seen)
             return
         start = self._made[product]
@@ -174,16 +197,7 @@ class _Fused:
         self.moved[product] = (start, place)
         self.at[place] = max([start, *others])
 
-    def _product(self, tensor: int) -> bool:
-        return tensor in self._made and self.operators[self._made[tensor]].rule.rounds
-
-    def _update_turned(self, place: int, old: int, new: int, large: Sequence[int]) -> None:
-        """State that meets a transposed product is transposed for it, and back."""
-        at = max([self._made[s] for s in large if s in self._made])
-        self.copies.append((old, 0, at))
-        self.turned.append((new, at))
-
-    def _product_ending_in(self, place: int, operator: Operator) -> int | None:
+    def _product_ending_in(self, operator: Operator) -> int | None:
         """The last product that is read by a chain of element-wise operators alone, whose end this operator is."""
         best = None
         ahead = [operator]
@@ -197,7 +211,7 @@ class _Fused:
                 by = self.operators[maker]
                 if tensor in self.origins:
                     ahead.append(by)
-                elif by.rule.rounds and by.scope == operator.scope and maker not in self.scattered and (best is None or maker > self._made[best]):
+                elif by.rule.product and by.scope == operator.scope and (best is None or maker > self._made[best]):
                     best = tensor
         return best
 

@@ -18,12 +18,12 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
-from jaxplan.cost.price import cluster_exchanges
+from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
 from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
-from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
 
 Local = Callable[[int, Layout | None], float]
@@ -48,8 +48,9 @@ class Buffer:
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs, `given`: of the arguments;
-    `moment`: the place of it in the order of operators."""
+    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs,
+    `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments and
+    outputs at every place of that order."""
 
     arguments: float
     outputs: float
@@ -58,6 +59,7 @@ class Memory:
     results: tuple[Buffer, ...]
     given: tuple[Buffer, ...]
     moment: int
+    over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     @property
     def peak(self) -> float:
@@ -75,7 +77,8 @@ def memory(
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
     graph, machine = modelled.graph, modelled.numbers.machine
-    facts = _facts(graph, machine.materialises, frozenset() if machine.materialises else _scattered(modelled, choices))
+    gathered = {} if machine.materialises else _gathered(modelled, choices)
+    facts = _facts_of(modelled, choices, gathered)
     local = _sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
@@ -92,7 +95,14 @@ def memory(
     if machine.materialises:
         heap = _outside_outputs(buffers)
     else:
-        buffers += [Buffer(t, TRANSIENT, local(t, layouts.get(t)), *life, _axes(layouts.get(t))) for t, *life in facts.copies]
+        looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
+        for tensor, old in gathered.items():
+            if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
+                layout = layouts.get(old)
+                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
+        buffers += [
+            Buffer(t, TRANSIENT, local(t, layouts.get(t)), first, last, _axes(layouts.get(t))) for t, first, last in facts.copies
+        ]
         turned = [Buffer(t, TRANSIENT, local(t, layouts.get(t)), at, at, _axes(layouts.get(t))) for t, at in facts.turned]
         heap = _far(buffers, facts, machine.near_bytes) + turned
     lives = _lives(heap, places)
@@ -100,7 +110,7 @@ def memory(
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(
-        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at
+        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
     )  # fmt: skip
 
 
@@ -129,6 +139,18 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
         return nbytes * padding(local_shape(about.shape, layout, sizes), machine.tile, facts.outer.get(tensor, ())) if machine.tile else nbytes
 
     return local
+
+
+def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
+    """The operators in the order in which memory takes them to run: their numbers in the graph."""
+    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
+    return _facts_of(modelled, choices, gathered).order.sequence
+
+
+def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> _Facts:
+    if modelled.numbers.machine.materialises:
+        return _facts(modelled.graph, True, frozenset(), frozenset())
+    return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
@@ -165,8 +187,39 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
     return frozenset(found)
 
 
+def _gathered(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
+    """{new value: old value} of state whose parts are gathered at the end of a call."""
+    graph, found = modelled.graph, dict[int, int]()
+    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
+    for reading in modelled.readings:
+        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            if any(step.kind == "all_gather" for step in steps):
+                found[reading.tensor] = olds[reading.tensor]
+    return found
+
+
+def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> frozenset[int]:
+    """Operators that take no longer than gathering the state at the end of a call: that can hide behind them."""
+    graph, numbers, seconds = modelled.graph, modelled.numbers, 0.0
+    for reading in modelled.readings if gathered else ():
+        if reading.tensor in gathered and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            seconds += sent_seconds(*steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes), numbers)
+    found = set()
+    for index, cluster in enumerate(graph.clusters if seconds else ()):
+        if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.product:
+            split = [o.factor for o in modelled.chosen(choices, index)]
+            parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
+            if numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts <= seconds:
+                found.add(cluster.members[-1])
+    return frozenset(found)
+
+
 @lru_cache(maxsize=16)
-def _facts(graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset()) -> _Facts:
+def _facts(
+    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[int] = frozenset()
+) -> _Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
@@ -179,7 +232,9 @@ def _facts(graph: Graph, materialises: bool, scattered: frozenset[int] = frozens
             if tensor >= 0:
                 readers.setdefault(tensor, []).append(place)
     if not materialises:
-        found = stored(graph, operators, frozenset(places[i] for i in scattered if i in places))
+        loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
+        at, late = (frozenset(places[i] for i in found if i in places) for found in (scattered, hidden))
+        found = stored(graph, operators, at, late, loops)
         made.update(found.made)
         return _Facts(order, operators, made, found.readers, found.computed, places, True, found.narrow, found.shifted, found.outer, found.waits, found.copies, found.turned)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
@@ -368,43 +423,49 @@ def byte_shares(
     for root, found in sharing.items():
         held.update({tensor: lives[root] / len(found) / times for tensor, times in found})
     copied = {}
+    stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
+    for reading in modelled.readings:
+        members = graph.clusters[reading.reader].members
+        if graph.operators[members[-1]].name == BOUNDARY:
+            stacks.setdefault(reading.tensor, []).extend(_users(graph, facts, reading.tensor, members))
     for reading in modelled.readings:
         members = graph.clusters[reading.reader].members
         last = graph.operators[members[-1]]
-        users = [facts.place[m] for m in members if m in facts.place and reading.tensor in graph.operators[m].operands]
+        users = _users(graph, facts, reading.tensor, members)
         if last.name == VIEW:
             users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
-        if users and reading.times and last.name != BOUNDARY:
+        elif last.name == BOUNDARY and users:
+            users = stacks[reading.tensor]
+        if users and reading.times:
             copied[reading.tensor, reading.reader] = share(min(users), max(users)) / reading.times
     return BytePrices(held, copied, partial)
+
+
+def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:
+    """Places at which a cluster reads a tensor in a layout of its own. A stack that a loop slices is brought there whole, before
+    the loop begins; what enters a loop otherwise is a value inside it already."""
+    op = graph.operators[members[-1]]
+    if op.name != BOUNDARY:
+        return [facts.place[m] for m in members if m in facts.place and tensor in graph.operators[m].operands]
+    if op.path[-2] != "in" or graph.tensors[tensor].shape == graph.tensors[op.results[0]].shape:
+        return []
+    loop = op.path[:-2]
+    return [facts.order.begins[loop], facts.order.ends[loop]]
 
 
 def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
-    stacks: list[Buffer] = []
     shares: dict[tuple[int, Layout], float] = {}
     for reading in modelled.readings:
         source, wanted, ndim = modelled.edge_layouts(choices, reading)
         members = graph.clusters[reading.reader].members
-        reader = graph.operators[members[-1]]
-        if source == wanted or reader.name == VIEW:
+        if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
-        if reader.name == BOUNDARY:  # a stack that a loop slices is brought to its layout whole, before the loop
-            sliced = reader.path[-2] == "in" and graph.tensors[reading.tensor].shape != graph.tensors[reader.results[0]].shape
-            if sliced and any(step.kind != "slice" for step in reshard_steps(source, wanted, ndim, modelled.setting.slow_first)):
-                loop = reader.path[:-2]
-                stacks.append(
-                    Buffer(
-                        reading.tensor, TRANSIENT, local(reading.tensor, wanted), facts.order.begins[loop], facts.order.ends[loop],
-                        _axes(wanted),
-                    )
-                )  # fmt: skip
-            continue
+        users = _users(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
-            users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
             share = 1.0 if reading.tensor in facts.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)

@@ -10,6 +10,7 @@ from jaxplan.files.derive import (
     input_leaves,
     mesh_for,
     pipeline_for,
+    program_for,
     saved_plan,
 )
 from jaxplan.files.describe import describe_saved
@@ -17,7 +18,7 @@ from jaxplan.files.encode import to_json
 from jaxplan.files.nouns import PlanFileError, SavedPlan
 from jaxplan.files.python import to_python
 from jaxplan.files.schema import plan_schema
-from jaxplan.files.store import parse_plan, read_plan, write_plan, write_text
+from jaxplan.files.store import parse_plan, read_plan, write_bytes, write_plan, write_text
 
 __all__ = [
     "Comparison",
@@ -34,10 +35,12 @@ __all__ = [
     "parse_plan",
     "pipeline_for",
     "plan_schema",
+    "program_for",
     "read_plan",
     "saved_plan",
     "to_json",
     "to_python",
+    "write_bytes",
     "write_plan",
     "write_text",
 ]

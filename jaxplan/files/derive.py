@@ -37,7 +37,7 @@ from jaxplan.files.nouns import (
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
 from jaxplan.ledger import ledger
-from jaxplan.pipeline import Pipeline, chain_of, scan_at
+from jaxplan.pipeline import Pipeline, chain_of, rerolled, scan_at
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
@@ -244,6 +244,13 @@ def dims_of(saved: SavedPlan, traced: Traced, graph: Graph) -> dict[tuple[int, i
             raise PlanFileError(f"asked.dims: no input has the path {path!r}")
         found.update({(tensors[path], dim): word for dim, word in enumerate(text.split())})
     return found
+
+
+def program_for(saved: SavedPlan, traced: Traced) -> Traced:
+    """The program that a saved plan is about: of a pipelined one whose layers were unrolled, the one with its layers as scans."""
+    if saved.pipeline is None or program_of(traced.jaxpr).fingerprint == saved.program.fingerprint:
+        return traced
+    return rerolled(traced)
 
 
 def pipeline_for(saved: SavedPlan, traced: Traced) -> Pipeline | None:

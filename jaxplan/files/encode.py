@@ -141,6 +141,14 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _machine_json(machine: Machine) -> dict[str, Any]:
+    """What the compiler of a machine rounds, pads and keeps on the chip is written where it does."""
+    dialect: dict[str, Any] = {}
+    if machine.matmul_reads:
+        dialect["matmul_reads"] = dict(machine.matmul_reads)
+    if machine.tile is not None:
+        dialect["tile"] = list(machine.tile)
+    if machine.near_bytes:
+        dialect["near_bytes"] = _number(machine.near_bytes)
     return {
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),
@@ -151,13 +159,16 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "node": machine.node,
         "axis_links": {axis: _link_json(link) for axis, link in machine.axis_links.items()},
         "materialises": machine.materialises,
+        **dialect,
     }
 
 
 def _machine(value: Mapping[str, Any]) -> Machine:
     links = {axis: Link(**link) for axis, link in value["axis_links"].items()}
+    tile = tuple(value["tile"]) if value.get("tile") else None
+    made = {"inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links, "tile": tile}
     try:
-        return Machine(**{**value, "inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links})
+        return Machine(**{**value, **made})
     except ValueError as error:
         raise PlanFileError(str(error)) from None
 

@@ -95,13 +95,18 @@ def write_plan(saved: SavedPlan, path: StrPath) -> None:
 
 
 def write_text(text: str, path: StrPath) -> None:
+    """Replace a file by a text: see `write_bytes`."""
+    write_bytes(text.encode("utf-8"), path)
+
+
+def write_bytes(content: bytes, path: StrPath) -> None:
     """Replace a file in one step: written beside it, flushed to the disk, renamed. Links are followed; the file's mode stays."""
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     beside = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(6)}")
     try:
         with open(beside, "xb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):

@@ -75,6 +75,9 @@ def load_machine(path: str | Path) -> Machine:
             reader.of(found, "node", int),
             {k: reader.link(v, f"axis_links.{k}") for k, v in reader.of(found, "axis_links", dict).items()},
             found.get("materialises") is True,
+            {k: reader.word(v, f"matmul_reads.{k}") for k, v in reader.of(found, "matmul_reads", dict, {}).items()},
+            reader.tile(found.get("tile")),
+            reader.number(found.get("near_bytes", 0.0), "near_bytes"),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -97,6 +100,9 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "outer": link(machine.outer),
         "node": machine.node,
         "materialises": machine.materialises,
+        "matmul_reads": dict(machine.matmul_reads),
+        "tile": machine.tile and list(machine.tile),
+        "near_bytes": machine.near_bytes,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 
@@ -107,8 +113,8 @@ class _Reader:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def of(self, found: Mapping[str, Any], name: str, kind: type) -> Any:
-        value = found.get(name)
+    def of(self, found: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+        value = found.get(name, default)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{self.path}: {name!r} should be of type {kind.__name__}, found {value!r:.60}")
         return value
@@ -117,6 +123,18 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self.path}: {name!r} should be a number, found {value!r:.60}")
         return float(value)
+
+    def word(self, value: Any, name: str) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{self.path}: {name!r} should be a word, found {value!r:.60}")
+        return value
+
+    def tile(self, value: Any) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        if not (isinstance(value, list) and len(value) == 2 and all(type(extent) is int for extent in value)):
+            raise ValueError(f"{self.path}: 'tile' should be two counts or null, found {value!r:.60}")
+        return value[0], value[1]
 
     def link(self, value: Any, name: str) -> Link:
         if not isinstance(value, dict):

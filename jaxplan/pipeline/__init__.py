@@ -3,6 +3,7 @@
 from jaxplan.pipeline.analysis import Scan, chain_of, pipeline_of, scan_at, scans
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.picture import Slot, most_held, schedule_svg, schedule_text, timetable
+from jaxplan.pipeline.reroll import rerolled
 
 __all__ = [
     "SCHEDULES",
@@ -18,6 +19,7 @@ __all__ = [
     "even_layers",
     "most_held",
     "pipeline_of",
+    "rerolled",
     "scan_at",
     "scans",
     "schedule_svg",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
-from jaxplan.pipeline.dimensions import like_dimensions
+from jaxplan.pipeline.dimensions import CALLS, like_dimensions
 from jaxplan.pipeline.fuse import check_fusible
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.roles import Walk
@@ -26,12 +26,6 @@ class Scan(NamedTuple):
         return int(self.equation.params["length"])
 
 
-_WITHIN = {
-    _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
-    _jax.custom_jvp_call_p: "call_jaxpr", _jax.custom_vjp_call_p: "call_jaxpr",
-}  # fmt: skip
-
-
 def scans(jaxpr: Any, path: Path = (), times: int = 1) -> Iterator[Scan]:
     """All scans of a jaxpr, outer ones before those inside of them, in program order. Branches and `while` loops are left out."""
     for number, equation in enumerate(jaxpr.eqns):
@@ -40,8 +34,8 @@ def scans(jaxpr: Any, path: Path = (), times: int = 1) -> Iterator[Scan]:
             found = Scan(here, equation, times)
             yield found
             yield from scans(equation.params["jaxpr"].jaxpr, here, times * found.length)
-        elif equation.primitive in _WITHIN:
-            inner = equation.params[_WITHIN[equation.primitive]]
+        elif equation.primitive in CALLS:
+            inner = equation.params[CALLS[equation.primitive]]
             yield from scans(getattr(inner, "jaxpr", inner), here, times)
 
 

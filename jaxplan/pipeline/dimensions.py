@@ -71,8 +71,8 @@ class _Classes:
             for branch in params["branches"]:
                 for out, result in zip(self.walk(branch.jaxpr, operands[1:]), results, strict=True):
                     self.merge(out, result)
-        elif primitive in _CALLS:
-            inner = params[_CALLS[primitive]]
+        elif primitive in CALLS:
+            inner = params[CALLS[primitive]]
             for out, result in zip(self.walk(getattr(inner, "jaxpr", inner), operands), results, strict=True):
                 self.merge(out, result)
         else:
@@ -90,10 +90,11 @@ class _Classes:
                     self.merge([node], [known.setdefault(dim[0], node)])
 
 
-_CALLS = {
+CALLS = {
     _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
     _jax.custom_jvp_call_p: "call_jaxpr", _jax.custom_vjp_call_p: "call_jaxpr",
 }  # fmt: skip
+"""Calls that are looked into, and the parameter that holds what they call."""
 
 
 def like_dimensions(jaxpr: Any, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:

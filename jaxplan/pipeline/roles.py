@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
+from jaxplan.pipeline.dimensions import CALLS
 from jaxplan.pipeline.nouns import Kind, Path, PipelineError, Role
 from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, Nowhere, points_of, refuse, rows_through, sums_through, told
 
@@ -200,12 +201,7 @@ _CONTROL: dict[Any, Control] = {
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,
-    _jax.jit_p: _call("jaxpr"),
-    _jax.remat_p: _call("jaxpr"),
-    _jax.closed_call_p: _call("call_jaxpr"),
-    _jax.custom_vmap_p: _call("call"),
-    _jax.custom_jvp_call_p: _call("call_jaxpr"),
-    _jax.custom_vjp_call_p: _call("call_jaxpr"),
+    **{primitive: _call(parameter) for primitive, parameter in CALLS.items()},
 }
 """Control flow that a walk goes into, as replays do; rows do not enter any other."""
 

@@ -59,6 +59,7 @@ class Builder:
         fusible: bool = False,
         touched: tuple[float, ...] = (),
         apart: tuple[tuple[int, int], ...] = (),
+        product: bool = False,
         rounds: bool = False,
         spatial: tuple[int, ...] = (),
     ) -> Rule:
@@ -71,6 +72,7 @@ class Builder:
             fusible=fusible,
             touched=touched,
             apart=apart,
+            product=product,
             rounds=rounds,
             spatial=spatial,
         )

@@ -60,7 +60,8 @@ class Rule:
     rows of its table, an update in place writes only the update); () when all of everything is.
     `apart`: pairs of factors of which only one may be given axes, because the compiler errs where both are.
     `spatial`: factors that are places in space, along which windows slide.
-    `rounds`: a product of default precision: a machine whose matrix unit works in fewer bits rounds what it reads.
+    `product`: a product of two arrays of at least a matrix each, work for a matrix unit; `rounds`: one of default precision: a
+    machine whose matrix unit works in fewer bits rounds what it reads.
     """
 
     factors: tuple[Factor, ...]
@@ -72,6 +73,7 @@ class Rule:
     known: bool = True
     touched: tuple[float, ...] = ()
     apart: tuple[tuple[int, int], ...] = ()
+    product: bool = False
     rounds: bool = False
     spatial: tuple[int, ...] = ()
 

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxplan.api import Plan, make_plan
 from jaxplan.budget import NothingFits, budget_bytes
 from jaxplan.machine import Machine, axis_links, machine as find_machine
+from jaxplan.pages import fragment
 from jaxplan.report import show_bytes, show_seconds, table
 
 AXIS_NAMES = ("x", "y", "z")
@@ -117,6 +118,11 @@ class MeshRanking:
         lines += [f"not planned     {'x'.join(map(str, shape))}: {why}" for shape, why in self.refused.items()]
         lines += ["", "seconds, and bytes sent, per call and device; efficiency: beside one device, memory aside; all modelled"]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head, *lines = str(self).split("\n")
+        notes = [line for line in lines[len(self.candidates) + 2 :] if line]
+        return fragment(head, _HEADER, map(_cells, self.candidates), notes)
 
     def to_json(self) -> dict[str, Any]:
         """The table for a machine to read."""

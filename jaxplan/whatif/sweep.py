@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import string
 import textwrap
 import time
@@ -21,6 +22,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxplan.api import Plan, make_plan
 from jaxplan.budget import budget_bytes
 from jaxplan.machine import Link, Machine, machine as find_machine
+from jaxplan.pages import SweepView, fragment, sweep_view
+from jaxplan.plots import plot_points
 from jaxplan.report import WIDTH, show_bytes, show_seconds, table
 from jaxplan.resize import CannotResize, input_shapes
 from jaxplan.whatif.meshes import Candidate, base_plan, candidate, checked_names, device_count, distinct, factorisations, rank
@@ -104,6 +107,28 @@ class Sweep:
             show_bytes(one.sent_bytes), show_bytes(one.plan.peak_bytes), "yes" if one.fits else "no",
             point.label, "*" if point.best else "",
         )  # fmt: skip
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw time, efficiency and memory to a .png, .svg or .pdf file, of the best mesh of each number of devices. Needs
+        matplotlib (ModuleNotFoundError says how to have it)."""
+        name = self.points[0].candidate.plan.traced.name
+        plot_points([point.to_json() for point in self.points], f"Sweep of {name}, machine {self.machine.name}", path)
+
+    def view(self) -> SweepView:
+        """For the slider of a page: `plan.to_html(found.view())`."""
+        told = []
+        for point in self.points:
+            where = [f"{name} = {size}" for name, size in point.sizes.items()]
+            where += [point.candidate.mesh_text, f"link speed {point.link_speed:g}"]
+            told.append((", ".join(where), point.candidate.plan))
+        return sweep_view("all points of the sweep", told, 0)
+
+    def _repr_html_(self) -> str:
+        head, *lines = str(self).split("\n")
+        sizes = list(self.points[0].sizes)
+        header = (*sizes, "link speed", "devices", "mesh", "seconds", "efficiency", "sent", "peak", "fits", "plan", "")
+        notes = [line for line in lines[len(self.points) + 2 :] if line]
+        return fragment(head, header, [self._row(point) for point in self.points], notes)
 
     def to_json(self) -> dict[str, Any]:
         """The table for a machine to read."""
@@ -290,8 +315,10 @@ def _resized(
 
 
 def _layouts(plan: Plan) -> Any:
-    """Equal for plans of one program that lay out every input, output and intermediate value alike, on axes of the same names."""
-    return plan.axis_names, plan.input_layouts, plan.output_layouts, tuple(sorted(plan.layouts.items()))
+    """Equal for plans of one program that lay out every input, output and intermediate value alike, on axes of the same names, and
+    exchange the same: what an operator reads may be brought to it in more than one way."""
+    exchanges = sorted((e.kind, e.axes, e.operator, e.source, len(e.shape)) for e in plan.exchanges)
+    return plan.axis_names, plan.input_layouts, plan.output_layouts, tuple(sorted(plan.layouts.items())), tuple(exchanges)
 
 
 def _label(number: int) -> str:

@@ -1,0 +1,287 @@
+"""Unrolled layers put back into a loop: equations that repeat, block after block, become a scan over the blocks.
+
+A block's operands are values of the block before (carries), values that all blocks share (constants), or values of its own
+(stacked, as parameters of unrolled layers are). The backward pass of an unrolled model repeats too, from the last layer to the
+first: what it reads of the forward scan is then the stacked array itself, and its scan runs in reverse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxplan import _jax
+from jaxplan.rules import Kind, rule_of
+from jaxplan.trace import Traced
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` blocks of `period` equations each, from equation `start` on."""
+
+    start: int
+    period: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.period * self.count
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A run whose blocks read and leave values alike.
+
+    `sources`: per equation of a block and operand, where it comes from: ("inner", equation, result), ("carry", number), ("const",
+    number), ("x", number) or ("literal",). `carries`: (the first value, equation and result that make the next one). `consts`:
+    variables. `xs`: per number, a variable per block. `ys`: (equation, result) of what is read outside. `entries`: numbers of the
+    carries that are read outside before the last block: stacked as blocks receive them, which is what a backward pass reads.
+    """
+
+    run: Run
+    sources: tuple[tuple[tuple[Any, ...], ...], ...]
+    carries: tuple[tuple[Any, int, int], ...]
+    consts: tuple[Any, ...]
+    xs: tuple[tuple[Any, ...], ...]
+    ys: tuple[tuple[int, int], ...]
+    entries: tuple[int, ...]
+
+
+def rerolled(traced: Traced) -> Traced:
+    """The same program with its repeated blocks of equations as scans; the same object if it has none.
+
+    Its inputs and outputs are those of `traced`. Values differ by nothing but the order in which XLA adds up.
+    """
+    loops = find_loops(traced.jaxpr.jaxpr)
+    if not loops:
+        return traced
+    closed = traced.jaxpr
+    spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
+    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(closed, loops, inputs))(*spec))
+
+
+# ---- found -------------------------------------------------------------------------------------------------------
+
+
+def find_loops(jaxpr: Any) -> list[Loop]:
+    """The loops of a jaxpr that do not overlap, in program order; those that cover the most equations are taken first."""
+    symbols, free, heavy = _symbols(jaxpr), np.ones(len(jaxpr.eqns), bool), [contracts(e) for e in jaxpr.eqns]
+    readers = _readers(jaxpr)
+    found: list[Loop] = []
+    rejected: set[tuple[int, int]] = set()
+    while True:
+        best = max(_runs(symbols, free, rejected), key=lambda run: (run.period * run.count, -run.period), default=None)
+        if best is None:
+            return sorted(found, key=lambda loop: loop.run.start)
+        worth = any(heavy[best.start : best.start + best.period])
+        runs = _shifted(best, symbols, free) if worth else ()
+        loops = filter(None, (_loop(jaxpr, run, readers) for run in runs))
+        # where one layer ends and the next begins, the fewest values go over
+        loop = min(loops, key=lambda loop: (-loop.run.count, len(loop.carries)), default=None)
+        if loop is None:
+            rejected.add((best.start, best.period))
+        else:
+            found.append(loop)
+            free[loop.run.start : loop.run.stop] = False
+
+
+def contracts(equation: Any) -> bool:
+    """Whether an equation, or one inside of it, is a product summed over a dimension: what makes a block a layer, and what
+    updates of parameters, which repeat as well, have none of."""
+    inner = [getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in _jax.sub_jaxprs(equation)]
+    if inner:
+        return any(contracts(e) for jaxpr in inner for e in jaxpr.eqns)
+    rule = rule_of(equation.primitive, equation.params, [v.aval for v in equation.invars], [v.aval for v in equation.outvars])
+    return not rule.fusible and any(factor.kind is Kind.SUM for factor in rule.factors)
+
+
+def _symbols(jaxpr: Any) -> np.ndarray:
+    """A number per equation: equal ones do the same to values of the same shapes."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for equation in jaxpr.eqns:
+        avals = [(str(v.aval), repr(v.val) if isinstance(v, _jax.Literal) else "") for v in equation.invars]
+        captured = tuple(id(c) for inner in _jax.sub_jaxprs(equation) for c in getattr(inner, "consts", ()))
+        params = re.sub(r"0x[0-9a-f]+", "", str(sorted(equation.params.items(), key=lambda item: item[0])))
+        outs = tuple(str(v.aval) for v in equation.outvars)
+        key = (equation.primitive, params, captured, tuple(avals), outs)
+        found.append(numbers.setdefault(key, len(numbers)))
+    return np.array(found, np.int64)
+
+
+def _runs(symbols: np.ndarray, free: np.ndarray, rejected: set[tuple[int, int]]) -> Iterator[Run]:
+    """For every period, the longest run."""
+    for period in range(1, len(symbols) // 2 + 1):
+        same = (symbols[:-period] == symbols[period:]) & free[:-period] & free[period:]
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
+        spans = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True) if (int(a), period) not in rejected]
+        start, stop = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
+        if stop - start >= period:
+            yield Run(start, period, (stop - start) // period + 1)
+
+
+def _shifted(run: Run, symbols: np.ndarray, free: np.ndarray) -> Iterator[Run]:
+    """The same run from later equations on, as far as its equations go on repeating."""
+    for start in range(run.start, run.start + run.period):
+        stop = start + run.period * run.count
+        if stop > len(symbols) or not free[start:stop].all():
+            return
+        blocks = symbols[start:stop].reshape(run.count, run.period)
+        if (blocks != blocks[0]).any():
+            return
+        yield Run(start, run.period, run.count)
+
+
+def _readers(jaxpr: Any) -> dict[Any, list[int]]:
+    """Per variable, the equations that read it; an output is read by one after the last."""
+    found: dict[Any, list[int]] = {}
+    for number, variables in enumerate([*[e.invars for e in jaxpr.eqns], jaxpr.outvars]):
+        for var in variables:
+            if not isinstance(var, _jax.Literal):
+                found.setdefault(var, []).append(number)
+    return found
+
+
+def _loop(jaxpr: Any, run: Run, readers: dict[Any, list[int]]) -> Loop | None:
+    """The loop of a run; None where its blocks do not read alike."""
+    made = {
+        var: (number // run.period, number % run.period, slot)
+        for number, equation in enumerate(jaxpr.eqns[run.start : run.stop])
+        for slot, var in enumerate(equation.outvars)
+    }
+    carries: dict[tuple[Any, int, int], int] = {}
+    consts: dict[Any, int] = {}
+    xs: dict[tuple[Any, ...], int] = {}
+    sources = []
+    for offset in range(run.period):
+        blocks = [jaxpr.eqns[run.start + block * run.period + offset] for block in range(run.count)]
+        sources.append([])
+        for variables in zip(*[equation.invars for equation in blocks], strict=True):
+            source = _source(variables, made, carries, consts, xs)
+            if source is None:
+                return None
+            sources[-1].append(source)
+    read = {place for var, place in made.items() if any(not run.start <= n < run.stop for n in readers.get(var, ()))}
+    if not carries:
+        return None
+    carried = {(e, r): number for (_, e, r), number in carries.items()}
+    entries = sorted({carried[e, r] for b, e, r in read if (e, r) in carried and b < run.count - 1})
+    ys = sorted({(e, r) for _, e, r in read if (e, r) not in carried})
+    return Loop(
+        run, tuple(map(tuple, sources)), tuple(carries), tuple(consts), tuple(xs), tuple(ys), tuple(entries),
+    )  # fmt: skip
+
+
+def _source(
+    variables: Sequence[Any],
+    made: dict[Any, tuple[int, int, int]],
+    carries: dict[Any, int],
+    consts: dict[Any, int],
+    xs: dict[Any, int],
+) -> tuple[Any, ...] | None:
+    """Where one operand comes from, given what it is in each block."""
+    if isinstance(variables[0], _jax.Literal):
+        return ("literal",)
+    places = [made.get(v) for v in variables]
+    if all(place is not None and place[0] == block for block, place in enumerate(places)):
+        _, equation, result = places[0] or (0, 0, 0)
+        return ("inner", equation, result) if len({place[1:] for place in places if place}) == 1 else None
+    before = [place is not None and place[0] == block for block, place in enumerate(places[1:])]
+    if places[0] is None and all(before) and len({place[1:] for place in places[1:] if place}) == 1:
+        _, equation, result = places[1] or (0, 0, 0)
+        return ("carry", carries.setdefault((variables[0], equation, result), len(carries)))
+    if any(place is not None for place in places):
+        return None
+    if all(v is variables[0] for v in variables):
+        return ("const", consts.setdefault(variables[0], len(consts)))
+    return ("x", xs.setdefault(tuple(variables), len(xs)))
+
+
+# ---- traced again ------------------------------------------------------------------------------------------------
+
+
+Stacks = dict[tuple[int, ...], Any]
+"""{ids of values: they, stacked}: a loop over the same values as one before takes what that one stacked, or left stacked."""
+
+
+def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
+    """A jaxpr's outputs, its loops as scans."""
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+    at = {loop.run.start: loop for loop in loops}
+    stacks: Stacks = {}
+    number = 0
+    while number < len(jaxpr.eqns):
+        loop = at.get(number)
+        if loop is not None:
+            _scan(jaxpr, loop, env, stacks)
+            number = loop.run.stop
+            continue
+        equation = jaxpr.eqns[number]
+        with _jax.user_context(equation):
+            env.update(zip(equation.outvars, _jax.bind(equation, [_read(v, env) for v in equation.invars], 1), strict=True))
+        number += 1
+    return [_read(v, env) for v in jaxpr.outvars]
+
+
+def _read(var: Any, env: dict[Any, Any]) -> Any:
+    return var.val if isinstance(var, _jax.Literal) else env[var]
+
+
+def _scan(jaxpr: Any, loop: Loop, env: dict[Any, Any], stacks: Stacks) -> None:
+    """Bind a loop as a scan; `env` gets what is read of it."""
+    run, carries = loop.run, [env[v] for v, _, _ in loop.carries]
+    values = [[env[v] for v in variables] for variables in loop.xs]
+    reverse = any(tuple(id(v) for v in reversed(column)) in stacks for column in values)
+    columns = [column[::-1] if reverse else column for column in values]
+    xs = [_stacked(column, stacks) for column in columns]
+    consts = [env[v] for v in loop.consts]
+    equations = jaxpr.eqns[run.start : run.start + run.period]
+
+    def body(carry: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        outs: list[list[Any]] = []
+        held: dict[str, Sequence[Any]] = {"const": consts, "carry": carry, "x": x}
+        for equation, sources in zip(equations, loop.sources, strict=True):
+            operands = []
+            for source, var in zip(sources, equation.invars, strict=True):
+                kind, *place = source
+                if kind == "literal":
+                    operands.append(var.val)
+                else:
+                    operands.append(outs[place[0]][place[1]] if kind == "inner" else held[kind][place[0]])
+            with _jax.user_context(equation):
+                outs.append(_jax.bind(equation, operands, 1))
+        ys = [outs[e][r] for e, r in loop.ys]
+        return tuple(outs[e][r] for _, e, r in loop.carries), (*ys, *[carry[k] for k in loop.entries])
+
+    def block(number: int, e: int, r: int) -> Any:
+        """The variable of a result of a block."""
+        return jaxpr.eqns[run.start + number * run.period + e].outvars[r]
+
+    with _jax.user_context(equations[0]):
+        final, ys = jax.lax.scan(body, tuple(carries), tuple(xs), length=run.count, reverse=reverse)
+        left = [[jax.lax.index_in_dim(y, n, keepdims=False) for n in range(run.count)] for y in ys]
+    for stacked, column, (e, r) in zip(ys, left, loop.ys, strict=False):
+        stacks[tuple(map(id, column))] = stacked
+        env.update((block(n, e, r), value) for n, value in enumerate(column[::-1] if reverse else column))
+    for stacked, column, k in zip(ys[len(loop.ys) :], left[len(loop.ys) :], loop.entries, strict=True):
+        column[-1 if reverse else 0] = carries[k]  # the first block receives what the program hands it
+        stacks[tuple(map(id, column))] = stacked
+        _, e, r = loop.carries[k]
+        env.update((block(n, e, r), value) for n, value in enumerate((column[::-1] if reverse else column)[1:]))
+    for (_, e, r), value in zip(loop.carries, final, strict=True):
+        env[block(run.count - 1, e, r)] = value
+
+
+def _stacked(values: Sequence[Any], stacks: Stacks) -> Any:
+    key = tuple(map(id, values))
+    if key not in stacks:
+        stacks[key] = jnp.stack(values)
+    return stacks[key]

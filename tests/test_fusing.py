@@ -1,0 +1,213 @@
+"""What compilers that fuse keep in memory: by hand-worked cases, each a rule seen in the TPU compiler's scheduled programs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec as P
+
+import jaxplan
+from jaxplan.cost.tiles import local_shape, padding
+from jaxplan.machine import PRESETS, Machine
+
+ONE = AbstractMesh((1,), ("x",))
+FAR = replace(PRESETS["v5e"], name="nothing on the chip", near_bytes=0.0)
+ROWS, WIDTH = 1024, 512
+SIZE = 4.0 * ROWS * WIDTH
+
+
+def shape(*extents, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(extents, dtype)
+
+
+def planned(fn, *args, machine: Machine = FAR, **options):
+    return jaxplan.make_plan(fn, *args, mesh=ONE, machine=machine, **options)
+
+
+def temporaries(fn, *args, **options) -> float:
+    """In units of (ROWS, WIDTH) float32."""
+    return planned(fn, *args, **options).memory.temporaries / SIZE
+
+
+def high(a, b):
+    """A product that rounds nothing."""
+    return jnp.dot(a, b, precision="highest")
+
+
+W, X = shape(WIDTH, WIDTH), shape(ROWS, WIDTH)
+
+
+def test_element_wise_values_of_one_large_one_are_computed_where_they_are_read():
+    """Only the first product is stored, however much is computed of it for the second and the third."""
+
+    def fn(w, x):
+        hidden = jnp.tanh(high(x, w))
+        return high(jnp.sin(hidden) * hidden, w), high(jnp.cos(hidden), w)
+
+    assert temporaries(fn, W, X) == 1
+
+
+def test_what_comes_from_two_large_ones_is_stored_where_a_product_ends_in_it():
+    """x + (x w): one buffer, of which the product is never stored apart; read three times, so stored."""
+
+    def fn(w, x):
+        stream = x + high(x, w)
+        return high(jnp.sin(stream), w), high(jnp.cos(stream), w), high(stream, w)
+
+    plan = planned(fn, W, X)
+    assert plan.memory.temporaries == SIZE
+    (live,) = plan.memory.live[:1]
+    made = next(op for op in plan.modelled.graph.operators if live.tensor in op.results)
+    assert made.name == "add"
+
+
+def test_what_only_products_of_default_precision_read_is_stored_rounded():
+    def twice(dot):
+        def step(w, x):
+            stream = x + high(x, w)
+            return dot(stream, w), dot(w, stream.T)
+
+        return step
+
+    assert temporaries(twice(jnp.dot), W, X) == 0.5
+    assert temporaries(twice(high), W, X) == 1
+    bf16 = shape(WIDTH, WIDTH, dtype=jnp.bfloat16), shape(ROWS, WIDTH, dtype=jnp.bfloat16)
+    assert temporaries(twice(jnp.dot), *bf16) == 0.5, "bfloat16 has nothing to round"
+    assert temporaries(twice(jnp.dot), W, X, machine=replace(FAR, matmul_reads={})) == 1
+
+
+def test_weights_that_a_loop_only_multiplies_by_are_rounded_whole_before_it():
+    def fn(stack, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    stack = shape(6, WIDTH, WIDTH)
+    live = planned(fn, stack, X).memory.live
+    assert 6 * WIDTH * WIDTH * 2 in [buffer.nbytes for buffer in live]
+    assert 6 * WIDTH * WIDTH * 2 not in [buffer.nbytes for buffer in planned(fn, stack, X, machine=PRESETS["h100"]).memory.live]
+
+
+def test_state_that_a_loop_reads_while_it_stacks_the_new_one_needs_both():
+    def fn(stack, x):
+        def body(x, w):
+            return x + jnp.sum(w), w * 2.0
+
+        return jax.lax.scan(body, x, stack)[::-1]
+
+    plan = planned(fn, shape(6, ROWS, WIDTH), shape(), donate_argnums=0)
+    assert plan.memory.outputs < SIZE and plan.memory.temporaries == pytest.approx(6 * SIZE, rel=0.01)
+
+
+def test_a_carry_is_updated_in_place_unless_neighbours_are_read():
+    def loop(step):
+        return lambda x: jax.lax.fori_loop(0, 5, lambda _, x: step(x), x)
+
+    def shifted(x):
+        wide = jnp.pad(x, ((1, 1), (0, 0)))
+        return wide[:-2] + wide[2:]
+
+    assert temporaries(loop(lambda x: jnp.sin(x) + x), X, donate_argnums=0) == 0
+    assert temporaries(loop(shifted), X, donate_argnums=0) == 1
+
+
+def test_picking_one_element_a_row_and_its_gradient_store_nothing():
+    def loss(w, x, labels):
+        logits = high(x, w)
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+
+    plan = planned(jax.grad(loss), W, X, shape(ROWS, dtype=jnp.int32))
+    assert [buffer.nbytes for buffer in plan.memory.live if buffer.nbytes >= SIZE] == [SIZE]
+
+
+def test_short_lived_values_stay_on_the_chip_while_there_is_room():
+    def fn(w, x):
+        hidden = high(x, w)
+        return high(jnp.sin(hidden), w), high(jnp.cos(hidden), w)
+
+    for near, held in ((0.0, 1), (SIZE / 2, 1), (SIZE, 0)):
+        assert temporaries(fn, W, X, machine=replace(FAR, near_bytes=near)) == held
+
+
+# --- tiles -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extents", "factor"),
+    [
+        ((), 1.0), ((1,), 1.0), ((128,), 1.0), ((100,), 1.28), ((8, 128), 1.0), ((128, 8), 1.0), ((3, 128), 4 / 3),
+        ((12, 1024, 16, 64), 1.0), ((7, 100), 1.28 * 8 / 7), ((10, 130), min(16 / 10 * 256 / 130, 128 / 10 * 136 / 130)),
+    ],
+)  # fmt: skip
+def test_dimensions_are_laid_into_tiles_as_wastes_least(extents, factor):
+    assert padding(extents, (8, 128)) == pytest.approx(factor)
+
+
+def test_space_is_never_innermost():
+    """Of 32 images of 112 x 112 with 64 channels, channels fill half of the columns; of 3 channels, the images a quarter."""
+    assert padding((32, 112, 112, 64), (8, 128), (1, 2)) == 2
+    assert padding((32, 112, 112, 3), (8, 128), (1, 2)) == pytest.approx(4 * 4 / 3)
+    assert padding((32, 112, 112, 64), (8, 128)) == pytest.approx(128 / 112)
+
+
+def test_a_part_is_as_large_as_the_largest_part():
+    assert local_shape((10, 64), (0, 1), (4, 2)) == (3, 32) and local_shape((10, 64), None, (4, 2)) == (10, 64)
+
+
+def test_padding_is_in_the_peak_and_in_its_closed_form():
+    plan = planned(lambda x: x * 2.0, shape(1000, 130), machine=PRESETS["v5e"])
+    assert plan.memory.arguments == 1024 * 136 * 4
+    assert float(plan.peak.subs(plan.symbol_values)) == pytest.approx(plan.peak_bytes, rel=1e-9)
+
+
+# --- bytes sent --------------------------------------------------------------------------------------------------------------
+
+
+def gathered(fn, machine="v5e", pins=None, **options):
+    """Bytes that are sent to gather x, whose rows are cut, for what needs it whole; and how it is sent."""
+    mesh = AbstractMesh((4,), ("x",))
+    pins = pins or {"x": P("x"), "w": P(None, "x")}
+    plan = jaxplan.make_plan(fn, shape(WIDTH, 16 * WIDTH), X, mesh=mesh, machine=machine, pins=pins, memory_budget="1TiB", **options)
+    (exchange,) = [e for e in plan.exchanges if e.kind == "all_gather"]
+    return exchange.total_bytes / (0.75 * SIZE), exchange.dtype, plan
+
+
+@pytest.mark.parametrize(
+    ("fn", "share", "dtype"),
+    [
+        (lambda w, x: jnp.sin(x @ w), 0.5, "bfloat16"),
+        (lambda w, x: jnp.sin(x.T.T @ w), 0.5, "bfloat16"),
+        (lambda w, x: jnp.sin(high(x, w)), 1.0, "float32"),
+    ],
+)
+def test_what_only_products_read_is_rounded_before_it_is_sent(fn, share, dtype):
+    assert gathered(fn)[:2] == (share, dtype)
+    assert gathered(fn, machine="h100")[:2] == (1.0, "float32"), "a machine that reads all bits"
+
+
+def test_simulated_devices_are_told_what_they_send():
+    sent, _, plan = gathered(lambda w, x: jnp.sin(x @ w))
+    (whole,) = [e for e in plan.exchanges_of(rounded=False) if e.kind == "all_gather"]
+    assert (sent, whole.total_bytes / (0.75 * SIZE), whole.dtype) == (0.5, 1.0, "float32")
+    assert plan.bytes_by_axis(plan.exchanges) == plan.wire_bytes
+
+
+def test_a_product_with_a_vector_rounds_nothing():
+    plan = jaxplan.make_plan(
+        lambda m, v: jax.lax.fori_loop(0, 3, lambda _, v: m @ v, v), shape(512, 512), shape(512), mesh=ONE, machine=FAR
+    )
+    assert plan.memory.temporaries < 4096 * 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"matmul_reads": {"bfloat16": "float32"}}, "no wider"), ({"matmul_reads": {"float32": "nonsense"}}, "'nonsense' is no dtype"),
+        ({"tile": (0, 128)}, "two counts"), ({"near_bytes": -1.0}, "near_bytes"),
+    ],
+)  # fmt: skip
+def test_what_a_machine_cannot_be(changed, told):
+    with pytest.raises(ValueError, match=told):
+        replace(PRESETS["v5e"], **changed)
