@@ -39,7 +39,7 @@ CUT, SAME, SUM = Role(Kind.CUT, 0), Role(Kind.SAME), Role(Kind.SUM)
 
 def in_stages(fn, args, shape, axis, microbatches, **options):
     """The plan of a function with its scans laid over the stages of an axis."""
-    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(shape))
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(shape), pipeline=None)
     pipeline = pipeline_of(plan.traced.jaxpr.jaxpr, axis, plan.axis_sizes[axis], microbatches, **options)
     return dataclasses.replace(plan, pipeline=pipeline)
 
@@ -226,19 +226,19 @@ def test_a_schedule_as_svg_is_one_closed_document_with_a_cell_per_step():
 
 def test_a_pipelined_plan_is_saved_and_loaded(tmp_path):
     step, args = tower(5)
-    plan = in_stages(step, args, (2, 2), "x", 4, layers={5: (2, 3)})
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x", microbatches=4)
     plan.save(tmp_path / "plan.json")
     again = jaxplan.load_plan(tmp_path / "plan.json", step, *args, mesh=plan.mesh)
     assert again.pipeline == plan.pipeline
     text = (tmp_path / "plan.json").read_text()
     for before, after, why in [
         ('"axis": "x", "microbatches"', '"axis": "w", "microbatches"', "pipeline.axis: 'w' is no axis"),
-        ('"layers": [2, 3]', '"layers": [2, 2]', "has 5 layers"),
+        (f'"layers": {list(plan.pipeline.chains[1].layers)}', '"layers": [2, 2]', "has 5 layers"),
         ('"microbatches": 4', '"microbatches": 3', "3 micro-batches do not divide"),
-        ('"schedule": "gpipe"', '"schedule": "zigzag"', 'expected "gpipe" or "1f1b"'),
+        (f'"schedule": "{plan.pipeline.schedule}"', '"schedule": "zigzag"', 'expected "gpipe" or "1f1b"'),
     ]:
         assert before in text
-        (tmp_path / "edited.json").write_text(text.replace(before, after))
+        (tmp_path / "edited.json").write_text(after.join(text.rsplit(before, 1)))
         with pytest.raises(PlanFileError, match=re.escape(why)):
             jaxplan.load_plan(tmp_path / "edited.json", step, *args, mesh=plan.mesh)
 
@@ -417,7 +417,7 @@ def test_an_encoder_and_a_decoder_one_after_the_other(kind):
 
     args = ({"encoder": normal(1, 4, 4, 4), "decoder": normal(2, 3, 4, 4)}, normal(3, 8, 5, 4), normal(4, 8, 6, 4))
     fn = jax.value_and_grad(loss)
-    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((2, 2), kind))
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((2, 2), kind), pipeline=None)
     plan = dataclasses.replace(plan, pipeline=pipeline_of(plan.traced.jaxpr.jaxpr, "x", 2, 4))
     assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2), (2, 1), (2, 1), (2, 2)]
     assert_close(jax.jit(fn)(*args), plan.jit()(*args))
