@@ -27,7 +27,7 @@ from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
-from jaxplan.hybrid import AUTO, Choosing, choose
+from jaxplan.hybrid import AUTO, Choosing, check_asked, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
@@ -291,7 +291,7 @@ class Plan(_plan.Plan):
         request = replace(self.request, **changes)
         _check_certify(request.certify)
         check_mesh(request.mesh)
-        _check_pipeline(request)
+        check_asked(request.pipeline, request.microbatches, bool(request.sizes))
         with _collector_paused():
             traced, graph = self.traced, self.modelled.whole
             if sizes is not None:
@@ -367,7 +367,7 @@ def make_plan(
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     insisted = dict(pins) if isinstance(pins, Mapping) else pins or {}
     request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
-    _check_pipeline(request)
+    check_asked(request.pipeline, request.microbatches, bool(request.sizes))
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -565,19 +565,6 @@ def check_mesh(mesh: Any) -> None:
             f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
             "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
-
-
-def _check_pipeline(request: Request) -> None:
-    """Raise ValueError unless it says what to lay along layers, and in how many micro-batches."""
-    asked, count = request.pipeline, request.microbatches
-    if asked is not None and not isinstance(asked, str):
-        raise ValueError(f"pipeline must be 'auto', None, or the name of a mesh axis, got {asked!r}")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
-    if count is not None and asked is None:
-        raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
-    if request.sizes and asked not in (None, AUTO):
-        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
 
 
 def keywords() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jaxplan.budget import Attempt, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
@@ -276,6 +276,19 @@ def confirmed(traced: Traced, pipeline: Pipeline) -> Pipeline:
         equation = scan_at(traced.jaxpr.jaxpr, chain.path)
         chains.append(chain_of(equation, chain.path, chain.layers, pipeline.microbatches))
     return replace(pipeline, chains=tuple(chains))
+
+
+def check_asked(asked: Any, count: Any, resized: bool) -> None:
+    """Raise ValueError unless they say what to lay along layers (`pipeline`), and in how many micro-batches (`microbatches`).
+    `resized`: the plan is for other sizes than the program was traced for."""
+    if asked is not None and not isinstance(asked, str):
+        raise ValueError(f"pipeline must be 'auto', None, or the name of a mesh axis, got {asked!r}")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
+    if count is not None and asked is None:
+        raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
+    if resized and asked not in (None, AUTO):
+        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
 
 
 def forced_groups(
