@@ -370,8 +370,8 @@ def make_plan(
     check_asked(request.pipeline, request.microbatches, bool(request.sizes))
     with _collector_paused():
         graph = build_graph(traced, while_trips)
-        stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
-        return _solve(traced, graph, request, dimension_names(traced, graph, dims), stages)
+        spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
+        return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent)
 
 
 def load_plan(
@@ -417,9 +417,8 @@ def load_plan(
             traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
-        pipeline = files.pipeline_for(saved, traced)
+        pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
-        dims = files.dims_of(saved, traced, graph)
         if cut is not None:
             graph, numbers = cut.graph, micro_numbers(numbers, cut)
         modelled = model(graph, numbers, layouts, stages=cut)
@@ -477,8 +476,8 @@ def _solve(
     numbers = Numbers(graph, dict(request.mesh.shape), find_machine(request.machine, request.mesh))
     budget = budget_bytes(request.memory_budget, numbers.machine)
     attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
-    using = Choosing(traced, graph, numbers, attempts, budget, _more_devices)
-    plan = choose(using, None if request.sizes else request.pipeline, request.microbatches)
+    asked = None if request.sizes else request.pipeline
+    plan = choose(Choosing(traced, graph, numbers, attempts, budget, _more_devices), asked, request.microbatches)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
