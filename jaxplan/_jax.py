@@ -17,6 +17,7 @@ import numpy as np
 from jax._src import (
     core as _core_src,
     custom_batching as _custom_batching,
+    distributed as _distributed,
     pjit as _pjit,
     shard_map as _shard_map,
     source_info_util as _source_info,
@@ -57,6 +58,11 @@ iota_p = _primitives.iota_p
 
 REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU runs a rematerialised call only once all that it reads is there (else at once, where outside of loops)."""
+
+
+def coordination_client() -> Any:
+    """The client of `jax.distributed`'s key-value store and barriers; None where it was not initialised."""
+    return _distributed.global_state.client
 
 
 def source_line(equation: Any) -> tuple[str, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import platform
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxplan import __version__, _jax
 from jaxplan.files.fingerprint import program_of
@@ -21,20 +24,52 @@ class DifferentPlans(RuntimeError):
     """The processes of one program hold plans that differ. The message says in what, and which processes."""
 
 
-def check_agreement(plan: Plan) -> None:
+WAIT_SECONDS = 300.0
+"""How long a process waits for the others of its mesh before it says that they do not come. JAX waits as long for a start."""
+
+
+def check_agreement(plan: Plan, wait_seconds: float | None = None) -> None:
     """Raise `DifferentPlans` on every process of the plan's mesh unless all hold the same plan.
 
-    Waits for the other processes. Does nothing where the mesh lies in one process.
+    Compared through the key-value store of `jax.distributed`, before anything is compiled or sent between devices: processes of
+    other versions, or with other programs, cannot hang. Waits for the other processes of the mesh, for `wait_seconds` (None:
+    `WAIT_SECONDS`), then raises TimeoutError that names those that did not come. Does nothing where the mesh lies in one process.
     """
-    owners = {device.process_index for device in plan.mesh.devices.flat}
-    if len(owners) == 1:
+    owners = sorted({device.process_index for device in plan.mesh.devices.flat})
+    client = _jax.coordination_client()
+    if len(owners) == 1 or client is None:
         return
-    aspects = fingerprints(plan)
-    mine = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in aspects.values()])
-    told = differences(list(aspects), multihost_utils.process_allgather(mine))
+    held = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in fingerprints(plan).items()}
+    told = differences(_exchanged(client, owners, plan.traced.name, held, WAIT_SECONDS if wait_seconds is None else wait_seconds))
     if told:
         where = f"{plan.traced.name} was not planned alike in all processes, and nothing was run"
         raise DifferentPlans(f"{where}: {'; '.join(told)}")
+
+
+def _exchanged(client: Any, owners: list[int], function: str, held: dict[str, str], seconds: float) -> dict[int, dict[str, str]]:
+    """{process: what it holds} of all processes of a mesh. The n-th planned function that runs on the mesh in one process meets
+    the n-th in the others."""
+    me = jax.process_index()
+    mesh = f"jaxplan/agree/{'-'.join(map(str, owners))}"
+    turn = f"{mesh}/{client.key_value_increment(f'{mesh}/turns/{me}', 1)}"
+    client.key_value_set(f"{turn}/{me}", json.dumps(held))
+    deadline = time.monotonic() + seconds
+    found, missing = {}, []
+    for process in owners:
+        left = max(1, int(1000 * (deadline - time.monotonic())))
+        try:
+            found[process] = json.loads(client.blocking_key_value_get(f"{turn}/{process}", left))
+        except jax.errors.JaxRuntimeError:
+            missing.append(process)
+    if missing:
+        who = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
+        raise TimeoutError(
+            f"{function} was to run on devices of {len(owners)} processes, and {who} did not come to run it within {seconds:g} s "
+            "(ended, which its own output explains, or at work on something else, or waiting elsewhere). Nothing was run"
+        )
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody leaves while others still have to read
+        client.wait_at_barrier(f"{turn}/read", max(1, int(1000 * seconds)), owners)
+    return found
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:
@@ -52,6 +87,7 @@ def fingerprints(plan: Plan) -> dict[str, str]:
         "the mesh": str((dict(mesh.shape), devices)),
         "the machine": str(machine),
         "the layouts": str((plan.choices.shape, plan.choices.tolist())),
+        "the pipeline": str(plan.pipeline),
     }
 
 
@@ -75,12 +111,13 @@ def _is_key(value: Any) -> bool:
     return jnp.issubdtype(getattr(value, "dtype", np.dtype(float)), jax.dtypes.prng_key)
 
 
-def differences(aspects: list[str], digests: Any) -> list[str]:
-    """In what processes differ from process 0. `digests`: (processes, aspects, bytes)."""
+def differences(held: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """In what processes differ from the first. `held`: {process: {aspect: digest}}."""
+    first, *rest = sorted(held)
     found = []
-    for name, column in zip(aspects, np.moveaxis(np.asarray(digests), 1, 0), strict=True):
-        others = np.flatnonzero((column != column[0]).any(axis=1)).tolist()
+    for name in dict.fromkeys(name for process in sorted(held) for name in held[process]):
+        others = [process for process in rest if held[process].get(name) != held[first].get(name)]
         if others:
             who = f"process {others[0]} differs" if len(others) == 1 else f"processes {', '.join(map(str, others))} differ"
-            found.append(f"{name} ({who} from process 0)")
+            found.append(f"{name} ({who} from process {first})")
     return found

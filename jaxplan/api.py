@@ -20,18 +20,22 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.budget import budget_bytes, fit
+from jaxplan.budget import budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
+from jaxplan.hybrid import AUTO, Choosing, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
-from jaxplan.pages import SweepView, page, picture_of, plan_table, sweep_view
+from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
+from jaxplan.pipeline import Pipeline
+from jaxplan.pipeline.outline import micro_numbers
+from jaxplan.pipeline.staging import stages_of
 from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
@@ -61,6 +65,8 @@ class Request:
     static: Mapping[int | str, Any] = field(default_factory=dict)
     while_trips: float = WHILE_TRIPS
     certify: bool | float = False
+    pipeline: str | None = AUTO
+    microbatches: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     origin: Origin | None = None
 
@@ -137,7 +143,7 @@ class Plan(_plan.Plan):
             for dim, extent in enumerate(graph.tensors[tensor].shape):
                 if extent > devices and extent % devices:
                     at.setdefault(extent, []).append((tensor, dim))
-        if not at:
+        if not at or self.pipeline is not None:
             return ()
         whole = run_search(modelled.problem, self.request.search).seconds  # this plan may cost more, to fit a budget
         weight = {extent: sum(graph.tensors[tensor].nbytes for tensor, _ in places) for extent, places in at.items()}
@@ -189,7 +195,7 @@ class Plan(_plan.Plan):
 
     def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
         """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form
-        condition at each boundary. From one trace; memory apart.
+        condition at each boundary. From one trace; memory and pipelines apart.
 
         `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`,
         `high`: the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that
@@ -254,7 +260,8 @@ class Plan(_plan.Plan):
         `sweep`: what the slider goes over (`Sweep.view()` gives one); "auto": the first dimension of the data, if the trace
         tells of other sizes, else the link of the first axis; None: no slider.
         """
-        return page(replace(picture_of(self), sweep=_auto_sweep(self) if sweep == "auto" else sweep, about=_about()))
+        about = {"jaxplan": __version__, "JAX": jax.__version__}
+        return page(replace(picture_of(self), sweep=auto_sweep(self, self) if sweep == "auto" else sweep, about=about))
 
     def save_html(self, path: str | os.PathLike[str], sweep: SweepView | Literal["auto"] | None = "auto") -> None:
         """Write `to_html` to a file; the old one survives if it cannot be written (OSError)."""
@@ -269,23 +276,25 @@ class Plan(_plan.Plan):
         return plan_table(self)
 
     def replan(self, **changes: Any) -> Plan:
-        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search` or `certify`, or with other
-        `sizes` of its dimensions; no retrace.
+        """The same traced program under another `mesh`, `machine`, `memory_budget`, `pins`, `search`, `certify`, `pipeline` or
+        `microbatches`, or with other `sizes` of its dimensions; no retrace.
 
         `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
-        is what `make_plan` gives for arguments of such shapes, but cannot be run or saved. Raises ValueError where the trace does
-        not say what the program would be, with the reason and the line. What Python decided by looking at a shape stays decided.
+        is what `make_plan` gives for arguments of such shapes (pipelines apart: none is looked for), but cannot be run or saved.
+        Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
+        decided by looking at a shape stays decided.
         """
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "sizes")
+        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
         unknown = set(changes) - set(taken)
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
-        _check_certify(changes.get("certify", False))
-        check_mesh(changes.get("mesh", self.mesh))
         sizes = changes.pop("sizes", None)
+        request = replace(self.request, **changes)
+        _check_certify(request.certify)
+        check_mesh(request.mesh)
+        _check_pipeline(request)
         with _collector_paused():
-            request = replace(self.request, **changes)
-            traced, graph = self.traced, self.modelled.graph
+            traced, graph = self.traced, self.modelled.whole
             if sizes is not None:
                 origin = self.origin
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
@@ -298,7 +307,7 @@ class Plan(_plan.Plan):
         """The program as it was traced."""
         if self.request.origin is not None:
             return self.request.origin
-        return Origin(self.traced, self.modelled.graph, self.names, self.request.while_trips)
+        return Origin(self.traced, self.modelled.whole, self.names, self.request.while_trips)
 
     def _of_the_trace(self, verb: str) -> None:
         """Raise ValueError if this plan is for other sizes than the program was traced for."""
@@ -332,18 +341,19 @@ def make_plan(
     """Plan `fn(*args, **kwargs)` on a mesh. Nothing is run or compiled, and no devices are needed.
 
     `args`, `kwargs`: arrays or `jax.ShapeDtypeStruct`s. `mesh`: a `Mesh` or `AbstractMesh`. `machine`: a `Machine`, the name
-    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in `jaxplan.search.SEARCHES`, or a
-    callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`; None: the machine's.
+    of a preset, or None (from the mesh's devices; "v5e" for an `AbstractMesh`). `search`: "hsm2dl", another name in
+    `jaxplan.search.SEARCHES`, or a callable `Problem -> Assignment`. `memory_budget`: bytes per device, "16GiB", or `math.inf`;
+    None: the machine's.
     `pins`: {input path, pytree prefix or glob ("blocks/*/wq"): PartitionSpec}. `dims`: names for dimensions, {path: "B S"} or
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
     `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
     taken, if `search` is a name. A number: seconds that an integer program may spend on tightening the bound.
+    `pipeline`: "auto" lays a mesh axis along the layers of a scan where that is faster, or where nothing else fits the memory; an
+    axis name insists on it, None forbids it. `microbatches`: into how many the batch is then cut; None: as many as are best.
     `static_*`, `donate_*`: as in `jax.jit`.
 
     Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.
     """
-    if pipeline not in ("auto", None) or microbatches is not None:
-        raise ValueError("pipeline parallelism cannot be asked for in this version: leave pipeline='auto' and microbatches=None")
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     _check_certify(certify)
@@ -356,7 +366,9 @@ def make_plan(
     )  # fmt: skip
     traced_at = time.perf_counter()
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
-    request = Request(mesh, machine, search, memory_budget, dict(pins) if isinstance(pins, Mapping) else pins or {}, static, while_trips, certify)
+    insisted = dict(pins) if isinstance(pins, Mapping) else pins or {}
+    request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
+    _check_pipeline(request)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         stages = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -396,47 +408,27 @@ def load_plan(
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
-    request = Request(mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify)
+    request = Request(
+        mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
+    )
     with _collector_paused():
         files.check_program(saved, traced)
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
             traced = replace(traced, donated=files.donated_of(saved, traced))
         graph = build_graph(traced, asked.while_trips)
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
-        modelled = model(graph, numbers, layouts)
-        dims, choices = files.dims_of(saved, traced, graph), files.choices_of(saved, modelled)
-        if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
-            modelled = model(graph, numbers, layouts, bytes_cost=BytePrices())
         pipeline = files.pipeline_for(saved, traced)
+        cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
+        dims = files.dims_of(saved, traced, graph)
+        if cut is not None:
+            graph, numbers = cut.graph, micro_numbers(numbers, cut)
+        modelled = model(graph, numbers, layouts, stages=cut)
+        choices = files.choices_of(saved, modelled)
+        if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
+            modelled = model(graph, numbers, layouts, bytes_cost=BytePrices(), stages=cut)
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
-
-
-def _about() -> dict[str, str]:
-    return {"jaxplan": __version__, "JAX": jax.__version__}
-
-
-def _auto_sweep(plan: Plan) -> SweepView | None:
-    """Plans along the first dimension of the data that can be given other sizes, or along the speed of the first link."""
-    graph, state = plan.modelled.graph, {position for _, position in plan.modelled.graph.ties}
-    data = [tensor for position, tensor in enumerate(graph.inputs) if position not in state and graph.tensors[tensor].shape]
-    names = [name for tensor in data for name in plan.names.dimension(tensor)[:1]]
-    for name in dict.fromkeys(name for name in names if name in plan.origin.extents):
-        now = plan.request.sizes.get(name, next(iter(plan.origin.extents[name].values())))
-        grain = math.gcd(now, math.prod(plan.axis_sizes.values()))
-        sizes = sorted({max(grain, round(now * 2.0**k / grain) * grain) for k in range(-3, 4)} - {1})
-        try:
-            found = [plan.replan(sizes={name: size}, memory_budget=math.inf, certify=False) for size in sizes]
-        except ValueError:
-            continue
-        return sweep_view(name, [(f"{name} = {size}", one) for size, one in zip(sizes, found, strict=True)], sizes.index(now))
-    axis, machine = plan.axis_names[0], plan.modelled.numbers.machine
-    speeds = [2.0**k for k in range(-3, 4)]
-    machines = [machine.slower(axis, 1 / speed, plan.axis_sizes) for speed in speeds]
-    found = [plan.replan(machine=one, memory_budget=math.inf, certify=False) for one in machines]
-    told = [f"{speed:g} times as fast" for speed in speeds]
-    return sweep_view(f"speed of the link of {axis}", list(zip(told, found, strict=True)), 3)
 
 
 @contextlib.contextmanager
@@ -456,11 +448,11 @@ def _solve(
 ) -> Plan:
     """Model, search, and fit into memory."""
     start = time.perf_counter()
-    attempt, machine = _attempts(traced, graph, request, dims)
-    budget = budget_bytes(request.memory_budget, machine)
-    plan = attempt(None)
-    if budget < math.inf and plan.peak_bytes > budget:
-        plan = fit(attempt, plan, budget, _more_devices)
+    numbers = Numbers(graph, dict(request.mesh.shape), find_machine(request.machine, request.mesh))
+    budget = budget_bytes(request.memory_budget, numbers.machine)
+    attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
+    using = Choosing(traced, graph, numbers, attempts, budget, _more_devices)
+    plan = choose(using, None if request.sizes else request.pipeline, request.microbatches)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
@@ -470,27 +462,29 @@ def _solve(
 
 
 def _attempts(
-    traced: Traced, graph: Graph, request: Request, dims: Mapping[tuple[int, int], str]
-) -> tuple[Callable[[BytePrices | None], Plan], Machine]:
-    """From what bytes are charged to the best plan, and the machine it is for."""
-    mesh_shape = dict(request.mesh.shape)
-    numbers = Numbers(graph, mesh_shape, find_machine(request.machine, request.mesh))
-    pins = pinned_layouts(traced, request.pins, mesh_shape)
+    traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Mapping[tuple[int, int], str],
+    pipeline: Pipeline | None = None,
+) -> Callable[[BytePrices | None], Plan]:  # fmt: skip
+    """From what bytes are charged to the best plan, with a given pipeline."""
+    pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
+    stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
+    if stages is not None:
+        graph, numbers = stages.graph, micro_numbers(numbers, stages)
 
     @functools.cache
     def plain(follow: bool) -> Modelled:
-        return model(graph, numbers, pins, bytes_cost=None if follow else BytePrices())
+        return model(graph, numbers, pins, bytes_cost=None if follow else BytePrices(), stages=stages)
 
     def attempt(bytes_cost: BytePrices | None) -> Plan:
         unpriced = plain(bytes_cost is None)
-        modelled = unpriced if bytes_cost is None else model(graph, numbers, pins, bytes_cost=bytes_cost)
+        modelled = unpriced if bytes_cost is None else model(graph, numbers, pins, bytes_cost=bytes_cost, stages=stages)
         found = run_search(modelled.problem, request.search)
         choices, bound = found.choices, None  # a bound on priced bytes is none on seconds
         if bytes_cost is None:
             choices, bound = frugal(modelled, choices, found.seconds), found.bound
-        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request)
+        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request, pipeline)
 
-    return attempt, numbers.machine
+    return attempt
 
 
 def _more_devices(plan: Plan, charged: BytePrices, budget: float) -> list[str]:
@@ -499,9 +493,12 @@ def _more_devices(plan: Plan, charged: BytePrices, budget: float) -> list[str]:
     for axis, size in plan.axis_sizes.items():
         sizes = {**plan.axis_sizes, axis: 2 * size}
         wider = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=plan.mesh.axis_types)
+        if plan.pipeline is not None and axis == plan.pipeline.axis:
+            continue
         request = replace(plan.request, mesh=wider, machine=plan.modelled.numbers.machine)
+        numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine)
         try:
-            attempt, _ = _attempts(plan.traced, plan.modelled.graph, request, plan.dims)
+            attempt = _attempts(plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
         except ValueError:  # a pin that so many devices do not divide
             continue
         peak = attempt(charged).peak_bytes
@@ -542,6 +539,19 @@ def check_mesh(mesh: Any) -> None:
             f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
             "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
         )
+
+
+def _check_pipeline(request: Request) -> None:
+    """Raise ValueError unless it says what to lay along layers, and in how many micro-batches."""
+    asked, count = request.pipeline, request.microbatches
+    if asked is not None and not isinstance(asked, str):
+        raise ValueError(f"pipeline must be 'auto', None, or the name of a mesh axis, got {asked!r}")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
+    if count is not None and asked is None:
+        raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
+    if request.sizes and asked not in (None, AUTO):
+        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
 
 
 def keywords() -> list[str]:

@@ -20,9 +20,9 @@ from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
 from jaxplan.pipeline.fuse import Fused, fuse
-from jaxplan.pipeline.nouns import Chain, Pipeline
+from jaxplan.pipeline.nouns import Chain, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
-from jaxplan.pipeline.rowwise import Edit
+from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Plan
 
@@ -147,8 +147,7 @@ class _Replay:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
         if self.rows is None:
             return _jax.bind(equation, values, self.mesh.size)
-        outs = _jax.bind(equation, values, self.mesh.size, self.rows.params(path))
-        return outs
+        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
 
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
@@ -183,6 +182,17 @@ class _Rows:
         """The parameters that an equation has for a micro-batch instead of its own."""
         found = self.edits.get(path)
         return {} if found is None else found.params
+
+    def checked(self, equation: Any, outs: list[Any], path: Path) -> list[Any]:
+        """The results of an equation. Raises PipelineError if they are not those of a micro-batch."""
+        found = self.edits.get(path)
+        shapes = tuple(out.shape for out in outs)
+        if found is not None and found.shapes and shapes != found.shapes:
+            raise PipelineError(
+                f"{told(equation)} gives {shapes} for a micro-batch, where its rule leads to {found.shapes}: its parameters hold "
+                "extents, so that it cannot run on a part of the batch"
+            )
+        return outs
 
     def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
         """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""
@@ -398,7 +408,11 @@ class PlannedFunction:
 
     def __init__(self, plan: Plan, static: dict[int | str, Any], donate: Sequence[int]) -> None:
         if not isinstance(plan.mesh, Mesh):
-            raise ValueError("this plan was made for an AbstractMesh; use plan.replan(mesh=...) with a mesh of devices to run it")
+            shape = ", ".join(f"{axis}={size}" for axis, size in plan.axis_sizes.items())
+            raise ValueError(
+                f"this plan was made for an AbstractMesh, and has no devices to run on: it needs {plan.mesh.size} ({shape}), "
+                f"this process sees {len(jax.devices())}: use plan.replan(mesh=...) with a mesh of devices"
+            )
         self.plan, self._static = plan, static
         self._mesh = auto_mesh(plan.mesh)
         self._donate = frozenset(donate)
@@ -461,8 +475,8 @@ class PlannedFunction:
         traced = self.plan.traced
         if tree != traced.in_tree:
             raise ValueError(
-                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it as it was "
-                "planned, with the same arguments by position, by keyword and static, or plan again"
+                f"{traced.name} was planned for arguments structured {traced.in_tree}, but was called with {tree}; call it "
+                "as it was planned, with the same arguments by position, by keyword and static, or plan again"
             )
         for path, aval, leaf in zip(traced.in_paths, traced.in_avals, leaves, strict=True):
             shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
@@ -503,10 +517,10 @@ def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> l
 
 
 def _fits(leaf: Any, planned: Any) -> bool:
-    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32, say); a Python number has a kind only."""
-    kind = {bool: jax.numpy.bool_, int: jax.numpy.integer, float: jax.numpy.floating, complex: jax.numpy.complexfloating}.get(type(leaf))
-    if kind is not None:
-        return jax.numpy.issubdtype(planned, kind)
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32). A Python number has a kind only."""
+    for number, kind in ((bool, np.bool_), (int, np.integer), (float, np.floating), (complex, np.complexfloating)):
+        if type(leaf) is number:
+            return jax.numpy.issubdtype(planned, kind)
     dtype = getattr(leaf, "dtype", planned)
     return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
 

@@ -79,7 +79,7 @@ def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_sh
 def dimension_names(
     traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
 ) -> dict[tuple[int, int], str]:
-    """{(tensor, dimension): name} from what the user wrote. A text is for those inputs that have as many dimensions as it has words.
+    """{(tensor, dimension): name} from what the user wrote. A text is for the inputs with as many dimensions as it has words.
 
     Raises ValueError for a text that fits no input of those it was written for; TypeError for what is no text.
     """
@@ -93,7 +93,8 @@ def dimension_names(
         args, _ = traced.unflatten_inputs(range(len(traced.in_avals)))
         if len(dims) > len(args):
             raise ValueError(f"dims has {len(dims)} strings, but {traced.name} has {len(args)} positional arguments")
-        written = [(f"argument {i}", text, jax.tree.leaves(arg)) for i, (arg, text) in enumerate(zip(args, dims, strict=False)) if text]
+        said = [(i, text, args[i]) for i, text in enumerate(dims) if text]
+        written = [(f"argument {i}", text, jax.tree.leaves(arg)) for i, text, arg in said]
     names: dict[tuple[int, int], str] = {}
     extents: dict[str, tuple[int, str]] = {}
     for where, text, positions in written:
@@ -101,7 +102,8 @@ def dimension_names(
         fitting = [position for position in positions if len(traced.in_avals[position].shape) == len(words)]
         if positions and not fitting:
             shape = tuple(traced.in_avals[positions[0]].shape)
-            inputs = "the input has shape" if len(positions) == 1 else f"none of its {len(positions)} inputs has as many, the first is"
+            several = f"none of its {len(positions)} inputs has as many, the first is"
+            inputs = "the input has shape" if len(positions) == 1 else several
             raise ValueError(f"dims {text!r} for {where} names {len(words)} dimensions; {inputs} {shape}")
         for position in fitting:
             for dim, (word, extent) in enumerate(zip(words, traced.in_avals[position].shape, strict=True)):
@@ -109,7 +111,7 @@ def dimension_names(
                 if extent != 1 and extents.setdefault(word, (extent, traced.in_paths[position]))[0] != extent:
                     first, path = extents[word]
                     raise ValueError(
-                        f"dims calls two extents {word!r}: {first} of {path} and {extent} of {traced.in_paths[position]}; a name is "
-                        "one symbol of the cost, so give them two names, each by its own path"
+                        f"dims calls two extents {word!r}: {first} of {path} and {extent} of {traced.in_paths[position]}; a "
+                        "name is one symbol of the cost, so give them two names, each by its own path"
                     )
     return names

@@ -26,10 +26,10 @@ from jaxplan.cost import (
     write_layout,
 )
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.price import halo_bytes
+from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
-from jaxplan.graph.flatten import VIEW
+from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
@@ -79,7 +79,7 @@ class Constraints:
 class Plan:
     """Where everything lies. `choices`: (clusters, axes) option numbers. `stages`: seconds spent per room while planning.
 
-    `bound`: a proven lower bound on `seconds`, if one was asked for. `pipeline`: the mesh axis that is laid along layers, if any.
+    `bound`: a proven lower bound on `seconds`, if one was asked for. `pipeline`: the mesh axis laid along layers, if one is.
     """
 
     traced: Traced
@@ -268,6 +268,13 @@ class Plan:
             found.append(PlannedExchange(
                 "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
             ))  # fmt: skip
+        for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
+            about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
+            ticks = self.modelled.numbers.ticks if handed.every_tick else cluster.times
+            what = "next stage" if handed.every_tick else "stages of unequal length"
+            found.append(PlannedExchange(
+                "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
+            ))  # fmt: skip
         return found
 
     @property
@@ -299,7 +306,7 @@ class Plan:
                 runs[-1].append(step)
             elif step.kind != "slice":
                 runs.append([step])
-        sizes, source = self.modelled.numbers.sizes, self.source(op) if runs else ""
+        sizes, source = self.modelled.numbers.sizes, self.source(self._maker(op)) if runs else ""
         dtype = about.dtype if share == 1.0 else self.modelled.numbers.machine.matmul_reads[about.dtype]
         return [
             PlannedExchange(
@@ -309,6 +316,13 @@ class Plan:
             )
             for run in runs
         ]  # fmt: skip
+
+    def _maker(self, operator: Operator) -> Operator:
+        """Of what goes round a loop, the operator that makes it; any other operator itself."""
+        if operator.name != BOUNDARY or operator.path[-2] != "carry":
+            return operator
+        made = {tensor: maker for maker in self.modelled.graph.operators for tensor in maker.results}
+        return made.get(operator.operands[1], operator)
 
     def source(self, operator: Operator) -> str:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
@@ -328,10 +342,11 @@ class Plan:
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
         alike: dict[Any, list[int]] = {}
-        for path, tensor in zip(self.traced.in_paths, self.modelled.graph.inputs, strict=True):
-            key = (without_indices(path), self.modelled.graph.tensors[tensor].shape)
+        graph = self.modelled.whole
+        for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
+            key = (without_indices(path), graph.tensors[tensor].shape)
             alike.setdefault(key, []).append(tensor)
-        return DimensionNames(self.modelled.graph, self.dims, list(alike.values()))
+        return DimensionNames(graph, self.dims, list(alike.values()))
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:

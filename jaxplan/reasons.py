@@ -357,7 +357,7 @@ def _moving(plan: Plan, position: int) -> tuple[sympy.Expr, float]:
     import sympy
 
     modelled = plan.modelled
-    symbols = Symbols(modelled.graph, modelled.numbers, plan.names)
+    symbols = Symbols(modelled.graph, modelled.numbers, plan.names, modelled.stages)
     own, tensor = set(_chain(plan, position)), modelled.graph.inputs[position]
     home = next((i for i, c in enumerate(modelled.graph.clusters) if any(w.tensor == tensor for w in c.writes)), -1)
     parts: dict[Any, float] = {}
@@ -414,7 +414,7 @@ def _operator_reason(plan: Plan, index: int, members: Sequence[int]) -> Operator
     modelled = plan.modelled
     cluster, numbers = modelled.graph.clusters[index], modelled.numbers
     options = modelled.chosen(plan.choices, index)
-    symbols = Symbols(modelled.graph, numbers, plan.names)
+    symbols = Symbols(modelled.graph, numbers, plan.names, modelled.stages)
     cost = terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols)
     seconds = cluster.times * terms_seconds(cluster_terms(cluster, options, modelled.setting, numbers), numbers)
     names = list(dict.fromkeys(modelled.graph.operators[m].name for m in members))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from jaxplan.cost.formulas import bubble_share
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.ledger import ledger
+from jaxplan.pipeline import Pipeline
 from jaxplan.plan import Plan, without_indices
 
 WIDTH = 110
@@ -101,12 +103,25 @@ def axis_roles(plan: Plan, axis: int) -> list[str]:
         if role and flops > 0.005 * total:
             names.setdefault(role, []).append(f"{dimension} {flops / total:.0%}")
     roles = [f"{role} ({', '.join(parts)} of the work)" for role, parts in names.items()]
+    if plan.pipeline is not None and plan.axis_names[axis] == plan.pipeline.axis:
+        roles.insert(0, stage_role(plan.pipeline))
     gathered = _state_gathered(plan, axis)
     if gathered:
         roles.append(f"ZeRO ({show_bytes(gathered)} of state sharded, gathered for use)")
     if not roles and any(layout[axis] >= 0 for layout in plan.layouts.values()):
         roles.append("activations sharded")
     return roles
+
+
+def stage_role(pipeline: Pipeline) -> str:
+    """pipeline (12 layers, 3 on each stage), 8 micro-batches, gpipe, bubble 27.3%."""
+    told = []
+    for layers in dict.fromkeys(chain.layers for chain in pipeline.chains):
+        each = f"{layers[0]} on each stage" if len(set(layers)) == 1 else f"{'+'.join(map(str, layers))} on the stages"
+        told.append(f"{sum(layers)} layers, {each}")
+    idle = bubble_share(pipeline.microbatches, pipeline.stages)
+    count = "1 micro-batch" if pipeline.microbatches == 1 else f"{pipeline.microbatches} micro-batches"
+    return f"pipeline ({'; '.join(told)}), {count}, {pipeline.schedule}, bubble {idle:.1%}"
 
 
 def _work_by_dimension(plan: Plan, axis: int) -> dict[tuple[str, str], float]:

@@ -80,8 +80,8 @@ def trace(
         error.add_note(f"(jaxplan was tracing {name!r} to plan it; jax.jit({name})(...) stops here too)")
         if "as an abstract array" in str(error):
             error.add_note(
-                "(what is no array is static: name the argument in static_argnums= or static_argnames=, or split it off a module as "
-                "docs/frameworks.md shows)"
+                "(what is no array is static: name the argument in static_argnums= or static_argnames=, or split it off a module "
+                "as docs/frameworks.md shows)"
             )
         raise
     if not hasattr(staged, "args_info"):  # a framework's own jit, which takes its objects apart
@@ -216,8 +216,8 @@ def static_values(
             hash(value)
         except TypeError as error:
             raise TypeError(
-                f"static argument {key!r} is a {type(value).__name__}, which cannot be hashed: JAX keeps one program per value of "
-                "it. Give a tuple or a frozen dataclass, or leave it out of static_argnums and static_argnames"
+                f"static argument {key!r} is a {type(value).__name__}, which cannot be hashed: JAX keeps one program per value "
+                "of it. Give a tuple or a frozen dataclass, or leave it out of static_argnums and static_argnames"
             ) from error
     return values
 

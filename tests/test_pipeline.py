@@ -2,16 +2,32 @@
 
 import dataclasses
 import re
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, mesh_of
+from jax.sharding import AxisType
 
 import jaxplan
 from jaxplan.examples.decoder import SMALL, decoder
-from jaxplan.pipeline import Chain, Kind, Pipeline, PipelineError, Role, even_layers, pipeline_of, scans
+from jaxplan.files import PlanFileError
+from jaxplan.pipeline import (
+    Chain,
+    Kind,
+    Pipeline,
+    PipelineError,
+    Role,
+    even_layers,
+    most_held,
+    pipeline_of,
+    scans,
+    schedule_svg,
+    schedule_text,
+    timetable,
+)
 
 TINY = dataclasses.replace(SMALL, width=16, heads=2, mlp_width=24, vocabulary=32, sequence=6, batch=8)
 CUT, SAME, SUM = Role(Kind.CUT, 0), Role(Kind.SAME), Role(Kind.SUM)
@@ -73,6 +89,8 @@ def test_the_roles_of_keys_counters_and_penalties():
     assert [role.kind for role in forward.carries] == [Kind.CUT, Kind.TOTAL, Kind.SAME]
     assert forward.circulating == (0, 2)
     assert CUT in backward.carries and SUM in backward.ys
+    assert SAME not in forward.ys, "masks drawn for the whole batch are kept by rows, as the backward scan takes them"
+    assert set(forward.ys) - {SUM} <= set(backward.xs)
 
 
 def refused(body, carry, xs=None, microbatches=2, length=4):
@@ -149,41 +167,116 @@ def test_layers_are_spread_evenly():
     assert even_layers(7, 4) == (2, 2, 2, 1) and even_layers(8, 2) == (4, 4)
 
 
+# --- how schedules look --------------------------------------------------------------------------------------------
+
+
+def two_scans(schedule, stages=3, microbatches=4):
+    forward = Chain((0,), False, (1,) * stages, (), (CUT,), (SAME,), (), 2 * microbatches)
+    return Pipeline("x", stages, microbatches, schedule, (forward, dataclasses.replace(forward, path=(1,), reverse=True)))
+
+
+def test_schedules_as_text():
+    assert schedule_text(two_scans("gpipe")).splitlines() == [
+        "gpipe over x: 4 micro-batches, 3 stages, 12 steps, 33% of them waiting",
+        "stage 0  F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3",
+        "stage 1  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .",
+        "stage 2  .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .",
+    ]
+    assert schedule_text(two_scans("1f1b")).splitlines()[1:] == [
+        "stage 0  F0 F1 F2 .  F3 .  .  B0 .  B1 B2 B3",
+        "stage 1  .  F0 F1 .  F2 B0 F3 B1 .  B2 B3 .",
+        "stage 2  .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .",
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (3, 7), (4, 16)])
+def test_every_micro_batch_passes_every_stage_in_order_there_and_back(schedule, stages, microbatches):
+    pipeline = two_scans(schedule, stages, microbatches)
+    when = {
+        (slot.reverse, stage, slot.microbatch): step
+        for step, slots in enumerate(timetable(pipeline))
+        for stage, slot in enumerate(slots)
+        if slot
+    }
+    assert len(when) == 2 * stages * microbatches, "each once"
+    for number in range(microbatches):
+        there = [when[False, stage, number] for stage in range(stages)]
+        back = [when[True, stage, number] for stage in reversed(range(stages))]
+        assert there + back == sorted(there + back)
+    most = 2 * stages - 1 if schedule == "1f1b" else microbatches
+    assert max(most_held(pipeline)) <= min(most, microbatches)
+    assert most_held(two_scans("gpipe", stages, microbatches)) == (microbatches,) * stages
+
+
+def test_a_schedule_as_svg_is_one_closed_document_with_a_cell_per_step():
+    pipeline = two_scans("1f1b")
+    picture = ElementTree.fromstring(schedule_svg(pipeline))
+    cells = [e for e in picture.iter() if e.tag.endswith("rect")]
+    assert len(cells) == 1 + 3 * len(timetable(pipeline))
+    assert "B3" in [e.text for e in picture.iter()]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipelined_plan_is_saved_and_loaded(tmp_path):
+    step, args = tower(5)
+    plan = in_stages(step, args, (2, 2), "x", 4, layers={5: (2, 3)})
+    plan.save(tmp_path / "plan.json")
+    again = jaxplan.load_plan(tmp_path / "plan.json", step, *args, mesh=plan.mesh)
+    assert again.pipeline == plan.pipeline
+    text = (tmp_path / "plan.json").read_text()
+    for before, after, why in [
+        ('"axis": "x", "microbatches"', '"axis": "w", "microbatches"', "pipeline.axis: 'w' is no axis"),
+        ('"layers": [2, 3]', '"layers": [2, 2]', "has 5 layers"),
+        ('"microbatches": 4', '"microbatches": 3', "3 micro-batches do not divide"),
+        ('"schedule": "gpipe"', '"schedule": "zigzag"', 'expected "gpipe" or "1f1b"'),
+    ]:
+        assert before in text
+        (tmp_path / "edited.json").write_text(text.replace(before, after))
+        with pytest.raises(PlanFileError, match=re.escape(why)):
+            jaxplan.load_plan(tmp_path / "edited.json", step, *args, mesh=plan.mesh)
+
+
 # --- values -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("layers", "shape", "axis", "microbatches", "remat"),
+    ("layers", "shape", "axis", "microbatches", "remat", "schedule"),
     [
-        (5, (2, 2), "x", 2, False),
-        (4, (2, 2, 2), "y", 4, True),
-        (7, (4,), "x", 8, False),
-        pytest.param(7, (2, 4), "y", 16, True, marks=pytest.mark.slow),
-        pytest.param(6, (3,), "x", 1, False, marks=pytest.mark.slow),
-        pytest.param(5, (2, 4), "x", 4, True, marks=pytest.mark.slow),
+        pytest.param(5, (2, 2), "x", 2, False, "gpipe", marks=pytest.mark.slow),
+        (5, (2, 2), "x", 4, False, "1f1b"),
+        pytest.param(4, (2, 2, 2), "y", 4, True, "gpipe", marks=pytest.mark.slow),
+        pytest.param(7, (4,), "x", 8, False, "gpipe", marks=pytest.mark.slow),
+        pytest.param(7, (4,), "x", 8, True, "1f1b", marks=pytest.mark.slow),
+        pytest.param(7, (2, 4), "y", 16, True, "1f1b", marks=pytest.mark.slow),
+        pytest.param(6, (3,), "x", 1, False, "gpipe", marks=pytest.mark.slow),
+        pytest.param(6, (3,), "x", 2, False, "1f1b", marks=pytest.mark.slow),
     ],
 )
-def test_same_values_and_gradients_with_the_same_random_numbers(layers, shape, axis, microbatches, remat):
+def test_same_values_and_gradients_with_the_same_random_numbers(layers, shape, axis, microbatches, remat, schedule):
     step, args = tower(layers, remat=remat)
-    plan = in_stages(step, args, shape, axis, microbatches)
+    plan = in_stages(step, args, shape, axis, microbatches, schedule=schedule)
     assert_close(jax.jit(step)(*args), plan.jit()(*args))
 
 
 @pytest.mark.parametrize(
-    ("layers", "shape", "axis", "microbatches", "remat"),
+    ("layers", "shape", "axis", "microbatches", "remat", "schedule"),
     [
-        (4, (2, 2, 2), "x", 4, True),
-        pytest.param(4, (2, 2, 2), "z", 2, False, marks=pytest.mark.slow),
-        pytest.param(5, (2, 4), "x", 8, True, marks=pytest.mark.slow),
-        pytest.param(7, (2, 4), "y", 2, True, marks=pytest.mark.slow),
-        pytest.param(7, (4,), "x", 8, False, marks=pytest.mark.slow),
-        pytest.param(4, (4,), "x", 1, True, marks=pytest.mark.slow),
+        (4, (2, 2, 2), "x", 4, True, "1f1b"),
+        pytest.param(4, (2, 2, 2), "x", 4, True, "gpipe", marks=pytest.mark.slow),
+        pytest.param(4, (2, 2, 2), "z", 2, False, "gpipe", marks=pytest.mark.slow),
+        pytest.param(5, (2, 4), "x", 8, True, "gpipe", marks=pytest.mark.slow),
+        pytest.param(7, (2, 4), "y", 2, True, "1f1b", marks=pytest.mark.slow),
+        pytest.param(7, (4,), "x", 8, False, "1f1b", marks=pytest.mark.slow),
+        pytest.param(4, (4,), "x", 1, True, "gpipe", marks=pytest.mark.slow),
     ],
 )
-def test_a_decoders_train_step(layers, shape, axis, microbatches, remat):
+def test_a_decoders_train_step(layers, shape, axis, microbatches, remat, schedule):
     program = decoder(dataclasses.replace(TINY, layers=layers, remat=remat))
     args = program.make_args(0)
-    plan = in_stages(program.fn, args, shape, axis, microbatches)
+    plan = in_stages(program.fn, args, shape, axis, microbatches, schedule=schedule)
     (_, want, loss), (_, got, same) = jax.jit(program.fn)(*args), plan.jit()(*args)
     assert_close((want["mu"], loss), (got["mu"], same))  # moments are the gradients; what AdamW's first step does is their sign
 
@@ -208,6 +301,7 @@ def test_forward_only_with_rows_in_another_dimension_and_merged_with_others():
     assert_close(jax.jit(fn)(*args), plan.jit()(*args))
 
 
+@pytest.mark.slow
 def test_keys_carried_from_layer_to_layer_and_loops_inside_of_layers():
     """A key goes from layer to layer, each of which loops and branches; its gradient is taken in bfloat16."""
 
@@ -239,6 +333,124 @@ def test_keys_carried_from_layer_to_layer_and_loops_inside_of_layers():
     assert other.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_residual_network_of_convolutions(schedule):
+    def loss(kernels, images):
+        def layer(x, kernel):
+            y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            y = (y - jnp.mean(y, axis=(1, 2, 3), keepdims=True)) * 2
+            return x + jax.nn.relu(y), jnp.sum(jnp.square(y))
+
+        x, norms = jax.lax.scan(layer, images, kernels)
+        return jnp.mean(jnp.square(x)), norms
+
+    args = (
+        jax.random.normal(jax.random.key(1), (4, 3, 3, 2, 2), jnp.float32) / 4,
+        jax.random.normal(jax.random.key(2), (8, 6, 5, 2), jnp.float32),
+    )
+    fn = jax.value_and_grad(loss, has_aux=True)
+    plan = in_stages(fn, args, (2, 2), "y", 4, schedule=schedule)
+    assert_close(jax.jit(fn)(*args), plan.jit()(*args))
+
+
+def shared_weights(w, x):
+    """The layers share their weights, whose gradient they add up, and carry a sum over rows that decays."""
+
+    def layer(carry, _):
+        x, decaying = carry
+        h = jnp.tanh(x @ w)
+        return (x + h, decaying * jnp.float32(0.5) + jnp.mean(h, axis=0)), None
+
+    (x, decaying), _ = jax.lax.scan(layer, (x, jnp.ones(x.shape[1:], jnp.float32)), None, length=3)
+    return jnp.mean(jnp.square(x)) + jnp.sum(decaying)
+
+
+def test_the_rows_are_where_micro_batches_share_the_most_work():
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(shared_weights))(WEIGHTS[0], ROWS).jaxpr
+    forward, backward = pipeline_of(jaxpr, "x", 2, 4).chains
+    assert forward.carries == (CUT, SUM)
+    assert [role.kind for role in backward.carries] == [Kind.TOTAL, Kind.CUT, Kind.SAME]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_layers_that_share_weights_and_steps_in_a_loop(schedule):
+    def steps(w, xs):
+        def step(w, x):
+            value, gradient = jax.value_and_grad(shared_weights)(w, x)
+            return w - gradient / 10, value
+
+        return jax.lax.scan(step, w, xs)
+
+    args = (
+        jax.random.normal(jax.random.key(0), (4, 4), jnp.float32) / 2,
+        jax.random.normal(jax.random.key(1), (3, 8, 4), jnp.float32),
+    )
+    plan = in_stages(steps, args, (2,), "x", 4, schedule=schedule)
+    assert [len(chain.path) for chain in plan.pipeline.chains] == [2, 2]
+    assert_close(jax.jit(steps)(*args), plan.jit()(*args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_encoder_and_a_decoder_one_after_the_other(kind):
+    """The decoder's layers read the encoder's result; its gradient is gathered from layer to layer, rows by rows."""
+
+    def loss(params, source, target):
+        def encode(x, w):
+            return x + jnp.tanh(x @ w), None
+
+        def decode(x, w):
+            scores = jnp.einsum("bqd,bkd->bqk", x, memory)
+            return x + jnp.tanh(jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores, axis=-1), memory) @ w), None
+
+        memory, _ = jax.lax.scan(encode, source, params["encoder"])
+        return jnp.mean(jnp.square(jax.lax.scan(jax.checkpoint(decode), target, params["decoder"])[0]))
+
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32) / 2
+
+    args = ({"encoder": normal(1, 4, 4, 4), "decoder": normal(2, 3, 4, 4)}, normal(3, 8, 5, 4), normal(4, 8, 6, 4))
+    fn = jax.value_and_grad(loss)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((2, 2), kind))
+    plan = dataclasses.replace(plan, pipeline=pipeline_of(plan.traced.jaxpr.jaxpr, "x", 2, 4))
+    assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2), (2, 1), (2, 1), (2, 2)]
+    assert_close(jax.jit(fn)(*args), plan.jit()(*args))
+
+
+@pytest.mark.slow
+def test_a_pipelined_function_can_be_differentiated():
+    def fn(x, ws):
+        def layer(x, w):
+            return jax.nn.silu(x @ w) + jax.nn.logsumexp(x, axis=-1, keepdims=True), None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, ws)[0]))
+
+    args = jax.random.normal(jax.random.key(0), (8, 4)), jax.random.normal(jax.random.key(1), (4, 4, 4)) / 2
+    run = in_stages(fn, args, (2, 2), "x", 4).jit()
+    assert_close(jax.grad(fn, argnums=(0, 1))(*args), jax.grad(run, argnums=(0, 1))(*args))
+
+
+@pytest.mark.parametrize(
+    ("head", "operator"),
+    [
+        (lambda x: jnp.sqrt(jnp.mean(jnp.square(x))), "sqrt"),
+        (lambda x: jnp.mean(jax.nn.logsumexp(x @ x.T, axis=0)), "dot_general"),
+    ],
+)
+def test_1f1b_is_refused_where_the_loss_needs_the_whole_batch(head, operator):
+    def loss(ws, x):
+        return head(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(WEIGHTS, ROWS).jaxpr
+    pipeline_of(jaxpr, "x", 2, 4)
+    with pytest.raises(PipelineError, match=rf"schedule='1f1b'.*{operator}.*test_pipeline.py:{head.__code__.co_firstlineno}"):
+        pipeline_of(jaxpr, "x", 2, 4, schedule="1f1b")
+    with pytest.raises(PipelineError, match="takes one forward scan and its backward scan beside it"):
+        pipeline_of(jax.make_jaxpr(loss)(WEIGHTS, ROWS).jaxpr, "x", 2, 4, schedule="1f1b")
+
+
 def test_jitted_parts_keep_residuals_on_their_stages():
     """Forward and backward scans stand in calls of their own: what passes between them is not gathered."""
     args = tower(4)[1][:2]
@@ -268,6 +480,17 @@ def test_permutes_are_one_per_tick_and_carry(microbatches, stages):
     audit = jaxplan.audit(plan.jit().lower_planned(), mesh=plan.mesh)
     permutes = sum(c.times for c in audit.collectives if c.kind == "collective-permute" and "ppermute" in c.op_name)
     assert permutes == sum(plan.pipeline.ticks * len(chain.circulating) for chain in plan.pipeline.chains)
+
+
+def test_1f1b_keeps_fewer_residuals_than_gpipe():
+    """Of sixteen micro-batches gpipe keeps all, 1f1b at most three at two stages; the compiler's own count of temporaries."""
+    step, args = tower(4, dropout=False, width=32, rows=256)
+    temporaries = {}
+    for schedule in ("gpipe", "1f1b"):
+        compiled = in_stages(step, args, (2,), "x", 16, schedule=schedule).jit().lower_planned().compile()
+        temporaries[schedule] = compiled.memory_analysis().temp_size_in_bytes
+    residual = 2 * 256 * 32 * 4  # one array of rows per layer of a stage
+    assert temporaries["gpipe"] - temporaries["1f1b"] > residual * 13 / 16, temporaries
 
 
 def test_scans_are_found_in_program_order_with_how_often_they_run():

@@ -1,12 +1,14 @@
 """Every Python and shell block of README.md and docs/*.md runs as it stands, page by page, in one namespace and folder a page.
 
-Around a block an HTML comment, which readers do not see, may say: `<!-- before: CODE -->`, Python that is run first (the step and the
-shapes that a page talks about); `<!-- file: NAME -->`, the block is that file; `<!-- needs: MODULE -->`, it runs where the module is
-installed; `<!-- raises: ERROR -->`, it ends with that error; `<!-- not run: REASON -->`. What another test runs is in `ELSEWHERE`.
+Before a block an HTML comment, which readers do not see, may say: `<!-- before: CODE -->`, Python that is run first (the step and
+the shapes that a page talks about); `<!-- file: NAME -->`, the block is that file; `<!-- needs: MODULE -->`, it runs where the
+module is installed; `<!-- raises: ERROR -->`, it ends with that error; `<!-- not run: REASON -->`. What another test runs is in
+`ELSEWHERE`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -18,12 +20,16 @@ from pathlib import Path
 
 import pytest
 
+import jaxplan
+
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
-ELSEWHERE = {
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+ELSEWHERE = {  # a page, or a folder of pages
     "docs/frameworks.md": "tests/test_frameworks.py",
     "docs/command_line.md": "tests/test_cli.py",
+    "docs/migrate": "tests/test_migrate.py",
 }
+HERE = [page for page in PAGES if not {page, str(Path(page).parent)} & set(ELSEWHERE)]
 NOT_RUN_AT_MOST = 4
 MARKS = ("before", "file", "needs", "raises", "not run", "ci")
 BLOCK = re.compile(r"<!--\s*(?P<mark>[a-z ]+):\s(?P<said>.*?)-->|^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
@@ -61,7 +67,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def shell(text, console):
     lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")] if console else [text]
     for line in lines:
-        words = f"jaxplan() {{ '{sys.executable}' -m jaxplan.cli \\"$@\\"; }}\\npython() {{ '{sys.executable}' \\"$@\\"; }}\\n" + line
+        here = {"jaxplan": "-m jaxplan.cli", "python": ""}
+        words = "".join(f"{name}() {{ '{sys.executable}' {what} \\"$@\\"; }}\\n" for name, what in here.items()) + line
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", words], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{line}: status {done.returncode}\\n{done.stdout}{done.stderr}")
@@ -101,11 +108,17 @@ print(json.dumps(found))
 '''
 
 
+def installed(module: str) -> bool:
+    """Whether a module can be imported; "a.b" is looked for in "a"."""
+    names = module.split(".")
+    return all(importlib.util.find_spec(".".join(names[: n + 1])) is not None for n in range(len(names)))
+
+
 def runnable(text: str) -> list[Block]:
     """Blocks to run: those marked as not run, run by CI, or in need of what is not installed are left out."""
     found = []
     for block in blocks(text):
-        missing = [name for name in block.marks.get("needs", "").split() if importlib.util.find_spec(name) is None]
+        missing = [name for name in block.marks.get("needs", "").split() if not installed(name)]
         if not (missing or "not run" in block.marks or "ci" in block.marks):
             found.append(block)
     return found
@@ -125,16 +138,17 @@ def outcomes(pages: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran() -> dict[str, str]:
-    return outcomes({page: (ROOT / page).read_text() for page in PAGES if page not in ELSEWHERE})
+    return outcomes({page: (ROOT / page).read_text() for page in HERE})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and runnable((ROOT / page).read_text())])
+@pytest.mark.parametrize("page", [page for page in HERE if runnable((ROOT / page).read_text())])
 def test_the_blocks_of_a_page_run(page, ran):
     assert not ran[page], ran[page]
 
 
 def test_few_blocks_are_not_run_and_each_says_why():
-    said = [(page, block.marks["not run"]) for page in PAGES for block in blocks((ROOT / page).read_text()) if "not run" in block.marks]
+    found = [(page, block.marks) for page in PAGES for block in blocks((ROOT / page).read_text())]
+    said = [(page, marks["not run"]) for page, marks in found if "not run" in marks]
     assert len(said) <= NOT_RUN_AT_MOST, said
     assert all(len(reason) > 10 for _, reason in said)
 
@@ -143,8 +157,8 @@ def test_few_blocks_are_not_run_and_each_says_why():
 def test_no_block_hides_from_the_tests(page):
     """Code stands in fences that name their language; an indented block is for formulas, tables and trees."""
     text = re.sub(r"^```.*?^```$|<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S | re.M)
-    hidden = re.findall(r"^    (?:import |from \w+ import|@?jaxplan\.|\w+ = (?:jaxplan|plan)\.|plan\.\w+\(|\$ |pip install).*$", text, re.M)
-    assert not hidden
+    code = r"import |from \w+ import|@?jaxplan\.|\w+ = (?:jaxplan|plan)\.|plan\.\w+\(|\$ |pip install"
+    assert not re.findall(rf"^    (?:{code}).*$", text, re.M)
     fences = re.findall(r"^```(\w*)$", (ROOT / page).read_text(), re.M)
     assert not {*fences[::2]} - {"python", "bash", "console", "text", "json", "yaml", ""}
 
@@ -160,3 +174,14 @@ def test_a_page_that_does_not_run_is_seen():
     found = outcomes(pages)
     assert "wrong:8" in found["wrong"] and "AssertionError" in found["wrong"]
     assert "status 1" in found["shell"] and "did not raise ValueError" in found["quiet"] and not found["right"]
+
+
+def test_every_public_name_has_its_docstring_and_an_example_on_the_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = {name: module for module, name in re.findall(r"^::: (jaxplan\.[\w.]+)\.(\w+)$", page, re.M)}
+    assert sorted(named) == sorted(jaxplan.__all__)
+    code = "\n".join(block.text for block in blocks(page))
+    for name, module in named.items():
+        assert getattr(importlib.import_module(module), name) is getattr(jaxplan, name)
+        assert (getattr(jaxplan, name).__doc__ or "").strip(), name
+        assert f"jaxplan.{name}" in code or name == "Plan", name

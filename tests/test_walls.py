@@ -40,6 +40,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "ledger": (),
     "report": ("ledger",),
     "budget": ("ledger", "report"),
+    "hybrid": ("budget",),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),

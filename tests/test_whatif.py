@@ -308,7 +308,7 @@ def test_points_that_cannot_be_had_are_told():
         ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "R F"}}, ValueError, "its inputs have D=1024, F=256, R=4096"),
         ({"devices": 4, "sizes": {"B": [0]}, "dims": {"x": "B F"}}, ValueError, "a whole number of at least 1, got 0"),
         ({"devices": 4, "sizes": {"B": []}, "dims": {"x": "B F"}}, ValueError, "a list of whole numbers"),
-        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "'B' stands for .*256, 4096.: sizes needs"),
+        ({"devices": 4, "sizes": {"B": [8]}, "dims": {"x": "B B"}}, ValueError, "dims calls two extents 'B': 4096 of x"),
         ({"devices": 4, "pins": {"x": P("q")}}, ValueError, "nothing can be planned; on {'x': 4}: pin 'x'"),
     ],
 )

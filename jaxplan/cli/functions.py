@@ -45,6 +45,13 @@ def planning_options(parser: argparse.ArgumentParser) -> None:
         "--pin", type=pin, action="append", default=[], metavar="PATH=SPEC",
         help="a layout to insist on: 'params/*/wq=-,model' for P(None, 'model'); may be given again",
     )  # fmt: skip
+    parser.add_argument(
+        "--pipeline", metavar="AXIS", default=None,
+        help="the mesh axis to lay along the layers of a scan, auto, or none (default: auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--microbatches", type=positive, default=None, metavar="N", help="of a pipeline (default: as many as are best)"
+    )
     parser.add_argument("--donate", type=names, metavar="NAMES", help="arguments whose buffers may be reused, such as w,state")
 
 
@@ -54,8 +61,10 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": arguments.machine, "search": arguments.search,
         "memory_budget": math.inf if arguments.budget == "unlimited" else arguments.budget,
         "pins": pins_of(arguments) or None, "donate_argnames": arguments.donate,
+        "pipeline": arguments.pipeline, "microbatches": arguments.microbatches,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
+    found = {name: value for name, value in given.items() if value is not None}
+    return {**found, "pipeline": None} if arguments.pipeline == "none" else found
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -174,7 +183,7 @@ def check(arguments: argparse.Namespace) -> int:
     found = planned(
         fn, arguments_of(fn, arguments), mesh=abstract_mesh(old.mesh_shape), machine=old.machine, search=asked.search or "hsm2dl",
         memory_budget=math.inf if budget == "unlimited" else budget, while_trips=asked.while_trips,
-        certify=asked.certify, donate_argnames=donated_names(old, fn),
+        certify=asked.certify, pipeline=asked.pipeline, microbatches=asked.microbatches, donate_argnames=donated_names(old, fn),
         pins={path: PartitionSpec(*spec) for path, spec in asked.pins.items()},
     )  # fmt: skip
     if arguments.output is not None:

@@ -6,6 +6,7 @@ from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory, running_ord
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices
+from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
 
@@ -18,6 +19,8 @@ __all__ = [
     "Numbers",
     "Option",
     "Reading",
+    "Stages",
+    "Staging",
     "Step",
     "byte_shares",
     "cluster_exchanges",
@@ -26,6 +29,7 @@ __all__ = [
     "model",
     "reshard_steps",
     "running_order",
+    "stage_graph",
     "symbolic_cost",
     "symbolic_peak",
     "terminal_layout",

@@ -14,6 +14,7 @@ from jaxplan.cost.fusing import reads_rounded, rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices, ClusterPrice, Combines, ReshardPrice, Reshards
+from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
@@ -42,7 +43,7 @@ class Modelled:
 
     `options[cluster][axis]`: the options of each cluster along each axis. `kept[node]`: the cluster a node stands for.
     `follows[cluster]`: clusters that are no node because their layout is implied: (the cluster they follow, the factors of it
-    that lead their dimensions).
+    that lead their dimensions). `stages`: the pipeline that the graph is cut for, if it is.
     """
 
     graph: Graph
@@ -53,6 +54,12 @@ class Modelled:
     readings: tuple[Reading, ...]
     kept: tuple[int, ...]
     follows: Mapping[int, tuple[int, Leads]]
+    stages: Stages | None = None
+
+    @property
+    def whole(self) -> Graph:
+        """The graph before it was cut for a pipeline."""
+        return self.graph if self.stages is None else self.stages.whole
 
     def complete(self, choices: np.ndarray) -> np.ndarray:
         """Choices per node of the problem -> choices per cluster (the undo of following)."""
@@ -81,10 +88,12 @@ class Modelled:
 
 
 def model(
-    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *, bytes_cost: BytePrices | None = None
-) -> Modelled:
+    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *,
+    bytes_cost: BytePrices | None = None, stages: Stages | None = None,
+) -> Modelled:  # fmt: skip
     """Build the problem. `pins`: the layouts that input positions must have. `bytes_cost`: what bytes are
-    charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice."""
+    charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice.
+    `stages`: a pipeline, for whose micro-batches `graph` and `numbers` are."""
     setting = Setting(len(numbers.sizes), numbers.slow_first)
     most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
     combines = Combines(setting, numbers, most)
@@ -100,13 +109,15 @@ def model(
         pin = _pin(graph, cluster, pinned, numbers.axis_names)
         if pin is not None:
             pinned_clusters.add(index)
+        only = stages.options.get(index) if stages else None
         charged = bytes_cost.of(cluster) if bytes_cost else _free(len(cluster.writes), len(cluster.combines))
-        made_like = (cluster.alike, name, pin)  # clusters made alike are of one kind; made otherwise, they may be too
+        made_like = (cluster.alike, name, pin, only)  # clusters made alike are of one kind; made otherwise, they may be too
         if cluster.alike < 0 or made_like not in made:
-            made[made_like] = _cluster_kind(cluster, numbers, name, pin)
+            made[made_like] = (_cluster_kind(cluster, numbers, name, pin), only)
         kind = (made[made_like], charged)
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
+            options = options if stages is None or only is None else _along_stages(options, stages.asked.axis, only)
             options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, *charged))
         numbered.append(kinds[kind])
@@ -133,10 +144,11 @@ def model(
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
-    alike = tuple((size, numbers.link(axis)) for axis, size in enumerate(numbers.sizes)) if not pins else ()
+    along = stages.asked.axis if stages else -1
+    alike = tuple((size, numbers.link(axis), axis == along) for axis, size in enumerate(numbers.sizes)) if not pins else ()
     problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
-    return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows)
+    return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages)
 
 
 @lru_cache(maxsize=256)
@@ -211,6 +223,14 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> 
     return tuple(per_axis)
 
 
+def _along_stages(options: AxisOptions, along: int, only: Option) -> AxisOptions:
+    """The axis of a pipeline does one thing; what it splits is left to it."""
+    return tuple([
+        (only,) if axis == along else tuple([o for o in own if only.factor < 0 or only.factor not in (o.factor, o.scatter)])
+        for axis, own in enumerate(options)
+    ])  # fmt: skip
+
+
 def _pinned_options(cluster: Cluster, numbers: Numbers, axis: int, dims: Sequence[int]) -> tuple[Option, ...]:
     """The options of one axis that may shard certain dimensions only; those that do not divide fall away, if others stay."""
     size, leads = numbers.sizes[axis], cluster.writes[0].leads
@@ -264,4 +284,7 @@ def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple([(w.flops, w.factors, w.dtype) for w in cluster.work])
     apart = cluster.apart
-    return (name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin)
+    handed = tuple([(h.operand.leads, h.factor, h.every_tick, nbytes(h.operand.tensor)) for h in cluster.handed])
+    return (
+        name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin, handed,
+    )  # fmt: skip

@@ -39,3 +39,13 @@ def work_seconds(flops: Value, local_bytes: Value, r: Value, m: Value, larger: A
 def exchange_seconds(h: Value, rounds: Value, g: Value, latency: Value) -> Value:
     """One axis' part of a superstep: h g + l."""
     return h * g + rounds * latency
+
+
+def pipeline_ticks(microbatches: Value, stages: Value) -> Value:
+    """Ticks until the last of m micro-batches has left the last of k stages: m + k - 1 (Huang et al., "GPipe", 2019)."""
+    return microbatches + stages - 1
+
+
+def bubble_share(microbatches: Value, stages: Value) -> Value:
+    """The share of the ticks at which a device of a pipeline has nothing to do: (k - 1) / (m + k - 1)."""
+    return (stages - 1) / pipeline_ticks(microbatches, stages)

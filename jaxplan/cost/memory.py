@@ -380,43 +380,49 @@ def byte_shares(
     for root, found in sharing.items():
         held.update({tensor: lives[root] / len(found) / times for tensor, times in found})
     copied = {}
+    stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
+    for reading in modelled.readings:
+        members = graph.clusters[reading.reader].members
+        if graph.operators[members[-1]].name == BOUNDARY:
+            stacks.setdefault(reading.tensor, []).extend(_users(graph, facts, reading.tensor, members))
     for reading in modelled.readings:
         members = graph.clusters[reading.reader].members
         last = graph.operators[members[-1]]
-        users = [facts.place[m] for m in members if m in facts.place and reading.tensor in graph.operators[m].operands]
+        users = _users(graph, facts, reading.tensor, members)
         if last.name == VIEW:
             users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
-        if users and reading.times and last.name != BOUNDARY:
+        elif last.name == BOUNDARY and users:
+            users = stacks[reading.tensor]
+        if users and reading.times:
             copied[reading.tensor, reading.reader] = share(min(users), max(users)) / reading.times
     return BytePrices(held, copied, partial)
+
+
+def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:
+    """Places at which a cluster reads a tensor in a layout of its own. A stack that a loop slices is brought there whole, before
+    the loop begins; what enters a loop otherwise is a value inside it already."""
+    op = graph.operators[members[-1]]
+    if op.name != BOUNDARY:
+        return [facts.place[m] for m in members if m in facts.place and tensor in graph.operators[m].operands]
+    if op.path[-2] != "in" or graph.tensors[tensor].shape == graph.tensors[op.results[0]].shape:
+        return []
+    loop = op.path[:-2]
+    return [facts.order.begins[loop], facts.order.ends[loop]]
 
 
 def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
-    stacks: list[Buffer] = []
     shares: dict[tuple[int, Layout], float] = {}
     for reading in modelled.readings:
         source, wanted, ndim = modelled.edge_layouts(choices, reading)
         members = graph.clusters[reading.reader].members
-        reader = graph.operators[members[-1]]
-        if source == wanted or reader.name == VIEW:
+        if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
-        if reader.name == BOUNDARY:  # a stack that a loop slices is brought to its layout whole, before the loop
-            sliced = reader.path[-2] == "in" and graph.tensors[reading.tensor].shape != graph.tensors[reader.results[0]].shape
-            if sliced and any(step.kind != "slice" for step in reshard_steps(source, wanted, ndim, modelled.setting.slow_first)):
-                loop = reader.path[:-2]
-                stacks.append(
-                    Buffer(
-                        reading.tensor, TRANSIENT, local(reading.tensor, wanted), facts.order.begins[loop], facts.order.ends[loop],
-                        _axes(wanted),
-                    )
-                )  # fmt: skip
-            continue
+        users = _users(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
-            users = [place[m] for m in members if m in place and reading.tensor in graph.operators[m].operands]
             asked.setdefault((reading.tensor, wanted), []).extend(users)
             share = 1.0 if reading.tensor in facts.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)

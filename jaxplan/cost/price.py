@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import Value, exchange_seconds, work_seconds
-from jaxplan.graph import Cluster, Combine, Halo, Terminal, Work
+from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
 from jaxplan.layout import Layout
 
 
@@ -29,6 +29,11 @@ class Algebra(Protocol):
     @property
     def sizes(self) -> Sequence[Value]:
         """Devices along each mesh axis."""
+        ...
+
+    @property
+    def ticks(self) -> Value:
+        """How often the stages of a pipeline hand on what they carry."""
         ...
 
     def nbytes(self, tensor: int) -> Value:
@@ -129,7 +134,7 @@ class Terms:
     work: tuple[tuple[Value, str], ...]
     local_bytes: Value
     sent: dict[int, Value]
-    rounds: dict[int, int]
+    rounds: dict[int, Value]
 
 
 def exchange_terms(exchanges: Sequence[Exchange], algebra: Algebra) -> tuple[dict[int, Value], dict[int, int]]:
@@ -174,10 +179,15 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
         for terminal, share in zip((*cluster.reads, *cluster.writes), shares, strict=True):
             value = _local_bytes(terminal, used, algebra)
             local = local + (value if share == 1.0 else share * value)
-    sent, rounds = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
+    sent, counted = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
+    rounds: dict[int, Value] = {**counted}
     for _, axis, value in halo_bytes(cluster, options, setting, algebra):
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
+    for handed, axis, value in handed_bytes(cluster, options, algebra):
+        often = algebra.ticks if handed.every_tick else 1
+        sent[axis] = sent.get(axis, 0) + value * often
+        rounds[axis] = rounds.get(axis, 0) + often
     return Terms(tuple(work), local, sent, rounds)
 
 
@@ -206,6 +216,15 @@ def halo_bytes(
     return found
 
 
+def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[Handed, int, Value]]:
+    """(what, axis, bytes sent per device) of all that goes from stage to stage of a pipeline, each time."""
+    used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
+    return [
+        (handed, axis, _local_bytes(handed.operand, used, algebra))
+        for handed in cluster.handed for axis, factor in used if factor == handed.factor
+    ]  # fmt: skip
+
+
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:
     value = algebra.nbytes(terminal.tensor)
     for axis, factor in used:
@@ -223,7 +242,7 @@ def terms_seconds(terms: Terms, algebra: Algebra) -> Value:
     return total + sent_seconds(terms.sent, terms.rounds, algebra)
 
 
-def sent_seconds(sent: dict[int, Value], rounds: dict[int, int], algebra: Algebra) -> Value:
+def sent_seconds(sent: dict[int, Value], rounds: Mapping[int, Value], algebra: Algebra) -> Value:
     """Time of the exchanges."""
     total: Value = 0
     for axis, value in sent.items():

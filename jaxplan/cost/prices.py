@@ -21,6 +21,7 @@ from jaxplan.cost.price import (
     Setting,
     combine_part,
     halo_bytes,
+    handed_bytes,
     parts_steps,
     sent_seconds,
     steps_terms,
@@ -112,7 +113,7 @@ class ClusterPrice:
             if self._local is None:
                 self._local = self._local_seconds(all_rows(counts))
             seconds = self._local[choices @ self._strides]
-        if self._parts or self.cluster.halos:
+        if self._parts or self.cluster.halos or self.cluster.handed:
             seconds = seconds + [self._exchange_seconds(row) for row in map(tuple, choices.tolist())]
         return seconds
 
@@ -161,10 +162,12 @@ class ClusterPrice:
                 value += self._combines.seconds(parts, nbytes)
                 if price:
                     value += price * nbytes * self._combines.share(parts)
+            options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
             if self.cluster.halos:
-                options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
                 for _, axis, slab in halo_bytes(self.cluster, options, self._combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
+            for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
+                value += (self.numbers.ticks if handed.every_tick else 1) * sent_seconds({axis: slab}, {axis: 1}, self.numbers)
             self._exchanged[row] = value
         return value
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
+from jaxplan.cost.formulas import pipeline_ticks
 from jaxplan.cost.memory import OUTPUT, Memory
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Option, cluster_terms, sent_seconds, steps_terms, terms_seconds
+from jaxplan.cost.stages import Path, Stages
 from jaxplan.graph import Graph, Work
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.rules import Kind
@@ -200,10 +202,11 @@ def _stream(letters: str, taken: set[str]) -> Any:
 class Symbols:
     """Evaluates costs as SymPy expressions; `values` maps every symbol used to its number."""
 
-    def __init__(self, graph: Graph, numbers: Numbers, names: DimensionNames) -> None:
+    def __init__(self, graph: Graph, numbers: Numbers, names: DimensionNames, stages: Stages | None = None) -> None:
+        """`stages`: of the pipeline that the graph is cut for, if it is: tensors then are a micro-batch's share."""
         import sympy
 
-        self.graph, self.numbers, self.names = graph, numbers, names
+        self.graph, self.numbers, self.names, self.stages = graph, numbers, names, stages
         self.values: dict[Any, float] = {}
         self._dimension = {name: sympy.Symbol(name, positive=True) for name in names.names}
         self.sizes = [self._symbol(f"n_{axis}", size) for axis, size in zip(numbers.axis_names, numbers.sizes, strict=True)]
@@ -216,10 +219,30 @@ class Symbols:
         self.values[symbol] = value
         return symbol
 
+    @property
+    def microbatches(self) -> Any:
+        """How many of them the pipeline's batch is cut into."""
+        return self._symbol("M_micro", self.stages.asked.microbatches) if self.stages else 1
+
+    @property
+    def ticks(self) -> Any:
+        return pipeline_ticks(self.microbatches, self.sizes[self.stages.asked.axis]) if self.stages else 1
+
+    def repeats(self, loop: Path | None, times: float) -> tuple[Any, float]:
+        """(factor in symbols, number) of what runs so many times; `loop`: a scan of the pipeline, if it does so at every tick."""
+        if loop is None or self.stages is None:
+            return 1, times
+        asked, layers = self.stages.asked, times / self.stages.ticks  # of one stage
+        length, most = asked.loops[loop]
+        even = most * asked.stages == length
+        return (self.ticks / self.sizes[asked.axis], layers * asked.stages) if even else (self.ticks, layers)
+
     def nbytes(self, tensor: int) -> Any:
         sizes: dict[Any, int] = {}
         value = self.names.product(self.names.tensor_atoms(tensor), self._dimension, sizes)
         self.values.update(sizes)
+        if self.stages is not None and tensor in self.stages.divided:
+            value = value / self.microbatches
         return self.graph.tensors[tensor].itemsize * value
 
     def flops(self, work: Work) -> Any:
@@ -232,6 +255,8 @@ class Symbols:
             value: Any = sympy.nsimplify(rule.flops) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
             for atoms in self.names.operator_factors[member]:
                 value = value * self.names.product(atoms, self._dimension, sizes)
+            if self.stages is not None and member in self.stages.divided_operators:
+                value = value / self.microbatches
             total = total + value
         self.values.update(sizes)
         return total
@@ -255,23 +280,32 @@ def symbolic_cost(
     """The whole program's time as a SymPy expression, and the value of each of its symbols."""
     import sympy
 
-    symbols = Symbols(modelled.graph, modelled.numbers, names)
+    symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
     parts: dict[Any, float] = {}
 
-    def pay(value: Any, times: float) -> None:
+    def pay(value: Any, times: float, loop: Path | None) -> None:
         if value != 0 and times:
-            parts[value] = parts.get(value, 0.0) + times
+            factor, times = symbols.repeats(loop, times)
+            parts[value * factor] = parts.get(value * factor, 0.0) + times
 
     for index, cluster in enumerate(modelled.graph.clusters):
         options: Sequence[Option] = modelled.chosen(choices, index)
-        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times)
+        loop = stages.loop(index, index) if stages else None
+        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, loop)
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
             nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times)
-    whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
-    return sympy.Add(*whole), symbols.values
+            loop = stages.loop(reading.writer, reading.reader) if stages else None
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop)
+    return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values
+
+
+def _count(times: float) -> Any:
+    """A whole number as such; sums of parts of it may have been rounded."""
+    import sympy
+
+    return round(times) if math.isclose(times, round(times), rel_tol=1e-12) else sympy.Float(times)
 
 
 def symbolic_peak(
@@ -282,7 +316,7 @@ def symbolic_peak(
     import sympy
 
     graph = modelled.graph
-    symbols = Symbols(graph, modelled.numbers, names)
+    symbols = Symbols(graph, modelled.numbers, names, modelled.stages)
     parts: dict[Any, int] = {}
     besides = [buffer for buffer in held.live if buffer.kind != OUTPUT]
     for buffer in (*held.given, *held.results, *besides):

@@ -55,6 +55,8 @@ class ExplicitCall:
         spec = str(self.spec).replace("PartitionSpec", "P")
         if self.call == "out_sharding":
             return f"out_sharding={spec} for {self.primitive}, {self.kind} ({self.by})"
+        if self.primitive == "return":
+            return f"jax.sharding.reshard(_, {spec}) of the output {self.by}, {self.kind}: {self.what}"
         place = "the result" if self.operand < 0 else f"operand {self.operand}"
         return f"jax.sharding.reshard(_, {spec}) of {place} of {self.primitive}, {self.kind}: {self.what}"
 
@@ -73,8 +75,9 @@ class ExplicitCalls:
         lines += [f"  {path}: {_show(spec)}" for path, spec in self.inputs if any(spec)] or ["  all of them whole"]
         lines += ["", "Write:" if self.calls else "Nothing else has to be written."]
         for (file, line), found in groupby(_by_line(self.calls), key=lambda call: (call.file, call.line)):
+            linecache.checkcache(file)
             text = linecache.getline(file, line).strip()
-            lines += [f"  {os.path.basename(file) or 'no line of yours'}:{line}  {text}".rstrip()]
+            lines += [f"  {os.path.basename(file)}:{line}  {text}".rstrip() if file else "  at the end"]
             lines += [f"    {call}" for call in found]
         if self.refused:
             lines += ["", "Cannot be said (leave these lines to jax.sharding.auto_axes):", *[f"  {one}" for one in self.refused]]
@@ -89,7 +92,7 @@ def build(selection: Selection) -> ExplicitCalls:
     places = zip(plan.traced.in_paths, plan.input_layouts, plan.traced.in_avals, strict=True)
     inputs = [_Value(spec_of(layout, len(aval.shape)), path) for path, layout, aval in places]
     with jax.sharding.use_abstract_mesh(walk.mesh):
-        walk.run(closed.jaxpr, inputs, ())
+        walk.outputs(walk.run(closed.jaxpr, inputs, ()))
     specs = [(path, plan.partition_spec_of(number)) for number, path in enumerate(plan.traced.in_paths)]
     return ExplicitCalls(tuple(walk.calls), tuple(specs), tuple(walk.refused))
 
@@ -103,11 +106,12 @@ def write_explicit(found: ExplicitCalls) -> Written:
 
 class _Value(NamedTuple):
     """A value while typing: its layout, and what it is to the user. `loose`: a broadcast, which `jax.numpy` lays out like what it
-    meets."""
+    meets; or a gradient, which JAX lays out like what it is the gradient of. `after`: computed from gradients."""
 
     spec: Spec
     name: str
     loose: bool = False
+    after: bool = False
 
 
 class _Walk:
@@ -145,20 +149,37 @@ class _Walk:
         self.line = around
         return [read(atom) for atom in jaxpr.outvars]
 
+    def outputs(self, values: Sequence[_Value]) -> None:
+        """The program's results where the plan leaves them."""
+        traced = self.plan.traced
+        places = zip(values, self.plan.output_layouts, traced.out_avals, traced.out_paths, strict=True)
+        for value, layout, aval, path in places:
+            wanted = spec_of(layout, len(aval.shape))
+            if wanted != value.spec and not value.loose:
+                self.add(
+                    ExplicitCall("", 0, "return", "reshard", self.plan.partition_spec(wanted), value.name, -1, _kind(aval), path)
+                )
+
     def planned(self, equation: Any, path: Path) -> list[_Value]:
         """Results whose types are not gone into: as the plan has them."""
+        after = _jax.is_transposed(equation)
         outs = []
         for slot, var in enumerate(equation.outvars):
             place, at = (path, slot) if path in self.found.at else ((*path, "out", slot), 0)
             specs = self.found.writes.get((self.found.at.get(place, -1), at), ())
-            outs.append(_Value(specs[-1] if specs else ((),) * len(var.aval.shape), f"what {equation.primitive.name} gives"))
+            outs.append(
+                _Value(specs[-1] if specs else ((),) * len(var.aval.shape), f"what {equation.primitive.name} gives", after, after)
+            )
         return outs
 
     def typed(self, equation: Any, values: list[_Value], path: Path) -> list[_Value]:
         """The results of one operator, its operands and results brought to where the plan has them."""
-        operator = self.found.at[path]
+        operator, name = self.found.at[path], f"{equation.primitive.name} at {self.where}"
+        if any(value.after for value in values):
+            types = self.types(equation, _met(values, equation))
+            if types is not None:
+                return [_Value(spec, name, all(value.loose for value in values), True) for spec in types]
         moved = self.operands(equation, values, operator)
-        name = f"{equation.primitive.name} at {self.where}"
         writes = [self.found.writes.get((operator, slot), ()) for slot in range(len(equation.outvars))]
         types = self.types(equation, moved)
         if equation.primitive is _jax.broadcast_in_dim_p and types is not None:
@@ -191,13 +212,11 @@ class _Walk:
             value if value.loose else self.moved(value, self.found.reads.get((operator, slot), ()), equation, slot, atom.aval)
             for slot, (value, atom) in enumerate(zip(values, equation.invars, strict=True))
         ]
-        firm = {atom.aval.shape: value.spec for value, atom in zip(moved, equation.invars, strict=True) if not value.loose}
+        met = _met(moved, equation)
         return [
-            value if not value.loose
-            else value._replace(spec=firm[atom.aval.shape]) if atom.aval.shape in firm
-            else self.moved(value, self.found.reads.get((operator, slot), ()), equation, slot, atom.aval)
-            for slot, (value, atom) in enumerate(zip(moved, equation.invars, strict=True))
-        ]  # fmt: skip
+            self.moved(value, self.found.reads.get((operator, slot), ()), equation, slot, atom.aval) if value.loose else value
+            for slot, (value, atom) in enumerate(zip(met, equation.invars, strict=True))
+        ]
 
     def moved(self, value: _Value, specs: Sequence[Spec], equation: Any, slot: int, aval: Any) -> _Value:
         """A value after as many reshards as lead to where the plan wants it; slices that follow one another are one."""
@@ -210,12 +229,16 @@ class _Walk:
                 value = value._replace(spec=spec)
         return value
 
-    def boundary(self, value: _Value, path: Path, equation: Any, aval: Any, slot: int = 0) -> _Value:
+    def boundary(self, value: _Value, path: Path, equation: Any, aval: Any, slot: int = 0, operand: int = -1) -> _Value:
         """A value on its way into, or out of, a loop; what only a backward pass takes out of it needs no call."""
         specs = self.found.reads.get((self.found.at.get(path, -1), slot), ())
         if specs and (id(equation), path[-2:]) in self.silent:
             return value._replace(spec=specs[-1])
-        return self.moved(value, specs, equation, -1, aval)
+        return self.moved(value, specs, equation, operand, aval)
+
+    def named(self, values: Sequence[_Value], equation: Any) -> list[_Value]:
+        """A loop's results, by the loop."""
+        return [value._replace(name=f"{equation.primitive.name} at {self.where}") for value in values]
 
     def inside(self, value: _Value, path: Path, slot: int = 0) -> _Value:
         """A value on the far side of a boundary."""
@@ -250,9 +273,25 @@ class _Walk:
         """A call to write, unless the line it belongs to is said elsewhere."""
         if id(equation) in self.silent:
             return
-        kind = f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
         wanted = self.plan.partition_spec(spec)
-        self.calls[ExplicitCall(*self.line, equation.primitive.name, call, wanted, what, operand, kind, by)] = None
+        self.add(ExplicitCall(*self.line, equation.primitive.name, call, wanted, what, operand, _kind(aval), by))
+
+    def add(self, call: ExplicitCall) -> None:
+        self.calls[call] = None
+
+
+def _kind(aval: Any) -> str:
+    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+
+
+def _met(values: Sequence[_Value], equation: Any) -> list[_Value]:
+    """An operator's operands, the loose ones laid out as a firm one of their shape, where there is one."""
+    shapes = [np.shape(atom.val) if isinstance(atom, _jax.Literal) else atom.aval.shape for atom in equation.invars]
+    firm = {shape: value.spec for value, shape in zip(values, shapes, strict=True) if not value.loose}
+    return [
+        value._replace(spec=firm[shape], loose=False) if value.loose and shape in firm else value
+        for value, shape in zip(values, shapes, strict=True)
+    ]
 
 
 def _refines(finer: Spec, spec: Spec) -> bool:
@@ -304,8 +343,8 @@ def _scan(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list[
     consts, carries = scan_arity(equation)
     marks = [("carry", k - consts) if consts <= k < consts + carries else ("in", k) for k in range(len(values))]
     inner = []
-    for value, mark, atom in zip(values, marks, equation.invars, strict=True):
-        outside = walk.boundary(value, (*path, *mark), equation, atom.aval)
+    for k, (value, mark, atom) in enumerate(zip(values, marks, equation.invars, strict=True)):
+        outside = walk.boundary(value, (*path, *mark), equation, atom.aval, operand=k)
         stacked = mark[0] == "in" and mark[1] >= consts + carries
         inner.append(walk.inside(outside._replace(spec=outside.spec[1:]) if stacked else outside, (*path, *mark)))
     body = equation.params["jaxpr"].jaxpr
@@ -316,7 +355,7 @@ def _scan(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list[
         value = walk.boundary(value, mark, equation, atom.aval, slot)
         value = value if len(value.spec) == len(var.aval.shape) else value._replace(spec=((), *value.spec))
         found.append(walk.inside(value, mark, slot))
-    return found
+    return walk.named(found, equation)
 
 
 def _while(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list[_Value]:
@@ -324,15 +363,16 @@ def _while(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list
     total = split + equation.params["body_nconsts"]
     marks = [(*path, "in", k) if k < total else (*path, "carry", k - total) for k in range(len(values))]
     entered = [
-        walk.inside(walk.boundary(value, mark, equation, atom.aval), mark)
-        for value, mark, atom in zip(values, marks, equation.invars, strict=True)
+        walk.inside(walk.boundary(value, mark, equation, atom.aval, operand=k), mark)
+        for k, (value, mark, atom) in enumerate(zip(values, marks, equation.invars, strict=True))
     ]
     walk.run(equation.params["cond_jaxpr"].jaxpr, [*entered[:split], *entered[total:]], (*path, "cond"))
     outs = walk.run(equation.params["body_jaxpr"].jaxpr, entered[split:], (*path, "body"))
-    return [
+    found = [
         walk.inside(walk.boundary(value, (*path, "carry", k), equation, var.aval, 1), (*path, "carry", k), 1)
         for k, (value, var) in enumerate(zip(outs, equation.outvars, strict=True))
     ]
+    return walk.named(found, equation)
 
 
 def _cond(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list[_Value]:
@@ -343,7 +383,7 @@ def _cond(walk: _Walk, equation: Any, values: list[_Value], path: Path) -> list[
             walk.inside(walk.boundary(value, (*path, "out", k), equation, var.aval, number), (*path, "out", k))
             for k, (value, var) in enumerate(zip(found, equation.outvars, strict=True))
         ]
-    return outs
+    return walk.named(outs, equation)
 
 
 _CONTROL: dict[Any, Callable[[_Walk, Any, list[_Value], Path], list[_Value]]] = {
@@ -361,7 +401,7 @@ _CONTROL: dict[Any, Callable[[_Walk, Any, list[_Value], Path], list[_Value]]] = 
 
 
 def _by_line(calls: Sequence[ExplicitCall]) -> list[ExplicitCall]:
-    return sorted(calls, key=lambda call: (call.file, call.line))
+    return sorted(calls, key=lambda call: (not call.file, call.file, call.line))
 
 
 def _show(spec: PartitionSpec) -> str:

@@ -62,10 +62,14 @@ def write_linen(saved: SavedPlan, path: str | None) -> Written:
 def build_nnx(selection: Selection) -> Any:
     """The selected state with its variables' `out_sharding` metadata set: `nnx.get_partition_spec` reads the plan off it.
 
-    Values are `jax.ShapeDtypeStruct`s. Raises ExportError where an array is in no `nnx.Variable`.
+    Values are those given, or `jax.ShapeDtypeStruct`s where the state was selected by path. Raises ExportError where an array is
+    in no `nnx.Variable`.
     """
     nnx = library("flax.nnx", "flax")
-    traced = selection.plan.traced
+    traced, given = selection.plan.traced, jax.tree.leaves(selection.given)
+    held = dict(enumerate(traced.in_avals))
+    if given and not isinstance(given[0], str):
+        held = dict(zip(jax.tree.leaves(selection.tree), given, strict=True))
 
     def marked(node: Any) -> Any:
         if not isinstance(node, nnx.Variable):
@@ -74,7 +78,7 @@ def build_nnx(selection: Selection) -> Any:
                 "arguments that is an nnx.State (of='state', or the state itself), or the rest in the format 'orbax' or 'flax'"
             )
         numbers = jax.tree.leaves(node)
-        shapes = jax.tree.map(lambda number: traced.in_avals[number], node)
+        shapes = jax.tree.map(lambda number: held[number], node)
         specs = {selection.spec(number) for number in numbers}
         if len(specs) > 1:
             paths = ", ".join(selection.items[number].path for number in numbers)

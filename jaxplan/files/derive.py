@@ -91,7 +91,7 @@ def _asked(plan: Plan) -> Asked:
         words.setdefault(places[tensor], {})[dim] = name
     dims = {path: " ".join(name for _, name in sorted(found.items())) for path, found in words.items()}
     pins = {path: entries_of(spec) for path, spec in request.pins.items()}
-    return Asked(search, budget, pins, float(request.while_trips), request.certify, dims)
+    return Asked(search, budget, pins, float(request.while_trips), request.certify, dims, request.pipeline, request.microbatches)
 
 
 def input_leaves(plan: Plan) -> dict[str, Leaf]:

@@ -51,6 +51,8 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             "while_trips": _number(asked.while_trips),
             "certify": asked.certify,
             "dims": dict(asked.dims),
+            **({} if asked.pipeline == "auto" else {"pipeline": asked.pipeline}),
+            **({} if asked.microbatches is None else {"microbatches": asked.microbatches}),
         },
         "program": {
             "fingerprint": saved.program.fingerprint,
@@ -85,7 +87,10 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
     primitives = {name: Primitives(count, digest) for name, (count, digest) in program["primitives"].items()}
     return SavedPlan(
         value["function"], value["versions"], mesh, _machine(value["machine"]),
-        Asked(asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"]),
+        Asked(
+            asked["search"], asked["memory_budget"], pins, asked["while_trips"], asked["certify"], asked["dims"],
+            asked.get("pipeline", "auto"), asked.get("microbatches"),
+        ),
         Program(program["fingerprint"], primitives), tuple(value["unknown"]),
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),

@@ -100,7 +100,7 @@ class Split(NamedTuple):
 @dataclass(frozen=True)
 class Asked:
     """What was asked for. `search`: the name of one, or None if it was a callable. `memory_budget`: bytes, "16GiB", "unlimited"
-    or None. `dims`: {input path: names of its dimensions}."""
+    or None. `dims`: {input path: names of its dimensions}. `pipeline`: "auto", an axis or None."""
 
     search: str | None
     memory_budget: float | str | None
@@ -108,6 +108,8 @@ class Asked:
     while_trips: float
     certify: bool | float
     dims: Mapping[str, str]
+    pipeline: str | None = "auto"
+    microbatches: int | None = None
 
 
 @dataclass(frozen=True)

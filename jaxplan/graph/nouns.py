@@ -90,6 +90,16 @@ class Halo:
     extent: int
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What the loop of a member hands to other stages of a pipeline along cluster factor `factor`: at every tick, or once."""
+
+    operator: int
+    operand: Terminal
+    factor: int
+    every_tick: bool = True
+
+
 class Cluster(NamedTuple):
     """Operators that are laid out as one: a mesh axis given to one of its factors splits all of them.
 
@@ -97,7 +107,7 @@ class Cluster(NamedTuple):
     program order; the last one names it. `read_times`: how often each of `reads` is read.
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
-    made of share a number; -1: not known.
+    made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline.
     """
 
     members: tuple[int, ...]
@@ -114,6 +124,7 @@ class Cluster(NamedTuple):
     moves_bytes: bool
     apart: tuple[tuple[int, int], ...] = ()
     alike: int = -1
+    handed: tuple[Handed, ...] = ()
 
     @property
     def scatters(self) -> bool:

@@ -56,14 +56,15 @@ def scan_at(jaxpr: Any, path: Path) -> Any:
 def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int) -> Chain:
     """The chain of a scan over layers: which dimension of its values holds the rows of the batch, and what becomes of each.
 
-    Every dimension of every carry is tried for the rows, in order; the first with which the body works row by row is taken.
+    Every dimension of every carry is tried for the rows. Of those with which the body works row by row the one is taken with
+    which micro-batches share the most work (a gradient that layers add up could be cut, too, but that would share little).
     Raises PipelineError that tells for each why it is not, naming the operator and the user's line.
     """
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
-    refusals: dict[str, str] = {}
+    refusals, found = dict[str, str](), dict[int, Chain]()
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
@@ -72,10 +73,14 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
                 why = f"{microbatches} micro-batches do not divide its {extent} rows"
                 refusals.setdefault(why, f"dimension {dim} of {body.invars[k].aval.str_short()}")
                 continue
+            walk = Walk(microbatches)
             try:
-                return _chain(equation, path, tuple(layers), Walk(microbatches), k, dim)
+                chain = _chain(equation, path, tuple(layers), walk, k, dim)
+                found.setdefault(sum(walk.points.values()), chain)
             except PipelineError as error:
                 refusals.setdefault(str(error), f"dimension {dim} of {body.invars[k].aval.str_short()}")
+    if found:
+        return found[max(found)]
     if not refusals:
         raise PipelineError(f"{told(equation)} carries no array from layer to layer, so that it has no rows to cut")
     tried = "; ".join(f"were the rows in {place}: {why}" for why, place in refusals.items())
@@ -87,18 +92,23 @@ def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed:
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
     rows = body.invars[seed].aval.shape[dim]
-    like = like_dimensions(body, seed, dim)
+    like, like_outs = like_dimensions(body, seed, dim)
     first: PipelineError | None = None
     for kept in (range(len(body.invars)), range(consts + carries, len(body.invars)), ()):
         roles = [SAME] * len(body.invars)
         for k in kept:
             if not consts <= k < consts + carries and k in like:
-                extent = body.invars[k].aval.shape[like[k]]
-                if extent % rows == 0:
-                    roles[k] = Role(Kind.CUT, like[k], extent // rows)
+                roles[k] = _rows_in(body.invars[k].aval.shape, like[k], rows)
         roles[seed] = Role(Kind.CUT, dim, 1)
+        walk.points.clear()
         try:
-            state, ys = _settled(equation, roles, walk)
+            state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)
+            wanted = [
+                _rows_in(body.outvars[k].aval.shape, like_outs[k], rows) if role == SAME and k in like_outs else role
+                for k, role in enumerate(ys, start=carries)
+            ]
+            if wanted != ys:  # what is drawn for the whole batch is kept by rows, as its readers take it
+                state, ys = _settled(equation, roles, wanted, walk)
         except PipelineError as error:
             first = first or error
             continue
@@ -109,14 +119,22 @@ def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed:
     raise first or PipelineError("no way to cut the rows was tried")
 
 
-def _settled(equation: Any, roles: Sequence[Role], walk: Walk) -> tuple[list[Role], list[Role]]:
-    """The roles of the carries, and of what is stacked, when the body has been walked until they change no more."""
+def _rows_in(shape: Sequence[int], dim: int, rows: int) -> Role:
+    """The role of a value of which a dimension goes together with the rows, perhaps merged with others after them."""
+    return Role(Kind.CUT, dim, shape[dim] // rows) if shape[dim] % rows == 0 else SAME
+
+
+def _settled(
+    equation: Any, roles: Sequence[Role], wanted: Sequence[Role | None], walk: Walk
+) -> tuple[list[Role], list[Role]]:
+    """The roles of the carries, and of what is stacked (`wanted`: some of these), when the body has been walked until they change
+    no more."""
     consts, carries = scan_arity(equation)
     body, ys = equation.params["jaxpr"].jaxpr, list[Role]()
 
     def once(state: list[Role]) -> list[Role]:
         ins = [*roles[:consts], *state, *roles[consts + carries :]]
-        outs = walk.body(equation, body, ins, [*state, *[None] * (len(body.outvars) - carries)], ())
+        outs = walk.body(equation, body, ins, [*state, *wanted], ())
         ys[:] = outs[carries:]
         return outs[:carries]
 
@@ -149,7 +167,7 @@ def edits_of(equation: Any, chain: Chain, microbatches: int) -> Mapping[Path, Ed
     carried = [SUM if role.kind is Kind.TOTAL else role for role in chain.carries]
     body = equation.params["jaxpr"].jaxpr
     outs = walk.body(
-        equation, body, [*chain.consts, *carried, *chain.xs], [*carried, *[None] * len(chain.ys)], chain.path
+        equation, body, [*chain.consts, *carried, *chain.xs], [*carried, *chain.ys], chain.path
     )
     if outs != [*carried, *chain.ys]:
         raise PipelineError(f"{told(equation)} is not the scan that its chain was made for")

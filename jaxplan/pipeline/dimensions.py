@@ -96,16 +96,16 @@ _CALLS = {
 }  # fmt: skip
 
 
-def like_dimensions(jaxpr: Any, number: int, dim: int) -> dict[int, int]:
-    """{input: its dimension} of the inputs with a dimension that goes together with dimension `dim` of input `number`, the first
-    one of each."""
+def like_dimensions(jaxpr: Any, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:
+    """{input: its dimension} and {output: its dimension} of those with a dimension that goes together with dimension `dim` of
+    input `number`, the first one of each."""
     classes = _Classes()
     ins = [classes.new(v.aval) for v in jaxpr.invars]
-    classes.walk(jaxpr, ins)
+    outs = classes.walk(jaxpr, ins)
     goal = classes.find(ins[number][dim])
-    found: dict[int, int] = {}
-    for k, held in enumerate(ins):
-        for d, node in enumerate(held):
-            if classes.find(node) == goal:
-                found.setdefault(k, d)
-    return found
+
+    def found(values: Sequence[Nodes]) -> dict[int, int]:
+        like = {k: [d for d, node in enumerate(held) if classes.find(node) == goal] for k, held in enumerate(values)}
+        return {k: dims[0] for k, dims in like.items() if dims}
+
+    return found(ins), found(outs)

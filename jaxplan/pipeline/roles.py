@@ -12,7 +12,7 @@ from typing import Any
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.nouns import Kind, Path, PipelineError, Role
-from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, Nowhere, refuse, rows_through, sums_through, told
+from jaxplan.pipeline.rowwise import SAME, UNTOUCHED, Edit, Nowhere, points_of, refuse, rows_through, sums_through, told
 
 OUTS = "outs"
 """The mark of edits that belong to the outputs of a body."""
@@ -21,11 +21,13 @@ Control = Callable[["Walk", Any, list[Role], Path], list[Role]]
 
 
 class Walk:
-    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`."""
+    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`. `points`: of the
+    iteration spaces of the equations that micro-batches share, by path."""
 
     def __init__(self, microbatches: int) -> None:
         self.microbatches = microbatches
         self.edits: dict[Path, Edit] = {}
+        self.points: dict[Path, int] = {}
         self._origins: dict[Any, str] = {}
 
     def jaxpr(self, jaxpr: Any, roles: Sequence[Role], path: Path) -> list[Role]:
@@ -53,6 +55,7 @@ class Walk:
         elif Kind.CUT in kinds:
             outs, edit = rows_through(equation, roles, self.microbatches)
             self._keep(here, edit)
+            self.points[here] = points_of(equation)
         else:
             origins = [self._origins.get(v, "") for v, r in zip(equation.invars, roles, strict=True) if r.kind is Kind.SUM]
             outs, edit = sums_through(equation, roles, next(filter(None, origins), "the loop"))
@@ -70,7 +73,7 @@ class Walk:
             raise PipelineError(f"{error.name} at {file}:{line} {error.why}") from None
 
     def _keep(self, path: Path, edit: Edit) -> None:
-        if edit.operands or edit.params:
+        if edit.operands or edit.params or edit.shapes:
             self.edits[path] = edit
 
     def _remember(self, equation: Any, roles: Sequence[Role], outs: Sequence[Role]) -> None:
@@ -112,7 +115,7 @@ class Walk:
         """Edits for operands, from number `first` on, that are the same for all but have to be rows, or sums."""
         found = {first + k: to for k, (have, to) in enumerate(zip(before, after, strict=True)) if have == SAME and to != SAME}
         known = self.edits.get(path, Edit({}, {}))
-        self._keep(path, Edit({**known.operands, **found}, known.params))
+        self._keep(path, known._replace(operands={**known.operands, **found}))
 
 
 _SCALAR_BODIES = frozenset(_jax.primitives(

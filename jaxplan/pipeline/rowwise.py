@@ -23,10 +23,12 @@ SAME, SUM = Role(Kind.SAME), Role(Kind.SUM)
 
 class Edit(NamedTuple):
     """What to change of one equation so that it computes one micro-batch. `operands[slot]`: CUT, take the micro-batch's rows of
-    it; SUM, it counts for the first micro-batch only and is zero for the others. `params`: parameters that hold extents."""
+    it; SUM, it counts for the first micro-batch only and is zero for the others. `params`: parameters that hold extents.
+    `shapes`: of the results of one that reads rows."""
 
     operands: dict[int, Role]
     params: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 UNTOUCHED = frozenset(
@@ -114,7 +116,8 @@ def rows_through(equation: Any, roles: Sequence[Role], m: int) -> tuple[list[Rol
                     refuse(equation, "adds up the rows of the batch together with what has none")
                 if roles[0] == SAME:
                     operands[0] = SUM  # what the rows are added to counts once
-    return results, Edit(operands, _resized(equation, seen, results, m))
+    shapes = tuple(micro_shape(_shape(var), role, m) for var, role in zip(equation.outvars, results, strict=True))
+    return results, Edit(operands, _resized(equation, seen, results, m), shapes)
 
 
 def _rule(equation: Any) -> Rule:
@@ -128,6 +131,12 @@ def _rule(equation: Any) -> Rule:
         factors = [replace(f, kind=FactorKind.PARALLEL) if n in free else f for n, f in enumerate(rule.factors)]
         rule = replace(rule, factors=tuple(factors))
     return rule
+
+
+def points_of(equation: Any) -> int:
+    """Points of an equation's iteration space."""
+    return rule_of(equation.primitive, equation.params, [v.aval for v in equation.invars], [v.aval for v in
+    equation.outvars]).points
 
 
 def _shape(var: Any) -> tuple[int, ...]:

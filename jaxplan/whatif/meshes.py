@@ -9,7 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -195,7 +195,11 @@ def base_plan(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, n
         if name in options:
             what = "the meshes are what is looked for" if name == "mesh" else "certify the plan that was chosen, by replan"
             raise TypeError(f"{name} cannot be given here: {what}")
-    return make_plan(fn, *args, mesh=AbstractMesh((1,), (names[0],)), machine=machine, memory_budget=math.inf, **options)
+    asked = {name: options[name] for name in ("pipeline", "microbatches") if name in options}
+    others = {name: value for name, value in options.items() if name not in asked}
+    one = AbstractMesh((1,), (names[0],))
+    base = make_plan(fn, *args, mesh=one, machine=machine, memory_budget=math.inf, pipeline=None, **others)
+    return replace(base, request=replace(base.request, **{"pipeline": "auto", **asked}))
 
 
 def candidate(

@@ -1,0 +1,178 @@
+"""A mesh axis laid along the layers of scans, as prices see it: the graph of one micro-batch, and what is paid on top.
+
+Every device along the axis holds some layers of each of the scans (a *stage*) and works on one micro-batch at a time; at every
+*tick* all of them hand what they carry to the next. With m micro-batches over k stages that is m + k - 1 ticks (Huang et al.,
+"GPipe", NeurIPS 2019), at each of which every device works, on nothing useful while the pipeline fills and drains: the bubble.
+What is exchanged inside a body is exchanged at every tick, supersteps and all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxplan.cost.formulas import pipeline_ticks
+from jaxplan.cost.price import Option
+from jaxplan.graph import Cluster, Combine, Graph, Handed, Operator, Tensor, Terminal
+from jaxplan.graph.flatten import BOUNDARY
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What is asked: `axis` (a number of the mesh), of size `stages`, over the layers of `loops`, in `microbatches`.
+
+    `loops`: {path of a scan: (its layers, layers of the longest stage)}.
+    `rows`: {tensor: its dimension that holds the batch}, for tensors inside the bodies and what enters or leaves them. `summed`:
+    final values of carries and stacked outputs that add up over micro-batches.
+    """
+
+    axis: int
+    stages: int
+    microbatches: int
+    loops: Mapping[Path, tuple[int, int]]
+    rows: Mapping[int, int]
+    summed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing
+    that the axis does there, where it is not free. `inside`: clusters that run at every tick, and the scan that they are in.
+    `divided`: tensors, and operators, that hold or work on a micro-batch's share."""
+
+    asked: Staging
+    whole: Graph
+    graph: Graph
+    options: Mapping[int, Option]
+    inside: Mapping[int, Path]
+    divided: frozenset[int]
+    divided_operators: frozenset[int]
+
+    @property
+    def ticks(self) -> int:
+        """Steps of the whole pipeline, one way."""
+        return int(pipeline_ticks(self.asked.microbatches, self.asked.stages))
+
+    def loop(self, writer: int, reader: int) -> Path | None:
+        """The scan at whose every tick one cluster reads what another writes; None where that is read once a call."""
+        return self.inside.get(reader, self.inside.get(writer))
+
+
+def stage_graph(graph: Graph, asked: Staging) -> Stages:
+    """Cut the bodies of scans into micro-batches, and lay the axis along what they stack."""
+    loops = asked.loops
+    scopes = {op.scope: loop for op in graph.operators if (loop := _within(op, loops)) is not None}
+    inner = {t for op in graph.operators if op.scope in scopes for t in op.results}
+    inner |= {op.results[0] for op in graph.operators if _edge(op, loops) and op.path[-2] != "out"}
+    cut = _Cut(graph, asked, inner)
+    clusters, options, inside, worked = [], {}, {}, set()
+    for index, cluster in enumerate(graph.clusters):
+        last = graph.operators[cluster.members[-1]]
+        if last.scope in scopes:
+            inside[index] = scopes[last.scope]
+            cluster, divided = cut.body(cluster, inside[index])
+            worked |= divided
+            options[index] = Option()
+        elif _edge(last, loops):
+            cluster = cut.edge(cluster, last)
+            along = [f for f, unit in enumerate(cluster.units) if f >= len(graph.clusters[index].units) and unit]
+            options[index] = Option(along[0]) if along else Option()
+        clusters.append(cluster)
+    micro = replace(graph, tensors=tuple(cut.tensors), clusters=tuple(clusters))
+    return Stages(asked, graph, micro, options, inside, frozenset(cut.divided), frozenset(worked))
+
+
+def _within(op: Operator, loops: Mapping[Path, Any]) -> Path | None:
+    """The loop inside whose body an operator runs, if any."""
+    return None if _edge(op, loops) else next((op.path[:n] for n in range(1, len(op.path)) if op.path[:n] in loops), None)
+
+
+def _edge(op: Operator, loops: Mapping[Path, Any]) -> bool:
+    return op.name == BOUNDARY and op.path[:-2] in loops
+
+
+class _Cut:
+    """Clusters and tensors of one micro-batch."""
+
+    def __init__(self, graph: Graph, asked: Staging, inner: set[int]) -> None:
+        self.asked, self.inner = asked, inner
+        self.rows = {tensor: dim for tensor, dim in asked.rows.items() if tensor in inner}
+        self.divided = set(self.rows)
+        self.tensors = list(graph.tensors)
+        for tensor, dim in self.rows.items():
+            about = graph.tensors[tensor]
+            shape = (*about.shape[:dim], about.shape[dim] // asked.microbatches, *about.shape[dim + 1 :])
+            self.tensors[tensor] = Tensor(shape, about.dtype, about.itemsize)
+        ticks = int(pipeline_ticks(asked.microbatches, asked.stages))
+        self.more = {loop: ticks * most / length for loop, (length, most) in asked.loops.items()}
+
+    def body(self, cluster: Cluster, loop: Path) -> tuple[Cluster, set[int]]:
+        """A cluster of the body, and the operators whose work is divided by the number of micro-batches."""
+        batch = self._batch(cluster)
+        work, divided = [], set()
+        for piece in cluster.work:
+            if batch & piece.factors:
+                divided |= set(piece.members)
+                piece = piece._replace(flops=piece.flops / self.asked.microbatches)
+            work.append(piece)
+        more = self.more[loop]
+        times = tuple([more * often for often in cluster.read_times])
+        units = self._units(cluster, batch)
+        cut = cluster._replace(units=units, work=tuple(work), times=more * cluster.times, read_times=times, alike=-1)
+        return cut, divided
+
+    def edge(self, cluster: Cluster, op: Operator) -> Cluster:
+        """What enters or leaves a pipelined loop. A factor of its own, the last one, is the axis': what is stacked lies along
+        it layer by layer; what is carried is handed on at every tick, and at the end is on the last stage, or partial on all.
+        Where stages have unequal numbers of layers, no axis can lie so: what is stacked is moved to and fro, all of it."""
+        units = self._units(cluster, self._batch(cluster))
+        times = tuple([
+            often * (self.more[op.path[:-2]] if read.tensor in self.inner else 1.0)
+            for read, often in zip(cluster.reads, cluster.read_times, strict=True)
+        ])  # fmt: skip
+        cluster = cluster._replace(units=units, read_times=times, alike=-1)
+        along, stages = len(units), self.asked.stages
+        if op.path[-2] == "carry":
+            final = op.results[1]
+            leads = {write.tensor: write.leads for write in cluster.writes}
+            combines, handed = cluster.combines, cluster.handed
+            if final in leads:
+                combines += (Combine(cluster.members[-1], Terminal(final, leads[final]), frozenset([along]), False),)
+            if final not in self.asked.summed and op.results[0] in leads:
+                handed += (Handed(cluster.members[-1], Terminal(op.results[0], leads[op.results[0]]), along),)
+            return cluster._replace(units=(*units, stages), combines=combines, handed=handed)
+        stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
+        length, most = self.asked.loops[op.path[:-2]]
+        if not stacks(op):
+            return cluster
+        if most * stages != length:
+            inside = op.results[0] if op.path[-2] == "in" else op.operands[0]
+            moved = [t for t in (*cluster.reads, *cluster.writes) if t.tensor == stacked and inside not in self.rows]
+            handed = tuple([Handed(cluster.members[-1], terminal, along, every_tick=False) for terminal in moved])
+            return cluster._replace(units=(*units, stages), handed=handed) if handed else cluster
+
+        def laid(terminals: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
+            return tuple([Terminal(t.tensor, (along, *t.leads[1:])) if t.tensor == stacked else t for t in terminals])
+
+        return cluster._replace(units=(*units, stages), reads=laid(cluster.reads), writes=laid(cluster.writes))
+
+    def _batch(self, cluster: Cluster) -> set[int]:
+        """The factors that walk the batch."""
+        terminals = [*cluster.reads, *cluster.writes, *[combine.result for combine in cluster.combines]]
+        return {t.leads[self.rows[t.tensor]] for t in terminals if t.tensor in self.rows and t.leads} - {-1}
+
+    def _units(self, cluster: Cluster, batch: set[int]) -> tuple[int, ...]:
+        count = self.asked.microbatches
+        return tuple([
+            (unit // count if unit % count == 0 else math.gcd(unit, max(1, unit // count))) if factor in batch else unit
+            for factor, unit in enumerate(cluster.units)
+        ])  # fmt: skip
+
+
+def stacks(op: Operator) -> bool:
+    """Whether one side of a loop's boundary is the other, stacked."""
+    return len(op.rule.operands[0]) != len(op.rule.results[0])

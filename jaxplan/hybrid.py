@@ -1,0 +1,314 @@
+"""Room `hybrid`: whether a mesh axis is laid along layers, which, and in how many micro-batches.
+
+Every pipeline is a problem of its own: the axis is given to the layers inside of the chains, all else is planned as ever. Few of
+them are searched: a lower bound of each (`pipeline.outline`) comes first, and where all links are alike also an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from jaxplan.budget import Attempt, NothingFits, Wider, fit
+from jaxplan.cost import Numbers
+from jaxplan.cost.formulas import pipeline_ticks
+from jaxplan.graph import Graph
+from jaxplan.pipeline import Chain, Pipeline, PipelineError, chain_of, even_layers, pipeline_of, scan_at, scans
+from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
+from jaxplan.plan import Plan
+from jaxplan.trace import Traced
+
+SomePlan = TypeVar("SomePlan", bound=Plan)
+
+AUTO = "auto"
+WORTH = 0.03
+"""By what share of the time of the best plan without a pipeline one has to be faster to be taken where nobody asked for it, and
+memory allows either."""
+HOPEFUL = 0.95
+"""Where no link is slower than another, a pipeline is searched only if it may be expected to take less than this share of the
+time of the plan without."""
+SLOWER = 2.0
+"""From this ratio of bandwidths on, one link is slower than another."""
+MOST_TRIED = 3
+"""Numbers of micro-batches that are searched per axis, where nobody asked for the pipeline; of the rest, none."""
+MOST_FITTED = 2
+"""Pipelines that are squeezed into a memory budget, each of which takes many searches."""
+SCHEDULE = "gpipe"
+MOST_MICROBATCHES = 16
+"""Micro-batches per stage, at most: the bubble is 6% then."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pipeline that could be, and the least it takes, in seconds."""
+
+    pipeline: Pipeline
+    axis: int
+    least: float
+    outline: Outline
+
+
+def counts(rows: int, stages: int, microbatches: int | None = None) -> list[int]:
+    """Numbers of micro-batches worth trying: divisors of the batch, the nearest to each power of two; at least two of them."""
+    if microbatches is not None:
+        return [microbatches] if rows % microbatches == 0 else []
+    found = [m for m in range(2, min(rows, MOST_MICROBATCHES * stages) + 1) if rows % m == 0]
+    powers = [2.0**p for p in range(1, 1 + math.ceil(math.log2(max(2, rows))))]
+    return sorted({min(found, key=lambda m: abs(math.log2(m / power))) for power in powers}) if found else []
+
+
+def chain_groups(traced: Traced) -> list[tuple[Chain, ...]]:
+    """Chains of layers that may be laid along an axis together: those of one length (the forward and the backward pass of a
+    model), and all of them. None where the program has no scan that hands rows of a batch from layer to layer."""
+    found: list[Chain] = []
+    for scan in scans(traced.jaxpr.jaxpr):
+        if scan.length > 1 and not any(scan.path[: len(chain.path)] == chain.path for chain in found):
+            try:
+                found.append(chain_of(scan.equation, scan.path, even_layers(scan.length, 2), 1))
+            except PipelineError:
+                continue
+    lengths = list(dict.fromkeys(chain.length for chain in found))
+    groups = [tuple([chain for chain in found if chain.length == length]) for length in lengths]
+    return groups + ([tuple(found)] if len(lengths) > 1 else [])
+
+
+def candidates(
+    graph: Graph, numbers: Numbers, groups: Sequence[Sequence[Chain]], axes: Sequence[int], microbatches: int | None,
+    forced: bool = False,
+) -> list[Candidate]:  # fmt: skip
+    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together. Stages
+    with unequal numbers of layers, which send whole parameters to and fro, are for who asks for the axis (`forced`)."""
+    found = []
+    for chains in groups:
+        shortest = min([chain.length for chain in chains])
+        rows = math.gcd(*[chain.rows for chain in chains])
+        stages = [axis for axis in axes if 1 < numbers.sizes[axis] <= shortest]
+        if not forced:
+            stages = [axis for axis in stages if not any(chain.length % numbers.sizes[axis] for chain in chains)]
+        if not stages:
+            continue
+        about = outline(graph, numbers, chains)
+        for axis in stages:
+            for m in counts(rows, numbers.sizes[axis], microbatches):
+                pipeline = about.pipeline(numbers.axis_names[axis], numbers.sizes[axis], m, SCHEDULE)
+                found.append(Candidate(pipeline, axis, about.least(numbers, axis, m), about))
+    return sorted(found, key=lambda one: one.least)
+
+
+def slow_axes(numbers: Numbers) -> list[int]:
+    """The axes whose link is slower than the fastest one's."""
+    used = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
+    fastest = min([numbers.link(axis)[0] for axis in used], default=0.0)
+    return [axis for axis in used if numbers.link(axis)[0] >= SLOWER * fastest]
+
+
+def hopeless(plan: Plan, microbatches: int | None) -> bool:
+    """Whether a plan without a pipeline spends so little on what one would save that none needs to be looked for: on no axis does
+    it exchange more inside of loops than the smallest bubble would cost. Not where a link is slow."""
+    modelled, numbers = plan.modelled, plan.modelled.numbers
+    inside = scanned(modelled.graph)
+    if not inside:
+        return True
+    if slow_axes(numbers):
+        return False
+    used = spent(modelled, plan.choices, inside)
+    for axis, size in enumerate(numbers.sizes):
+        ticks = pipeline_ticks(m := microbatches or MOST_MICROBATCHES * size, size)
+        if size > 1 and used.stretched(axis, size, ticks / m) < (HOPEFUL - 1) * plan.seconds:
+            return False
+    return True
+
+
+def hopeful(plan: Plan, found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that may be faster than a plan without a pipeline: by the bound, and unless its link is slow by the estimate."""
+    numbers, slow = plan.modelled.numbers, slow_axes(plan.modelled.numbers)
+    used: dict[int, tuple[Spent, tuple[bool, ...]]] = {}
+
+    def promises(one: Candidate) -> bool:
+        about, count = one.outline, one.pipeline.microbatches
+        if one.axis in slow:
+            return True
+        if id(about) not in used:
+            inside = about.probe.inside
+            used[id(about)] = spent(plan.modelled, plan.choices, inside), batch_axes(plan.modelled, plan.choices, about)
+        return expected(plan.seconds, *used[id(about)], about, numbers, one.axis, count) < HOPEFUL * plan.seconds
+
+    return [one for one in found if one.least < (1 - WORTH) * plan.seconds and promises(one)]
+
+
+@dataclass(frozen=True)
+class Choosing(Generic[SomePlan]):
+    """What it takes to plan: the program, its graph on a mesh, `attempts` (from a pipeline, or None, to what bytes are charged to
+    the best plan), and `budget` in bytes per device."""
+
+    traced: Traced
+    graph: Graph
+    numbers: Numbers
+    attempts: Callable[[Pipeline | None], Attempt[SomePlan]]
+    budget: float
+    wider: Wider[SomePlan]
+
+    def fitted(self, attempt: Attempt[SomePlan], plan: SomePlan) -> SomePlan:
+        """The best plan that stays within the budget. `plan`: the best without one. Raises NothingFits."""
+        return fit(attempt, plan, self.budget, self.wider) if plan.peak_bytes > self.budget else plan
+
+
+def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | None) -> SomePlan:
+    """The best plan, with a pipeline or without. `asked`: "auto", the axis to lay along the layers, or None for no pipeline.
+
+    Raises ValueError where what was asked for cannot be, saying why; NothingFits.
+    """
+    graph, numbers = using.graph, using.numbers
+    if asked is not None and asked != AUTO:
+        groups = forced_groups(using.traced, numbers, asked, microbatches)
+        found = candidates(graph, numbers, groups, [numbers.axis_names.index(asked)], microbatches, True)
+        return _forced(using, found, asked)
+    if microbatches is not None and asked == AUTO:
+        check_microbatches(chain_groups(using.traced), microbatches)
+    attempt = using.attempts(None)
+    plain = attempt(None)
+    fits = plain.peak_bytes <= using.budget
+    if asked is None or (fits and hopeless(plain, microbatches)):
+        return using.fitted(attempt, plain)
+    axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
+    groups = chain_groups(using.traced) if axes and scanned(graph) else []
+    found = candidates(graph, numbers, groups, axes, microbatches)
+    if fits:
+        found = hopeful(plain, found)
+    ceiling = (1 - WORTH) * plain.seconds if fits else math.inf
+    tried = _searched(using, found, ceiling, MOST_TRIED)
+    if fits or (tried.best is not None and tried.best.seconds < (1 - WORTH) * plain.seconds):
+        return _squeezed(using, tried, ceiling) or plain
+    failures: list[NothingFits] = []
+    try:
+        plain = using.fitted(attempt, plain)
+        ceiling = (1 - WORTH) * plain.seconds
+    except NothingFits as error:
+        failures.append(error)
+    better = _squeezed(using, tried, ceiling, failures)
+    if better is not None:
+        return better
+    if failures and plain.peak_bytes > using.budget:
+        raise min(failures, key=lambda error: error.smallest)
+    return plain
+
+
+def _forced(using: Choosing[SomePlan], found: Sequence[Candidate], axis: str) -> SomePlan:
+    """The fastest pipeline along an axis that was asked for."""
+    failures: list[NothingFits] = []
+    tried = _searched(using, found, math.inf, None)
+    best = _squeezed(using, tried, math.inf, failures)
+    if best is not None:
+        return best
+    if failures:
+        raise min(failures, key=lambda error: error.smallest)
+    if tried.refused:
+        raise tried.refused[0]
+    raise ValueError(f"pipeline={axis!r}: the batch is too small to be cut into micro-batches; take a larger one")
+
+
+@dataclass(frozen=True)
+class _Tried(Generic[SomePlan]):
+    """`best`: the fastest plan that fits; `large`: those that do not as they are, and may be faster."""
+
+    best: SomePlan | None
+    large: tuple[tuple[SomePlan, Attempt[SomePlan]], ...]
+    refused: tuple[PipelineError, ...]
+
+
+def _searched(
+    using: Choosing[SomePlan], found: Sequence[Candidate], ceiling: float, most: int | None
+) -> _Tried[SomePlan]:
+    """The candidates' plans that take less than `ceiling` seconds. `most`: candidates that are searched per axis and chains,
+    None: all that the bound leaves."""
+    best: SomePlan | None = None
+    large: list[tuple[SomePlan, Attempt[SomePlan]]] = []
+    tried: dict[tuple[int, int], int] = {}
+    refused: list[PipelineError] = []
+    for one in found:
+        key = (one.axis, id(one.outline))
+        if one.least >= ceiling or (most is not None and tried.get(key, 0) >= most):
+            continue
+        tried[key] = tried.get(key, 0) + 1
+        try:
+            attempt = using.attempts(confirmed(using.traced, one.pipeline))
+        except PipelineError as error:  # so many micro-batches, of all things
+            refused.append(error)
+            continue
+        plan = attempt(None)
+        if plan.seconds < ceiling and plan.peak_bytes > using.budget:
+            large.append((plan, attempt))
+        elif plan.seconds < ceiling:
+            best, ceiling = plan, plan.seconds
+    return _Tried(best, tuple(large), tuple(refused))
+
+
+def _squeezed(
+    using: Choosing[SomePlan], tried: _Tried[SomePlan], ceiling: float, failures: list[NothingFits] | None = None
+) -> SomePlan | None:
+    """The fastest plan that takes less than `ceiling` seconds and fits, some that do not fit made to: that takes many searches
+    each, so it is done to the few fastest. What cannot be made to fit is added to `failures`."""
+    best = tried.best if tried.best is not None and tried.best.seconds < ceiling else None
+    ceiling = best.seconds if best is not None else ceiling
+    for plan, attempt in sorted(tried.large, key=lambda pair: pair[0].seconds)[:MOST_FITTED]:
+        if plan.seconds < ceiling:
+            try:
+                plan = using.fitted(attempt, plan)
+            except NothingFits as error:
+                (failures if failures is not None else []).append(error)
+                continue
+            if plan.seconds < ceiling:
+                best, ceiling = plan, plan.seconds
+    return best
+
+
+def confirmed(traced: Traced, pipeline: Pipeline) -> Pipeline:
+    """The pipeline once more, from the program for so many micro-batches. Raises PipelineError where they cannot run."""
+    chains = []
+    for chain in pipeline.chains:
+        equation = scan_at(traced.jaxpr.jaxpr, chain.path)
+        chains.append(chain_of(equation, chain.path, chain.layers, pipeline.microbatches))
+    return replace(pipeline, chains=tuple(chains))
+
+
+def forced_groups(
+    traced: Traced, numbers: Numbers, axis: str, microbatches: int | None
+) -> list[tuple[Chain, ...]]:
+    """The chains for an axis that was asked for by name. Raises ValueError where no pipeline can lie along it, saying why."""
+    if axis not in numbers.axis_names:
+        raise ValueError(
+            f"pipeline={axis!r}: the mesh has the axes {tuple(numbers.axis_names)}; name one of them, or write 'auto' or None"
+        )
+    size = numbers.sizes[numbers.axis_names.index(axis)]
+    if size < 2:
+        raise ValueError(f"pipeline={axis!r}: the axis has size {size}, which makes a single stage; take an axis of at least 2")
+    groups = chain_groups(traced)
+    if not groups:
+        try:
+            pipeline_of(traced.jaxpr.jaxpr, axis, 2, microbatches or 2)
+        except ValueError as error:
+            raise PipelineError(
+                f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers that hands rows of a "
+                "batch from one layer to the next"
+            ) from None
+    longest = max(min(chain.length for chain in chains) for chains in groups)
+    if size > longest:
+        raise ValueError(
+            f"pipeline={axis!r}: {size} stages, and only {longest} layers: every stage needs at least one; take an axis of at "
+            f"most {longest}"
+        )
+    check_microbatches(groups, microbatches)
+    return groups
+
+
+def check_microbatches(groups: Sequence[Sequence[Chain]], microbatches: int | None) -> None:
+    """Raise ValueError where so many micro-batches divide the batch of no chain."""
+    rows = sorted({math.gcd(*[chain.rows for chain in chains]) for chains in groups})
+    if microbatches is not None and rows and not any(size % microbatches == 0 for size in rows):
+        whole = [m for m in range(1, rows[-1] + 1) if rows[-1] % m == 0]
+        raise ValueError(
+            f"microbatches={microbatches} does not divide the batch of {' and '.join(map(str, rows))} rows; one of "
+            f"{', '.join(map(str, whole[:12]))} does"
+        )

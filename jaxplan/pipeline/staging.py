@@ -1,0 +1,103 @@
+"""A `Pipeline` on a graph: which dimension of every value in the bodies holds the batch, and the graph cut for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jaxplan.cost import Stages, Staging, stage_graph
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
+from jaxplan.rules import Rule
+
+Rows = tuple[int, int]
+"""A dimension, and how many of its elements lie between one row of the batch and the next."""
+
+
+def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> Stages:
+    """The graph of one micro-batch, for prices."""
+    chains = pipeline.chains
+    rows = {tensor: dim for tensor, (dim, _) in batch_rows(graph, chains).items()}
+    summed = frozenset().union(*[_summed(graph, chain) for chain in chains])
+    longest = {chain.path: (chain.length, max(chain.layers)) for chain in chains}
+    axis = tuple(axis_names).index(pipeline.axis)
+    return stage_graph(graph, Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed))
+
+
+def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:
+    """The role of each value of the body that the loop's boundary gives or takes."""
+    found: dict[int, Role] = {}
+    entering = (*chain.consts, *chain.carries, *chain.xs)
+    for op in _edges(graph, chain):
+        mark, number = op.path[-2:]
+        if mark == "in":
+            found[op.results[0]] = entering[number]
+        elif mark == "carry":
+            found[op.results[0]] = chain.carries[number]
+            if op.operands[1] >= 0:
+                found[op.operands[1]] = chain.carries[number]
+        elif op.operands[0] >= 0:
+            found[op.operands[0]] = chain.ys[number - len(chain.carries)]
+    return found
+
+
+def _edges(graph: Graph, chain: Chain) -> list[Operator]:
+    return [op for op in graph.operators if op.name == BOUNDARY and op.path[:-2] == chain.path]
+
+
+def _summed(graph: Graph, chain: Chain) -> frozenset[int]:
+    """What adds up over micro-batches: final values of carries that each stage keeps."""
+    edges = [op for op in _edges(graph, chain) if op.path[-2] == "carry"]
+    return frozenset(op.results[1] for op in edges if chain.carries[op.path[-1]].kind is Kind.TOTAL)
+
+
+def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
+    """Where the rows of the batch are in every value of the chains' bodies that has any: followed from what enters and leaves
+    them through the factors of each operator, both ways, until nothing is new."""
+    rows: dict[int, Rows] = {}
+    bodies: list[Operator] = []
+    for chain in chains:
+        depth = len(chain.path)
+        own = {op.scope for op in graph.operators if op.path[:depth] == chain.path and not _is_edge(op, chain)}
+        bodies += [op for op in graph.operators if op.scope in own]
+        rows |= {t: (role.dim, role.stride) for t, role in _roles(graph, chain).items() if role.kind is Kind.CUT}
+    known = -1
+    while known < len(rows):
+        known = len(rows)
+        for operators in (bodies, bodies[::-1]):
+            for op in operators:
+                _follow(op, rows)
+    return rows
+
+
+def _is_edge(op: Operator, chain: Chain) -> bool:
+    return op.name == BOUNDARY and op.path[:-2] == chain.path
+
+
+def _follow(op: Operator, rows: dict[int, Rows]) -> None:
+    """What one operator says of its tensors, from those that are known."""
+    terminals = [*zip(op.operands, op.rule.operands, strict=True), *zip(op.results, op.rule.results, strict=True)]
+    walked = next((f for t, dims in terminals if t in rows and (f := _factor(op.rule, dims, rows[t])) is not None), None)
+    if walked is None:
+        return
+    factor, inner = walked
+    for tensor, dims in terminals:
+        for dim, factors in enumerate(dims):
+            if tensor >= 0 and tensor not in rows and factor in factors:
+                rows[tensor] = (dim, inner * _after(op.rule, factors, factors.index(factor)))
+
+
+def _factor(rule: Rule, dims: Sequence[Sequence[int]], rows: Rows) -> tuple[int, int] | None:
+    """(the factor that walks the rows, elements of it between two rows), if one does."""
+    dim, stride = rows
+    for place, factor in enumerate(dims[dim] if dim < len(dims) else ()):
+        after = _after(rule, dims[dim], place)
+        if stride % after == 0 and after <= stride < after * rule.factors[factor].size:
+            return factor, stride // after
+    return None
+
+
+def _after(rule: Rule, factors: Sequence[int], place: int) -> int:
+    """Elements of a dimension that one step of the factor at a place of it passes."""
+    return math.prod([rule.factors[f].size for f in factors[place + 1 :]])

@@ -1,0 +1,187 @@
+"""GPT-shaped models on many devices: hybrids beside pure data, tensor and pipeline parallelism, modelled; and what planning takes.
+
+    python scripts/compare_pipelines.py [--machine a100|h100|v4|p3] [--only 39B] [--axes 3] [--batch 16] [--bubble]
+
+Shapes only: nothing is run and no device is needed. Sizes are those of the GPT models of "Alpa: Automating Inter- and Intra-Operator
+Parallelism for Distributed Deep Learning" (Zheng et al., OSDI 2022): sequence 1024, vocabulary 51200; `--batch` rows per device,
+parameters and AdamW's moments in float32, activations in bfloat16, every layer rematerialised, nodes of eight devices. `p3` is the
+machine of that paper: V100 GPUs of 16 GB, NVLink within a node, and 25 Gb/s of network for the eight of a node.
+
+`data`: the batch over all devices, the state on each. `tensor`: heads, MLP columns and vocabulary over all. `pipeline`: all devices
+along the layers. `one level`: `jaxplan.best_mesh` with no pipeline. `hybrid`: the same with everything left to it. Planning seconds
+are processor time, of all meshes together. A mark says that a plan does not fit: it is the best without a memory limit.
+
+`--bubble` measures instead: a small decoder in four stages on simulated devices, its processor time for 1 to 16 micro-batches
+beside the modelled step, both as ratios to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
+
+import jaxplan
+from jaxplan.examples.by_hand import data_parallel, megatron
+from jaxplan.examples.decoder import FULL, SMALL, DecoderConfig, decoder, decoder_train_step
+from jaxplan.machine import machine as find_machine
+
+MODELS = {
+    "1.3B": (8, {"layers": 24, "width": 2048, "heads": 32}),
+    "2.6B": (8, {"layers": 32, "width": 2560, "heads": 32}),
+    "6.7B": (16, {"layers": 32, "width": 4096, "heads": 32}),
+    "15B": (32, {"layers": 48, "width": 5120, "heads": 40}),
+    "39B": (64, {"layers": 48, "width": 8192, "heads": 64}),
+}
+"""{name: (devices, sizes)}."""
+P3 = jaxplan.Machine(
+    "p3", {"bfloat16": 1 / 1.25e14, "float16": 1 / 1.25e14, "float32": 1 / 1.57e13}, 1 / 9e11, 16e9,
+    inner=jaxplan.Link(1 / 1.5e11, 3e-6, "NVLink of a V100, one way (NVIDIA V100 datasheet: 300 GB/s both ways)"),
+    outer=jaxplan.Link(8 * 8 / 25e9, 3e-5, "25 Gb/s per node of 8 (AWS p3.16xlarge), shared; latency of TCP"), node=8,
+)  # fmt: skip
+ALPA_SECONDS = 2393.0
+"""Alpa's compile time for GPT-39B on 64 GPUs, with its optimizations (Table 5 of the paper)."""
+STEP = "| {:6} | {:>7} | {:8} | {:32} | {:>10} | {:>9} | {:>8} |"
+
+
+def config_of(devices: int, sizes: Mapping[str, int], rows: int) -> DecoderConfig:
+    """A GPT of these sizes, with so many rows of the batch per device."""
+    return replace(
+        FULL, **sizes, mlp_width=4 * sizes["width"], vocabulary=51200, sequence=1024, batch=rows * devices,
+        compute_dtype=jnp.dtype("bfloat16"),
+    )  # fmt: skip
+
+
+def by_hand(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
+    """The train step with an expert's layouts written into it."""
+    found = plan(config, mesh)
+
+    def constrain(where: str, x: jax.Array) -> jax.Array:
+        for spec in found.places.get(where, ()):
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return x
+
+    return decoder_train_step(config, constrain)
+
+
+def pure(name: str, config: DecoderConfig, devices: int, machine: jaxplan.Machine) -> tuple[Any, float]:
+    """(plan or why there is none, seconds of processor time that planning it took)."""
+    mesh = AbstractMesh((devices,), (name,))
+    args = decoder(config).args
+    options: dict[str, Any] = {"mesh": mesh, "machine": machine, "donate_argnums": (0, 1), "pipeline": None}
+    fn = decoder_train_step(config)
+    if name == "data":
+        fn = by_hand(config, mesh, data_parallel)
+        options["pins"] = {"params": P(), "opt_state": P(), "batch": P(name)}
+    elif name == "tensor":
+        fn = by_hand(config, mesh, megatron)
+        options["pins"] = {"batch": P()}
+    else:
+        options["pipeline"] = name
+    start = time.process_time()
+    try:
+        plan = jaxplan.make_plan(fn, *args, memory_budget=math.inf, **options)
+    except ValueError as error:
+        plan = str(error)
+    return plan, time.process_time() - start
+
+
+def told(plan: Any) -> str:
+    """The mesh of a plan, and its pipeline."""
+    sizes = "x".join(map(str, plan.axis_sizes.values()))
+    staged = plan.pipeline
+    return sizes if staged is None else f"{sizes}, {staged.stages} stages on {staged.axis}, m={staged.microbatches}"
+
+
+def table(options: argparse.Namespace) -> None:
+    """All models and strategies."""
+    machine = P3 if options.machine == "p3" else find_machine(options.machine)
+    limit = machine.memory_bytes
+    header = ("model", "devices", "strategy", "mesh", "step, s", "peak, GB", "plan, s")
+    print(STEP.format(*header))
+    print(STEP.format(*["---"] * len(header)))
+    for name, (devices, sizes) in MODELS.items():
+        if options.only and name not in options.only.split(","):
+            continue
+        config = config_of(devices, sizes, options.batch)
+        for strategy in ("data", "tensor", "pipeline"):
+            plan, took = pure(strategy, config, devices, machine)
+            if isinstance(plan, str):
+                print(STEP.format(name, devices, strategy, plan.partition(":")[2].strip()[:32], "-", "-", "-"), flush=True)
+                continue
+            over = "" if plan.peak_bytes <= limit else " !"
+            cells = (f"{plan.seconds:.3f}", f"{plan.peak_bytes / 1e9:.1f}{over}", f"{took:.1f}")
+            print(STEP.format(name, devices, strategy, told(plan), *cells), flush=True)
+        program = decoder(config)
+        for strategy, pipeline in (("one level", None), ("hybrid", "auto")):
+            start = time.process_time()
+            try:
+                found = jaxplan.best_mesh(
+                    program.fn, *program.args, devices=devices, machine=machine, axis_names=("x", "y", "z")[: options.axes],
+                    donate_argnums=(0, 1), pipeline=pipeline,
+                )  # fmt: skip
+            except ValueError as error:
+                print(STEP.format(name, devices, strategy, str(error)[:32], "-", "-", f"{time.process_time() - start:.1f}"), flush=True)
+                continue
+            took, best = time.process_time() - start, found.best
+            cells = (f"{best.seconds:.3f}", f"{best.peak_bytes / 1e9:.1f}", f"{took:.1f}")
+            print(STEP.format(name, devices, strategy, told(best), *cells), flush=True)
+        if name == "39B":
+            print(f"  Alpa: {ALPA_SECONDS:,.0f} s of compiling and profiling for this model on as many devices")
+
+
+def bubble(repeat: int) -> None:
+    """Modelled beside measured, for 1 to 16 micro-batches over four stages."""
+    config = replace(SMALL, layers=8, width=128, mlp_width=512, batch=32, sequence=64)
+    program = decoder(config)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("stage",))
+    modelled, measured = {}, {}
+    args = program.make_args(0)
+    for m in (1, 2, 4, 8, 16):
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="cpu", pipeline="stage", microbatches=m)
+        run = plan.jit(donate_argnums=())
+        placed = jax.tree.map(jax.device_put, args, plan.in_shardings)
+        jax.block_until_ready(run(*placed))
+        took = []
+        for _ in range(repeat):
+            start = time.process_time()
+            jax.block_until_ready(run(*placed))
+            took.append(time.process_time() - start)
+        modelled[m], measured[m] = plan.seconds, statistics.median(took)
+    print("| micro-batches | bubble | modelled step | measured step | modelled, ratio | measured, ratio |")
+    print("|---|---|---|---|---|---|")
+    for m in modelled:
+        ratios = f"{modelled[m] / modelled[16]:.2f} | {measured[m] / measured[16]:.2f}"
+        print(f"| {m} | {3 / (m + 3):.0%} | {modelled[m] * 1e3:.2f} ms | {measured[m] * 1e3:.1f} ms | {ratios} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", default="a100", help="a preset, or p3")
+    parser.add_argument("--only", default="", help="models, such as 1.3B,39B")
+    parser.add_argument("--batch", type=int, default=16, help="rows per device")
+    parser.add_argument("--axes", type=int, default=3, choices=(1, 2, 3), help="of the meshes of hybrids, at most")
+    parser.add_argument("--bubble", action="store_true", help="measure the bubble on simulated devices")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    if options.bubble:
+        bubble(options.repeat)
+    else:
+        table(options)
+
+
+if __name__ == "__main__":
+    main()
