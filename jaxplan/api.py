@@ -31,7 +31,7 @@ from jaxplan.hybrid import AUTO, Choosing, check_asked, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
-from jaxplan.pages import SweepView, page, picture_of, plan_table, sweep_view
+from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
 from jaxplan.pipeline import Pipeline
 from jaxplan.pipeline.outline import micro_numbers
@@ -195,7 +195,7 @@ class Plan(_plan.Plan):
 
     def regimes(self, symbol: str, low: float | None = None, high: float | None = None) -> Regimes:
         """Where along one symbol of `cost` another plan takes over: ranges, what the plan of each does, and the closed-form
-        condition at each boundary. From one trace; memory apart.
+        condition at each boundary. From one trace; memory and pipelines apart.
 
         `symbol`: a dimension ("B"), the devices of a mesh axis ("n_x"), or the seconds per byte of its link ("g_x"). `low`,
         `high`: the range, six doublings either way if not given. Raises ValueError for another symbol, and for a dimension that
@@ -260,7 +260,8 @@ class Plan(_plan.Plan):
         `sweep`: what the slider goes over (`Sweep.view()` gives one); "auto": the first dimension of the data, if the trace
         tells of other sizes, else the link of the first axis; None: no slider.
         """
-        return page(replace(picture_of(self), sweep=_auto_sweep(self) if sweep == "auto" else sweep, about=_about()))
+        about = {"jaxplan": __version__, "JAX": jax.__version__}
+        return page(replace(picture_of(self), sweep=auto_sweep(self, self) if sweep == "auto" else sweep, about=about))
 
     def save_html(self, path: str | os.PathLike[str], sweep: SweepView | Literal["auto"] | None = "auto") -> None:
         """Write `to_html` to a file; the old one survives if it cannot be written (OSError)."""
@@ -428,32 +429,6 @@ def load_plan(
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
-
-
-def _about() -> dict[str, str]:
-    return {"jaxplan": __version__, "JAX": jax.__version__}
-
-
-def _auto_sweep(plan: Plan) -> SweepView | None:
-    """Plans along the first dimension of the data that can be given other sizes, or along the speed of the first link."""
-    graph, state = plan.modelled.graph, {position for _, position in plan.modelled.graph.ties}
-    data = [tensor for position, tensor in enumerate(graph.inputs) if position not in state and graph.tensors[tensor].shape]
-    names = [name for tensor in data for name in plan.names.dimension(tensor)[:1]]
-    for name in dict.fromkeys(name for name in names if name in plan.origin.extents):
-        now = plan.request.sizes.get(name, next(iter(plan.origin.extents[name].values())))
-        grain = math.gcd(now, math.prod(plan.axis_sizes.values()))
-        sizes = sorted({max(grain, round(now * 2.0**k / grain) * grain) for k in range(-3, 4)} - {1})
-        try:
-            found = [plan.replan(sizes={name: size}, memory_budget=math.inf, certify=False) for size in sizes]
-        except ValueError:
-            continue
-        return sweep_view(name, [(f"{name} = {size}", one) for size, one in zip(sizes, found, strict=True)], sizes.index(now))
-    axis, machine = plan.axis_names[0], plan.modelled.numbers.machine
-    speeds = [2.0**k for k in range(-3, 4)]
-    machines = [machine.slower(axis, 1 / speed, plan.axis_sizes) for speed in speeds]
-    found = [plan.replan(machine=one, memory_budget=math.inf, certify=False) for one in machines]
-    told = [f"{speed:g} times as fast" for speed in speeds]
-    return sweep_view(f"speed of the link of {axis}", list(zip(told, found, strict=True)), 3)
 
 
 @contextlib.contextmanager

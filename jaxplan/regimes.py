@@ -102,7 +102,7 @@ class Regimes:
                 lines += self._crossing(self.crossings[number])
         lines += [f"not planned     {self.symbol} = {_show(value)}: {why}" for value, why in self.refused.items()]
         left_out = f"plans that gain less than {WORTH:.1%} left out"
-        lines += ["", f"{self.points} plans, from one trace; {left_out}; memory apart; all modelled"]
+        lines += ["", f"{self.points} plans, from one trace; {left_out}; memory and pipelines apart; all modelled"]
         return "\n".join(lines)
 
     def _crossing(self, crossing: Crossing) -> list[str]:
@@ -168,7 +168,7 @@ def regimes(
 
 
 def _line(plan: Plan, replannable: Replannable, symbol: str) -> _Line:
-    request = {"memory_budget": math.inf, "certify": False}
+    request = {"memory_budget": math.inf, "certify": False, "pipeline": None, "microbatches": None}
     machine, sizes = plan.modelled.numbers.machine, plan.axis_sizes
     kind, _, axis = symbol.partition("_")
     if kind == "n" and axis in sizes:

@@ -72,7 +72,7 @@ def test_the_neighbour_that_forces_an_operator_is_named():
     def chain(x, w):
         return jnp.tanh(jnp.sort(x @ w, axis=1))
 
-    found = jaxplan.make_plan(chain, f32(4096, 256), f32(256, 512), mesh=AbstractMesh((4,), ("x",)), machine="v4")
+    found = jaxplan.make_plan(chain, f32(4096, 256), f32(256, 512), mesh=AbstractMesh((4,), ("x",)), machine="a100")
     line = inspect.getsourcelines(chain)[1] + 1
     reasons = {reason.operator: reason for reason in found.explain(f"test_reasons.py:{line}").reasons}
     product = reasons["dot_general"]

@@ -119,16 +119,16 @@ def test_meshes_that_do_not_fit_come_last_and_none_is_an_error():
     def scaled(w):
         return jnp.tanh(w) * 2.0
 
-    free = jaxplan.best_mesh(scaled, f32(6, 10), devices=10, machine="v4", memory_budget=math.inf)
+    free = jaxplan.best_mesh(scaled, f32(6, 10), devices=10, machine="a100", memory_budget=math.inf)
     peaks = {c.shape: c.plan.peak_bytes for c in free.candidates}
     assert peaks[10,] < 480  # 240 bytes in, 240 out when whole
     least, largest = min(peaks.values()), max(peaks.values())
     assert all(c.fits for c in free.candidates)
     with pytest.raises(NothingFits, match=rf"no mesh of 10 devices fits .*smallest peak found is {least:.0f} B") as caught:
-        jaxplan.best_mesh(scaled, f32(6, 10), devices=10, machine="v4", memory_budget=least / 2)
+        jaxplan.best_mesh(scaled, f32(6, 10), devices=10, machine="a100", memory_budget=least / 2)
     assert caught.value.smallest <= largest
 
-    some = jaxplan.best_mesh(scaled, f32(6, 2), devices=12, machine="v4", memory_budget=30)
+    some = jaxplan.best_mesh(scaled, f32(6, 2), devices=12, machine="a100", memory_budget=30)
     assert [c.fits for c in some.candidates] == sorted([c.fits for c in some.candidates], reverse=True)
     assert some.candidates[0].fits and not some.candidates[-1].fits
     assert "no: at least" in str(some) and some.best.peak_bytes <= 30

@@ -13,7 +13,7 @@ from jaxplan.layout import spec_of
 from jaxplan.ledger import ledger
 from jaxplan.machine import axis_links
 from jaxplan.pages.collapse import collapse, lanes
-from jaxplan.pages.nouns import AxisView, Block, Dim, ExchangeView, InputView, LineView, Picture, StepView, SweepView
+from jaxplan.pages.nouns import AxisView, Block, Dim, ExchangeView, InputView, LineView, Picture, StepView
 from jaxplan.plan import Plan, PlannedExchange, without_indices
 from jaxplan.reasons import charges
 from jaxplan.report import axis_roles
@@ -224,12 +224,3 @@ def _moves(plan: Plan, stands: Mapping[int, int]) -> dict[int, tuple[ExchangeVie
             views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.share)]
             found.setdefault(reader, []).extend(views)
     return {index: merged(views) for index, views in found.items()}
-
-
-def sweep_view(label: str, plans: Sequence[tuple[str, Plan]], here: int) -> SweepView:
-    """Plans at several values of something, each with what it is at; `here`: which of them is the one shown."""
-    points = []
-    for told, plan in plans:
-        roles = "; ".join(f"{axis}: {', '.join(axis_roles(plan, k)) or 'left alone'}" for k, axis in enumerate(plan.axis_names))
-        points.append((told, plan.seconds, sum(plan.wire_bytes.values()), plan.peak_bytes, roles))
-    return SweepView(label, tuple(points), here)
