@@ -258,7 +258,8 @@ class Plan:
                 already = moved.get((reading.tensor, step, inside), 0.0)
                 if reading.times > already:
                     moved[reading.tensor, step, inside] = reading.times
-                    found += self._planned((step,), reading.tensor, reader, reading.times - already, shares.get((reading.tensor, step), 1.0))
+                    share = shares.get((reading.tensor, step), 1.0)
+                    found += self._planned((step,), reading.tensor, reader, reading.times - already, share)
         return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
 
     @property
@@ -281,7 +282,7 @@ class Plan:
     def _planned(
         self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0
     ) -> list[PlannedExchange]:
-        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent. Scatters of several dimensions are one: so the compiler does it."""
+        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
         runs: list[list[Step]] = []
         for step in steps:
