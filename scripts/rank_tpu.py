@@ -5,8 +5,8 @@
 
 Several plans of each of a few programs, which differ in the layouts that are insisted on. Modelled: `plan.seconds` on machine
 v5e. Compiled: the sum of the compiler's own `estimated_cycles` over all kernels, loops multiplied out, at the clock below, plus
-the bytes that are sent over each mesh axis at the machine's rate for it, plus its latencies. Reported: Spearman's rank correlation
-over all plans, and over those of each program; what comes out as the same plan is counted once.
+the bytes that are sent over each mesh axis at the machine's rate for it, plus its latencies. Reported: Spearman's rank
+correlation over all plans, and over those of each program; what comes out as the same plan is counted once.
 """
 
 from __future__ import annotations

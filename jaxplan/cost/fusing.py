@@ -29,8 +29,8 @@ class Stored(NamedTuple):
     `computed`: tensors that are never stored. `readers`: {stored tensor: places that read it}, also through what is computed
     again there. `made`: {tensor: place where it is computed}, where that is not the place of its operator. `narrow`: tensors of
     which all that is read is what products of default precision round them to. `shifted`: {tensor: those it is computed from that
-    are not read at the very place that is written}. `outer`: {tensor: dimensions that are never innermost}. `waits`: {product: the
-    place up to which its partial sums wait to be combined}. `copies`: (tensor, first, last place) of transposed copies,
+    are not read at the very place that is written}. `outer`: {tensor: dimensions that are never innermost}. `waits`: {product:
+    the place up to which its partial sums wait to be combined}. `copies`: (tensor, first, last place) of transposed copies,
     `turned`: (tensor, place) of results that are transposed back when they are done.
     """
 
