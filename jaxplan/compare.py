@@ -146,8 +146,8 @@ def relative_error(predicted: float, compiled: float) -> float:
 
 
 def compare(plan: Plan, found: Audit, rounded: bool = True) -> PlanAudit:
-    """A plan's exchanges beside those of its compiled program, `found`. `rounded`: whether it is compiled for a machine that rounds
-    what only products read, if the plan's does."""
+    """A plan's exchanges beside those of its compiled program, `found`. `rounded`: whether it is compiled for a machine that
+    rounds what only products read, if the plan's does."""
     exchanges = plan.exchanges if rounded else plan.exchanges_of(rounded=False)
     sizes = plan.axis_sizes
     slow_first = [plan.axis_names[axis] for axis in plan.modelled.numbers.slow_first]

@@ -297,8 +297,7 @@ class Plan:
     def moved(
         self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0
     ) -> list[PlannedExchange]:
-        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent. Scatters of several dimensions are one: so the
-        compiler does it."""
+        """The exchanges of some steps; `share`: of the tensor's bytes, what is sent."""
         about, op = self.modelled.graph.tensors[tensor], self.modelled.graph.operators[operator]
         runs: list[list[Step]] = []
         for step in steps:

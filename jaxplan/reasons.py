@@ -73,7 +73,8 @@ def charges(plan: Plan) -> dict[tuple[str, int], Charge]:
             found["cluster", index] = Charge(what, plan.source(operator), seconds)
     for number, reading in enumerate(modelled.readings):
         steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.slow_first)
-        seconds = reading.times * sent_seconds(*steps_terms(steps, reading.share * numbers.nbytes(reading.tensor), numbers.sizes), numbers)
+        nbytes = reading.share * numbers.nbytes(reading.tensor)
+        seconds = reading.times * sent_seconds(*steps_terms(steps, nbytes, numbers.sizes), numbers)
         if seconds:
             reader, writer = (graph.operators[graph.clusters[c].members[-1]] for c in (reading.reader, reading.writer))
             moves = [(step.kind, "+".join(plan.axis_names[a] for a in step.axes)) for step in steps if step.kind != "slice"]
@@ -365,7 +366,8 @@ def _moving(plan: Plan, position: int) -> tuple[sympy.Expr, float]:
     for reading in modelled.readings:
         if reading.tensor in own or reading.reader == home:
             steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.slow_first)
-            value = sent_seconds(*steps_terms(steps, sympy.Rational(reading.share) * symbols.nbytes(reading.tensor), symbols.sizes), symbols)
+            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
+            value = sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols)
             if value != 0:
                 parts[value] = parts.get(value, 0.0) + reading.times
                 numbers = modelled.numbers

@@ -14,13 +14,25 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
 import jaxplan
 from jaxplan.examples import programs
+
+
+def rows(names: Sequence[str], sizes: tuple[int, ...], size: Any, topology: str) -> Iterator[tuple[str, float, Any]]:
+    """(program, modelled peak bytes, the plan beside what was compiled), one after the other."""
+    mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
+    for name in names:
+        program = programs(size)[name]
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate or None)
+        yield name, plan.peak_bytes, plan.audit(topology=topology)
 
 
 def main() -> None:
@@ -31,18 +43,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(programs()))
     options = parser.parse_args()
     sizes = tuple(int(size) for size in options.mesh.split("x"))
-    mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
     head = ("program", "sent, predicted", "compiled", "ratio", "unplanned", "memory, modelled", "compiled", "ratio", "compiling")
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     errors, ratios = [], []
-    for name in options.only:
-        program = programs(options.size)[name]
-        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate or None)
-        start = time.perf_counter()
-        found = plan.audit(topology=options.topology)
-        took = time.perf_counter() - start
-        sent, compiled = found.predicted_bytes, math.fsum(found.compiled.values())
-        peak, allocated = plan.peak_bytes, found.compiled_peak_bytes
+    start = time.perf_counter()
+    for name, peak, found in rows(options.only, sizes, options.size, options.topology):
+        took, start = time.perf_counter() - start, time.perf_counter()
+        sent, compiled, allocated = found.predicted_bytes, math.fsum(found.compiled.values()), found.compiled_peak_bytes
         if max(sent, compiled):
             errors.append(abs(sent - compiled) / max(compiled, 1.0))
         ratios.append(peak / allocated)

@@ -3,10 +3,10 @@
     pip install 'jaxplan[tpu]'
     python scripts/rank_tpu.py [--topology v5e:4x4] [--mesh 4x4]
 
-Several plans of each of three programs, which differ in the layouts that are insisted on. Modelled: `plan.seconds` on machine v5e.
-Compiled: the sum of the compiler's own `estimated_cycles` over all kernels, loops multiplied out, at the clock below, plus the bytes
-that are sent over each mesh axis at the machine's rate for it, plus its latencies. Reported: Spearman's rank correlation over all
-plans, and over those of each program.
+Several plans of each of a few programs, which differ in the layouts that are insisted on. Modelled: `plan.seconds` on machine
+v5e. Compiled: the sum of the compiler's own `estimated_cycles` over all kernels, loops multiplied out, at the clock below, plus
+the bytes that are sent over each mesh axis at the machine's rate for it, plus its latencies. Reported: Spearman's rank
+correlation over all plans, and over those of each program; what comes out as the same plan is counted once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 if __name__ == "__main__":
@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 import jaxplan
 from jaxplan.compare import sent_by_axis
-from jaxplan.examples import Program, conjugate_gradient, decode, mlp
+from jaxplan.examples import Program, decode, mixture, mlp
 from jaxplan.machine import PRESETS, axis_links
 
 CLOCK = 1.5e9
@@ -49,11 +49,11 @@ class Ranked:
 def programs() -> list[tuple[Program, Sequence[Mapping[str, Any]]]]:
     """Programs, and per plan the inputs whose layout is insisted on."""
     network = mlp.mlp_sgd(mlp.MLPConfig(widths=(1024, 4096, 4096, 1024), batch=4096))
-    solver = conjugate_gradient.conjugate_gradient(conjugate_gradient.FULL)
+    experts = mixture.moe(replace(mixture.FULL, width=512, expert_width=1024, batch=32))
     token = decode.decode_kv(decode.FULL)
     return [
         (network, ({}, {"x": P("x"), "params/1/w": P(None, "y")}, {"x": P(), "params/1/w": P("x", "y")})),
-        (solver, ({}, {"matrix": P("x")}, {"matrix": P()})),
+        (experts, ({}, {"x": P(("x", "y"))}, {"x": P("x"), "params/w_up": P("y")})),
         (token, ({}, {"cache/k": P(None, "x"), "cache/v": P(None, "x")}, {"cache/k": P(), "cache/v": P()})),
     ]
 
@@ -74,17 +74,23 @@ def ranked(sizes: tuple[int, ...], topology: str) -> Iterator[Ranked]:
     """All plans, compiled one after the other."""
     mesh = jax.sharding.AbstractMesh(sizes, tuple("xyzw"[: len(sizes)]))
     for program, choices in programs():
+        seen = set()
         for pins in choices:
             plan = jaxplan.make_plan(
                 program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate or None,
                 memory_budget=math.inf, pins=dict(pins) or None,
             )  # fmt: skip
+            if plan.choices.tobytes() in seen:
+                continue
+            seen.add(plan.choices.tobytes())
             told = ", ".join(f"{path}: {tuple(spec)}" for path, spec in pins.items()) or "none"
             yield Ranked(program.name, told, plan.seconds, compiled_seconds(plan, topology))
 
 
 def correlation(rows: Sequence[Ranked]) -> float:
     """Spearman's, of modelled and compiled seconds."""
+    if len(rows) < 2:
+        return math.nan
     return float(spearmanr([row.modelled for row in rows], [row.compiled for row in rows]).statistic)
 
 

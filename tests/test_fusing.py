@@ -165,11 +165,12 @@ def test_padding_is_in_the_peak_and_in_its_closed_form():
 # --- bytes sent --------------------------------------------------------------------------------------------------------------
 
 
-def gathered(fn, machine="v5e", pins=None, **options):
+def gathered(fn, machine="v5e"):
     """Bytes that are sent to gather x, whose rows are cut, for what needs it whole; and how it is sent."""
     mesh = AbstractMesh((4,), ("x",))
-    pins = pins or {"x": P("x"), "w": P(None, "x")}
-    plan = jaxplan.make_plan(fn, shape(WIDTH, 16 * WIDTH), X, mesh=mesh, machine=machine, pins=pins, memory_budget="1TiB", **options)
+    pins = {"x": P("x"), "w": P(None, "x")}
+    asked = {"mesh": mesh, "machine": machine, "pins": pins, "memory_budget": "1TiB"}
+    plan = jaxplan.make_plan(fn, shape(WIDTH, 16 * WIDTH), X, **asked)
     (exchange,) = [e for e in plan.exchanges if e.kind == "all_gather"]
     return exchange.total_bytes / (0.75 * SIZE), exchange.dtype, plan
 
@@ -204,7 +205,8 @@ def test_a_product_with_a_vector_rounds_nothing():
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"matmul_reads": {"bfloat16": "float32"}}, "no wider"), ({"matmul_reads": {"float32": "nonsense"}}, "'nonsense' is no dtype"),
+        ({"matmul_reads": {"bfloat16": "float32"}}, "no wider"),
+        ({"matmul_reads": {"float32": "nonsense"}}, "'nonsense' is no dtype"),
         ({"tile": (0, 128)}, "two counts"), ({"near_bytes": -1.0}, "near_bytes"),
     ],
 )  # fmt: skip

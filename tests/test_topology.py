@@ -6,7 +6,10 @@ What needs libtpu is slow, and skipped without it (`pip install 'jaxplan[tpu]'`)
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,9 @@ try:
 except importlib.metadata.PackageNotFoundError:
     LIBTPU = False
 needs_libtpu = [pytest.mark.slow, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed: pip install 'jaxplan[tpu]'")]
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture
@@ -98,3 +104,25 @@ def test_the_real_compiler(name):
     found = plan.audit(topology="v5e:4x4")
     assert found.compiled == found.predicted and not found.audit.unread
     assert found.compiled_peak_bytes > 0 and dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_libtpu) for name in ("mlp_sgd", "decode_kv", "conjugate_gradient", "stencil")]
+)
+def test_full_size_programs_send_and_hold_what_was_predicted(name):
+    """As `scripts/check_tpu.py` prints it: bytes within 3%; memory within a third, and never more than a tenth too little."""
+    (row,) = runpy.run_path(str(SCRIPTS / "check_tpu.py"))["rows"]([name], (4, 4), "full", "v5e:4x4")
+    _, peak, found = row
+    assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=0.03)
+    assert 0.9 <= peak / found.compiled_peak_bytes <= 4 / 3
+
+
+@pytest.mark.parametrize("plans", [pytest.param(6, marks=needs_libtpu)])
+def test_plans_that_the_model_calls_slower_are_slower_to_the_compiler(plans):
+    """Within each program; over all of them the compiler's own estimates of caches are out of line (docs/tpu.md)."""
+    script = runpy.run_path(str(SCRIPTS / "rank_tpu.py"))
+    rows = list(script["ranked"]((4, 4), "v5e:4x4"))
+    names = {row.program for row in rows}
+    assert len(rows) >= plans and len(names) == 3
+    found = [script["correlation"]([row for row in rows if row.program == name]) for name in names]
+    assert sum(found) / len(found) >= 0.5, rows

@@ -25,8 +25,8 @@ Leads = tuple[int, ...]
 
 
 class Reading(NamedTuple):
-    """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem. `share`: of its bytes,
-    what is sent where the reader wants it elsewhere; less than 1 where all of the reader rounds it."""
+    """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem. `share`: of its
+    bytes, what is sent where the reader wants it elsewhere; less than 1 where all of the reader rounds it."""
 
     tensor: int
     writer: int
@@ -259,7 +259,8 @@ def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: M
             if source is None or source[0] == index or not _sized(graph, read.tensor):
                 continue
             users = [graph.operators[m] for m in cluster.members if read.tensor in graph.operators[m].operands]
-            share = machine.rounded_share(graph.tensors[read.tensor].dtype) if all(reads_rounded(o, known) for o in users) else 1.0
+            rounds = all(reads_rounded(user, known) for user in users)
+            share = machine.rounded_share(graph.tensors[read.tensor].dtype) if rounds else 1.0
             readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])

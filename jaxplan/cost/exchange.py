@@ -74,7 +74,8 @@ def combine_steps(
     """
     walk = _Walk(layout, ndim, slow_first)
     *first, last = partial
-    direct = scatter[last[0]] >= 0 and len({scatter[axis] for axis in last}) == 1 and all(scatter[axis] < 0 for axes in first for axis in axes)
+    alone = all(scatter[axis] < 0 for axes in first for axis in axes)
+    direct = alone and scatter[last[0]] >= 0 and len({scatter[axis] for axis in last}) == 1
     for axes in first if direct else partial:
         walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
     groups: dict[int, list[int]] = {}

@@ -1,10 +1,10 @@
 """What a compiler that fuses keeps in memory, whatever the layouts: which values it stores, and when they are read.
 
-XLA on TPU and GPU computes an element-wise value inside of every kernel that reads it, products too, and computes it again for each,
-as long as it comes from no more than one large stored value; that one lives until the last such reader. What comes from several
-large ones is stored if several kernels read it, unless all of them are products and none of its sources is one that ends in it. A
-product that one element-wise chain alone reads is computed together with the end of that chain, and never stored itself. Seen in
-the scheduled programs of libtpu (`scripts/check_tpu.py`).
+XLA on TPU and GPU computes an element-wise value inside of every kernel that reads it, products too, and computes it again for
+each, as long as it comes from no more than one large stored value; that one lives until the last such reader. What comes from
+several large ones is stored if several kernels read it, unless all of them are products and no product ends in it. A product that
+one element-wise chain alone reads is computed together with the end of that chain, and never stored itself. Seen in the scheduled
+programs of libtpu (`scripts/check_tpu.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ FEW = 2
 
 
 class Stored(NamedTuple):
-    """`computed`: tensors that are never stored; `readers`: {stored tensor: places of the kernels that read it}, also through what
-    is computed again there; `made`: {tensor: place where it is computed}, where that is not the place of its operator;
-    `narrow`: tensors of which all that is read is what products of default precision round them to; `shifted`: {tensor: those it is
-    computed from that are not read at the very place that is written}; `outer`: {tensor: dimensions that are never innermost}; `waits`:
-    {product: the place up to which its partial sums wait to be combined}; `copies`: (tensor, first, last place) of transposed copies,
-    and `turned`: (tensor, place) of results that are transposed back when they are done."""
+    """What is stored when. Places are those of kernels in the order in which they run.
+
+    `computed`: tensors that are never stored. `readers`: {stored tensor: places that read it}, also through what is computed
+    again there. `made`: {tensor: place where it is computed}, where that is not the place of its operator. `narrow`: tensors of
+    which all that is read is what products of default precision round them to. `shifted`: {tensor: those it is computed from that
+    are not read at the very place that is written}. `outer`: {tensor: dimensions that are never innermost}. `waits`: {product:
+    the place up to which its partial sums wait to be combined}. `copies`: (tensor, first, last place) of transposed copies,
+    `turned`: (tensor, place) of results that are transposed back when they are done.
+    """
 
     computed: frozenset[int]
     readers: Mapping[int, Sequence[int]]
@@ -42,6 +45,9 @@ class Stored(NamedTuple):
     turned: Sequence[tuple[int, int]]
 
 
+NOTHING = Stored(frozenset(), {}, {}, frozenset(), {}, {}, {}, (), ())
+
+
 def stored(
     graph: Graph,
     operators: Sequence[Operator],
@@ -49,30 +55,19 @@ def stored(
     hidden: frozenset[int] = frozenset(),
     loops: Sequence[tuple[int, int]] = (),
 ) -> Stored:
-    """Of operators in the order in which they run. `scattered`: places of products whose partial sums are scattered: these are
-    stored before anything else is computed from them; `hidden`: places of what can run beside the
-    gathers of state that end a call; `loops`: (first, last place) of each.
+    """Of operators in the order in which they run.
+
+    `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
+    `hidden`: places of what can run beside the gathers of state that end a call. `loops`: (first, last place) of each.
     """
     found = _Fused(graph, operators, scattered)
     found.put_off(hidden, loops)
-    readers: dict[int, list[int]] = {}
-    for place, operator in enumerate(operators):
-        if not any(t in found.origins or t in found.moved for t in operator.results):
-            for tensor in found.sources(operator):
-                readers.setdefault(tensor, []).append(found.at.get(place, place))
-    for tensor, (place, end) in found.moved.items():
-        for source in found.sources(operators[place]):
-            readers.setdefault(source, []).append(found.at[end])
-        readers.pop(tensor, None)
-    for operator in operators:
-        if hands_on(operator):
-            (tensor,) = operator.results
-            places = [found.at.get(r, r) for r in found.near.get(tensor, ())]
-            readers[tensor] = [p for r in places for p in (readers.get(operators[r].results[0], [r]) if operators[r].results else [r])]
-    made = {t: at for place, at in found.at.items() for t in operators[place].results}
-    narrow = _narrow(graph, operators, found)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
-    return Stored(frozenset(found.origins) | frozenset(found.moved), readers, made, narrow, found.shifted, _outer(operators, found), waits, found.copies, found.turned)
+    return Stored(
+        frozenset(found.origins) | frozenset(found.moved), found.readers(),
+        {t: at for place, at in found.at.items() for t in operators[place].results}, _narrow(graph, operators, found),
+        found.shifted, _outer(operators, found), waits, found.copies, found.turned,
+    )  # fmt: skip
 
 
 def hands_on(operator: Operator) -> bool:
@@ -115,8 +110,9 @@ def reduces(operator: Operator) -> bool:
 
 
 class _Fused:
-    """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its place,
-    the place of the end of its chain)}; `at`: {place of such an end: where it is computed}."""
+    """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its
+    place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}; `near`: {tensor: its readers}.
+    """
 
     def __init__(self, graph: Graph, operators: Sequence[Operator], scattered: frozenset[int]) -> None:
         self.graph, self.operators, self.scattered = graph, operators, scattered
@@ -140,7 +136,7 @@ class _Fused:
                 self._visit(place, operator)
 
     def put_off(self, hidden: frozenset[int], loops: Sequence[tuple[int, int]]) -> None:
-        """Products that nothing needs before a later loop is through run behind it, if there they hide an exchange."""
+        """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange."""
         for place in hidden:
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
@@ -163,6 +159,24 @@ class _Fused:
         """Whether two tensors have one shape."""
         return self.graph.tensors[one].shape == self.graph.tensors[other].shape
 
+    def readers(self) -> dict[int, list[int]]:
+        """{stored tensor: places of the kernels that read it}."""
+        found: dict[int, list[int]] = {}
+        for place, operator in enumerate(self.operators):
+            if not any(t in self.origins or t in self.moved for t in operator.results):
+                for tensor in self.sources(operator):
+                    found.setdefault(tensor, []).append(self.at.get(place, place))
+        for tensor, (place, end) in self.moved.items():
+            for source in self.sources(self.operators[place]):
+                found.setdefault(source, []).append(self.at[end])
+            found.pop(tensor, None)
+        for operator in self.operators:  # what is handed on is read by the same kernels, should it be stored after all
+            if hands_on(operator):
+                near = self.near.get(operator.results[0], ())
+                places = [found.get(t, [self.at.get(r, r)]) for r in near for t in self.operators[r].results[:1] or (-1,)]
+                found[operator.results[0]] = [place for some in places for place in some]
+        return found
+
     def sources(self, operator: Operator) -> list[int]:
         """The stored tensors that an operator reads."""
         return list(dict.fromkeys(s for t in operator.operands if t >= 0 for s in self.origins.get(t, (t,))))
@@ -176,10 +190,12 @@ class _Fused:
         carried = any(self.operators[r].name == BOUNDARY and self.operators[r].path[-2] == "carry" for r in near)
         kept = tensor in self._leaving or carried
         shifts = operator.rule.flops == 0 and not hands_on(operator)
-        self.shifted[tensor] = frozenset(seen if shifts else [s for t in operator.operands for s in self.shifted.get(t, ())])
-        if _transposes(operator.rule) != any(t in self._turns and _elements(self.graph, t) == size for t in operator.operands):
+        inner = [s for t in operator.operands for s in self.shifted.get(t, ())]
+        self.shifted[tensor] = frozenset(seen if shifts else inner)
+        turned = any(t in self._turns and _elements(self.graph, t) == size for t in operator.operands)
+        if _transposes(operator.rule) != turned:
             self._turns.add(tensor)
-        if hands_on(operator) or not kept and (len(large) <= 1 or len(near) <= 1):
+        if hands_on(operator) or (not kept and (len(large) <= 1 or len(near) <= 1)):
             self.origins[tensor] = tuple(seen)
             return
         product = self._product_ending_in(operator)
@@ -243,9 +259,9 @@ def _narrow(graph: Graph, operators: Sequence[Operator], found: _Fused) -> froze
     for operator in operators:
         for tensor in operator.results:
             others = [operators[r] for r in found.near.get(tensor, ()) if not reduces(operators[r])]
-            if others and tensor not in graph.inputs and tensor not in graph.outputs:
-                if all(reads_rounded(one, known) for one in others):
-                    narrow.add(tensor)
+            bound = tensor in graph.inputs or tensor in graph.outputs
+            if others and not bound and all(reads_rounded(one, known) for one in others):
+                narrow.add(tensor)
     return frozenset(narrow)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
-from jaxplan.cost.fusing import hands_on, stored
+from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
@@ -89,6 +89,11 @@ def memory(
             own[tensor] = local(tensor, outputs[position])
             results[tensor] = _buffer(tensor, OUTPUT, own[tensor], outputs[position])
     replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
+
+    def copy(tensor: int, first: int, last: int) -> Buffer:
+        layout = layouts.get(tensor)
+        return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
+
     held, _ = _held(graph, facts, layouts, own, replaced, local)
     buffers = held + _transients(modelled, choices, facts, local)
     places = len(facts.order.sequence) + 2
@@ -98,13 +103,9 @@ def memory(
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
-                layout = layouts.get(old)
-                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
-        buffers += [
-            Buffer(t, TRANSIENT, local(t, layouts.get(t)), first, last, _axes(layouts.get(t))) for t, first, last in facts.copies
-        ]
-        turned = [Buffer(t, TRANSIENT, local(t, layouts.get(t)), at, at, _axes(layouts.get(t))) for t, at in facts.turned]
-        heap = _far(buffers, facts, machine.near_bytes) + turned
+                buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
+        buffers += [copy(*some) for some in facts.more.copies]
+        heap = _far(buffers, facts, machine.near_bytes) + [copy(tensor, at, at) for tensor, at in facts.more.turned]
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
@@ -134,9 +135,11 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
     def local(tensor: int, layout: Layout | None) -> float:
         about = graph.tensors[tensor]
         nbytes = about.nbytes / (shards(layout, sizes) if layout is not None else 1)
-        if tensor in facts.narrow:
+        if tensor in facts.more.narrow:
             nbytes *= machine.rounded_share(about.dtype)
-        return nbytes * padding(local_shape(about.shape, layout, sizes), machine.tile, facts.outer.get(tensor, ())) if machine.tile else nbytes
+        if machine.tile is not None:
+            nbytes *= padding(local_shape(about.shape, layout, sizes), machine.tile, facts.more.outer.get(tensor, ()))
+        return nbytes
 
     return local
 
@@ -168,12 +171,7 @@ class _Facts:
     fused: frozenset[int]
     place: Mapping[int, int]
     fuses: bool = False
-    narrow: frozenset[int] = frozenset()
-    shifted: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    outer: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    waits: Mapping[int, int] = field(default_factory=dict)
-    copies: Sequence[tuple[int, int, int]] = ()
-    turned: Sequence[tuple[int, int]] = ()
+    more: Stored = NOTHING
 
 
 def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
@@ -236,7 +234,7 @@ def _facts(
         at, late = (frozenset(places[i] for i in found if i in places) for found in (scattered, hidden))
         found = stored(graph, operators, at, late, loops)
         made.update(found.made)
-        return _Facts(order, operators, made, found.readers, found.computed, places, True, found.narrow, found.shifted, found.outer, found.waits, found.copies, found.turned)
+        return _Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
     leaving, fused = {t for t in graph.outputs if t >= 0}, set()
     for operator in operators:
@@ -273,7 +271,12 @@ class _Roots:
 
 
 def _held(
-    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], own: Mapping[int, float], replaced: Mapping[int, int], local: Local
+    graph: Graph,
+    facts: _Facts,
+    layouts: Mapping[int, Layout],
+    own: Mapping[int, float],
+    replaced: Mapping[int, int],
+    local: Local,
 ) -> tuple[list[Buffer], _Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
@@ -307,7 +310,7 @@ def _held(
             roots.join(initial, final)
         if produced in made and operators[made[produced]].rule.fusible:
             old = [r for r in readers.get(inner, ()) if r != place]
-            if max(old, default=0) <= made[produced] and inner not in facts.shifted.get(produced, ()):
+            if max(old, default=0) <= made[produced] and inner not in facts.more.shifted.get(produced, ()):
                 roots.join(produced, final)
     for tensor in (*layouts, *own):
         if tensor in facts.fused and tensor not in moved:
@@ -335,25 +338,38 @@ def _held(
     for tensor in own:
         touch(tensor, made.get(tensor, 0), end)
         kinds[roots.of(tensor)] = OUTPUT
-    kept = {roots.of(tensor) for tensor in inputs}
-    stacked = {op.results[0]: op.path[:-2] for op in operators if op.name == BOUNDARY and op.path[-2] == "out"}
-    for tensor, given in replaced.items():
-        reread = tensor in stacked and max(readers.get(given, ()), default=-1) >= order.begins[stacked[tensor]]
-        if not (facts.fuses and reread):
-            kept.add(roots.of(tensor))
-    rounded = []
-    for op in operators if facts.fuses else ():
-        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
-            (source, *_), (result, *_), loop = op.operands, op.results, op.path[:-2]
-            if result in moved:
-                touch(result, order.begins[loop], order.ends[loop])
-            elif result in facts.narrow and source not in facts.narrow:
-                size = local(result, layouts.get(result)) * _rounds_of(graph, op)
-                rounded.append(Buffer(source, TRANSIENT, size, order.begins[loop], order.ends[loop], _axes(layouts.get(result))))
+    for op in operators:
+        if op.results and op.results[0] in moved and op.name == BOUNDARY:
+            touch(op.results[0], order.begins[op.path[:-2]], order.ends[op.path[:-2]])
+    kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in _in_place(facts, replaced)}
     return [
         Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
         for root, size in nbytes.items() if root not in kept
-    ] + rounded, roots  # fmt: skip
+    ] + _rounded_before(graph, facts, layouts, moved, local), roots  # fmt: skip
+
+
+def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
+    """New values of donated state that are written where the old ones are: not what a loop stacks while it still reads those."""
+    if not facts.fuses:
+        return list(replaced)
+    begins = facts.order.begins
+    stacked = {op.results[0]: begins[op.path[:-2]] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "out"}
+    return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
+
+
+def _rounded_before(
+    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], moved: Mapping[int, float], local: Local
+) -> list[Buffer]:
+    """What a loop only multiplies by is rounded whole before it."""
+    found = []
+    for op in facts.operators if facts.fuses else ():
+        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
+            source, result, loop = op.operands[0], op.results[0], op.path[:-2]
+            if result not in moved and result in facts.more.narrow and source not in facts.more.narrow:
+                size = local(result, layouts.get(result)) * _rounds_of(graph, op)
+                first, last = facts.order.begins[loop], facts.order.ends[loop]
+                found.append(Buffer(source, TRANSIENT, size, first, last, _axes(layouts.get(result))))
+    return found
 
 
 def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
@@ -374,7 +390,8 @@ def _rounds_of(graph: Graph, operator: Operator) -> float:
 
 
 def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Buffer]:
-    """What finds no place in memory on the chip: there lives what lives shortest, as long as it fits. Outputs are no temporaries."""
+    """What finds no place in memory on the chip: there lies what lives shortest and beside no loop, as far as it fits. Outputs
+    are no temporaries."""
     heap = [b for b in buffers if b.kind != OUTPUT]
     if not near_bytes:
         return heap
@@ -467,7 +484,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)
-            share = 1.0 if reading.tensor in facts.narrow else reading.share
+            share = 1.0 if reading.tensor in facts.more.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
     found = [
         Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), _axes(layout))
@@ -479,7 +496,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
                 split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
                 size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
                 at = place[exchange.operator]
-                last = facts.waits.get(exchange.tensor, at)
+                last = facts.more.waits.get(exchange.tensor, at)
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -22,8 +21,8 @@ def local_shape(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int
 def padding(shape: tuple[int, ...], tile: tuple[int, int], outer: tuple[int, ...] = ()) -> float:
     """By what factor padding makes an array of a shape larger, at least 1.
 
-    The compiler lays dimensions out in the order that wastes least: one fills the columns of tiles, another the rows, of which there
-    may also be half, a quarter, ... as many. A vector is padded to columns only.
+    The compiler lays dimensions out in the order that wastes least: one fills the columns of tiles, another the rows, of which
+    there may also be half, a quarter, ... as many. A vector is padded to columns only.
     `outer`: dimensions that fill neither.
     """
     extents = [extent for dim, extent in enumerate(shape) if extent > 1 and dim not in outer]
@@ -32,7 +31,7 @@ def padding(shape: tuple[int, ...], tile: tuple[int, int], outer: tuple[int, ...
     columns = [_up(extent, tile[1]) / extent for extent in extents]
     if len(extents) == 1:
         return columns[0]
-    rows = [_up(extent, tile[0]) / extent if extent > tile[0] else 2.0 ** math.ceil(math.log2(extent)) / extent for extent in extents]
+    rows = [_up(extent, min(tile[0], 1 << (extent - 1).bit_length())) / extent for extent in extents]
     return min(column * row for i, column in enumerate(columns) for j, row in enumerate(rows) if i != j)
 
 

@@ -42,9 +42,9 @@ class Machine:
     slice of a pod, a node of GPUs), `outer`: the link beyond. `axis_links`: mesh axes whose link the user states.
     `materialises`: its compiler keeps intermediate values in memory and reorders work freely (XLA on CPU), rather than fusing
     and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
-    precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two dimensions of
-    arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: on-chip memory where the compiler keeps
-    short-lived values instead of in `memory_bytes`.
+    precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two
+    dimensions of arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: of the chip's own memory,
+    what the compiler keeps short-lived values in, which then take none of `memory_bytes`.
     """
 
     name: str

@@ -13,7 +13,9 @@ from jaxplan.machine.nouns import Link, Machine
 GIB = 2.0**30
 
 
-def _tpu(name: str, flops: float, int8: float, memory: float, gib: float, one_way: float, dcn: float, node: int, near: float) -> Machine:
+def _tpu(
+    name: str, flops: float, int8: float, memory: float, gib: float, one_way: float, dcn: float, node: int, near: float
+) -> Machine:
     """`flops`: bf16 per second; float32 matrix work runs in bf16 passes at JAX's default precision, so at the same rate."""
     rate = 1 / flops
     return Machine(
