@@ -19,7 +19,8 @@ EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(m, axes) options of the tail, (n, axes) options of the head -> (m, n) seconds.
 
 It may have a method `alike(rows, end)`: a number per row of options of the tail (`end` 0) or the head (1); rows of one
-number have equal prices, so that a bound need not look at each.
+number have equal prices, so that a bound need not look at each. And an attribute `ends`, a key for the tail and one for the head:
+`alike` is the same function of rows for all ends of one key.
 """
 Asked = tuple[Any, np.ndarray, np.ndarray]
 """An edge price, options of the tail, options of the head."""

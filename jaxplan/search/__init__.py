@@ -11,11 +11,13 @@ from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
 from jaxplan.search.certificate import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
+from jaxplan.search.joint import joint
 from jaxplan.search.optcnn import optcnn
 from jaxplan.search.tofu import tofu
 
 SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
     "hsm2dl": hsm2dl,
+    "joint": joint,
     "optcnn": optcnn,
     "tofu": tofu,
     "trws": trws,
@@ -69,4 +71,4 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "optcnn", "search", "tofu", "trws"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws"]

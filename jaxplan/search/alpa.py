@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import ILLEGAL, Pricer, Tables, fold
-from jaxplan.search.hsm2dl import FINE_ROUNDS
+from jaxplan.search.moves import FINE_ROUNDS
 
 TIME_LIMIT = 60.0
 """Seconds after which the best solution so far is returned, with the bound reached."""
