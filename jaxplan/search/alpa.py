@@ -40,7 +40,7 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     if any(len(options) == 0 for options in kept):
         raise ValueError("no legal assignment: some node has no legal choice")
     limits = _usage_rows(folded, rows, kept) if folded.limit < math.inf else None
-    options, bound, status = integer_program(tables, kept, time_limit, limits=limits, limit=folded.limit)
+    options, bound, status = integer_program(tables, kept, time_limit, None, limits, folded.limit)
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
-from jaxplan.search.moves import finest, fused, polished
+from jaxplan.search.moves import ROUNDS, finest, fused, polished
 
 SWEEPS = 6
 SMALL = 180
@@ -64,7 +64,7 @@ def hsm2dl(problem: Problem) -> Assignment:
         if rugged:
             best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
     if rugged or len(folded.nodes) <= SMALL:
-        best, seconds = polished(pricer, elimination, best, axes)
+        best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
