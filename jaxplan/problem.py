@@ -7,6 +7,7 @@ for the choices that a search asks about, so the product over axes is never writ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -19,8 +20,11 @@ EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(m, axes) options of the tail, (n, axes) options of the head -> (m, n) seconds.
 
 It may have a method `alike(rows, end)`: a number per row of options of the tail (`end` 0) or the head (1); rows of one
-number have equal prices, so that a bound need not look at each.
+number have equal prices, so that a bound need not look at each. And an attribute `ends`, a key for the tail and one for the head:
+`alike` is the same function of rows for all ends of one key.
 """
+ROUNDING = 1e-9
+"""By what fraction usages may exceed a limit, against sums of rounded numbers."""
 Asked = tuple[Any, np.ndarray, np.ndarray]
 """An edge price, options of the tail, options of the head."""
 
@@ -57,9 +61,29 @@ class Edge(NamedTuple):
     times: float = 1.0
 
 
+class Usage(NamedTuple):
+    """What a node's choice takes of something that is short (bytes, say) from `begin` until before `end`, in whole steps of some
+    order. `amount`: (m, axes) options -> (m,) units, not negative. A node may have several."""
+
+    node: int
+    amount: NodePrice
+    begin: int
+    end: int
+
+
+class Peak(NamedTuple):
+    """The first interval [begin, end) at which the usages of an assignment add up to most, and to how much."""
+
+    begin: int
+    end: int
+    usage: float
+
+
 @dataclass(frozen=True)
 class Problem:
     """Minimise the sum of all node and edge prices. `axes`: one name per column of a choice.
+
+    `usages`, `limit`: what choices take over their lifetimes may at no time add up to more than the limit.
 
     `axis_order`: the axes from the costliest link to the cheapest, as column indices (a hint for searches).
     `alike`: a label per axis; axes of one label may change places in any assignment without changing its price by more than
@@ -71,6 +95,8 @@ class Problem:
     edges: tuple[Edge, ...]
     axis_order: tuple[int, ...] = ()
     alike: tuple[Hashable, ...] = ()
+    usages: tuple[Usage, ...] = ()
+    limit: float = math.inf
 
     def __post_init__(self) -> None:
         for node in self.nodes:
@@ -79,6 +105,14 @@ class Problem:
         for edge in self.edges:
             if not (0 <= edge.tail < len(self.nodes) and 0 <= edge.head < len(self.nodes)):
                 raise ValueError(f"edge ({edge.tail}, {edge.head}) names a node outside 0..{len(self.nodes) - 1}")
+        for usage in self.usages:
+            if not (0 <= usage.node < len(self.nodes) and usage.begin <= usage.end):
+                raise ValueError(
+                    f"usage of node {usage.node} over [{usage.begin}, {usage.end}): nodes are 0..{len(self.nodes) - 1}, and an "
+                    "interval does not end before it begins"
+                )
+        if math.isnan(self.limit) or self.limit < 0:
+            raise ValueError(f"limit {self.limit} is no amount")
         if self.axis_order and sorted(self.axis_order) != list(range(len(self.axes))):
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
         if self.alike and len(self.alike) != len(self.axes):
@@ -136,6 +170,30 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
     matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
     prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
     return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True) if edge.times])
+
+
+def peak(problem: Problem, choices: np.ndarray) -> Peak:
+    """Where the usages of one assignment, (nodes, axes), are highest. Feasible if that is within `problem.limit`."""
+    times, level = usage_levels(problem, [float(u.amount(choices[u.node][None])[0]) for u in problem.usages])
+    if not len(level):
+        return Peak(0, 0, 0.0)
+    worst = int(level.argmax())
+    return Peak(int(times[worst]), int(times[worst + 1]), float(level[worst]))
+
+
+def within_limit(problem: Problem, choices: np.ndarray) -> bool:
+    """Whether an assignment stays within the limit, up to rounding."""
+    return problem.limit == math.inf or peak(problem, choices).usage <= problem.limit * (1 + ROUNDING)
+
+
+def usage_levels(problem: Problem, amounts: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(times at which usages begin or end, what they add up to between these): `amounts` has one number per usage."""
+    begins, ends = (np.array([getattr(u, end) for u in problem.usages], dtype=np.int64) for end in ("begin", "end"))
+    times = np.unique(np.concatenate([begins, ends]))
+    change = np.zeros(len(times))
+    np.add.at(change, np.searchsorted(times, begins), amounts)
+    np.add.at(change, np.searchsorted(times, ends), -np.asarray(amounts, dtype=float))
+    return times, np.cumsum(change)[:-1]
 
 
 def from_tables(

@@ -50,7 +50,8 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
             ends[key] = (tail, head)
     edges = tuple(e._replace(tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
     index = np.array(colours, dtype=np.int64)
-    return replace(problem, nodes=nodes, edges=edges), lambda choices: choices[index]
+    usages = tuple([usage._replace(node=colours[usage.node]) for usage in problem.usages])
+    return replace(problem, nodes=nodes, edges=edges, usages=usages), lambda choices: choices[index]
 
 
 def _colours(problem: Problem, rounds: int) -> list[int]:

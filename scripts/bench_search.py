@@ -4,8 +4,9 @@
         [--operators 100,1000,10000,100000] [--layers 2,8,32,128,512,700] [--repeat 1] [--search hsm2dl]
 
 Seconds are processor time of this process, the least of `--repeat`; memory is what the search allocates at its peak, as
-`tracemalloc` counts it in a run of its own. A slope is that of the least-squares line through the logarithms: 1 is linear. The
-random problems (`random_layers.py`) have nothing that folds; the unrolled models have. Models are planned from shapes alone, on
+`tracemalloc` counts it in a run of its own (problems of up to `--memory-up-to` operators). A slope is that of the least-squares
+line through the logarithms: 1 is linear. The random problems (`random_layers.py`) have nothing that folds; the unrolled models
+have. Models are planned from shapes alone, on
 an `AbstractMesh`. `--plot` needs matplotlib (`pip install -e '.[plot]'`); without it the curves are drawn in the terminal.
 """
 
@@ -68,37 +69,40 @@ class Curve:
 
     def slope(self, what: str = "seconds") -> float:
         """Of a line through (log value, log `what`); NaN for fewer than two values."""
-        values = [point.value for point in self.points]
-        if len(set(values)) < 2:
+        known = [(point.value, getattr(point, what)) for point in self.points if getattr(point, what) > 0]
+        if len({value for value, _ in known}) < 2:
             return math.nan
-        return float(np.polyfit(np.log(values), np.log([max(getattr(point, what), 1e-6) for point in self.points]), 1)[0])
+        return float(np.polyfit(*np.log(np.array(known)).T, 1)[0])
 
 
-def measured(value: float, operators: int, problem: Problem, method: str, repeat: int) -> Point:
-    """Search a problem `repeat` times for the clock, and once more for memory."""
+def measured(value: float, operators: int, problem: Problem, options: argparse.Namespace) -> Point:
+    """Search a problem `--repeat` times for the clock, and once more for memory (0 where that was not asked for)."""
     took = []
-    for _ in range(repeat):
+    for _ in range(options.repeat):
         gc.collect()
         gc.disable()
         start = time.process_time()
-        search(problem, method)
+        search(problem, options.search)
         took.append(time.process_time() - start)
         gc.enable()
+    if operators > options.memory_up_to:
+        return Point(value, operators, min(took), 0)
     tracemalloc.start()
-    search(problem, method)
+    search(problem, options.search)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return Point(value, operators, min(took), peak)
 
 
-def curve(name: str, over: str, cases: Iterable[tuple[float, int, Problem]], method: str, repeat: int) -> Curve:
+def curve(name: str, over: str, cases: Iterable[tuple[float, int, Problem]], options: argparse.Namespace) -> Curve:
     """Measure and print as it goes."""
     print(f"\n{name}\n{over:>12s} {'operators':>10s} {'search s':>9s} {'us/operator':>12s} {'memory':>10s} {'B/operator':>11s}")
     points = []
     for value, operators, problem in cases:
-        point = measured(value, operators, problem, method, repeat)
+        point = measured(value, operators, problem, options)
         points.append(point)
-        each = f"{1e6 * point.seconds / operators:12.1f} {show_bytes(point.nbytes):>10s} {point.nbytes / operators:11,.0f}"
+        memory = f"{show_bytes(point.nbytes):>10s} {point.nbytes / operators:11,.0f}" if point.nbytes else "not measured"
+        each = f"{1e6 * point.seconds / operators:12.1f} {memory}"
         print(f"{value:12,.0f} {operators:10,d} {point.seconds:9.3f} {each}", flush=True)
     found = Curve(name, over, tuple(points))
     print(f"slope on log-log axes: time {found.slope():.2f}, memory {found.slope('nbytes'):.2f}")
@@ -118,7 +122,7 @@ def unrolled(layers: Iterable[int], shape: tuple[int, ...], size: str) -> Iterab
 
 def operator_curves(options: argparse.Namespace) -> list[Curve]:
     """Against the number of operators: 10^2 to 10^5."""
-    run = partial(curve, method=options.search, repeat=options.repeat)
+    run = partial(curve, options=options)
     problems = ((n, layered(n, options.width, (4, 4))) for n in options.operators)
     cases = ((len(problem.nodes), len(problem.nodes), problem) for _, problem in problems)
     return [
@@ -129,7 +133,7 @@ def operator_curves(options: argparse.Namespace) -> list[Curve]:
 
 def other_curves(options: argparse.Namespace, section: str) -> list[Curve]:
     """Against axes of a mesh of 16 devices, devices on two axes, or the width of the graph."""
-    run = partial(curve, method=options.search, repeat=options.repeat)
+    run = partial(curve, options=options)
     count, depth = options.fixed, options.depth
     if section == "width":
         problems = ((width, layered(count, width, (4, 4))) for width in options.widths)
@@ -148,23 +152,25 @@ def other_curves(options: argparse.Namespace, section: str) -> list[Curve]:
 def whole_models(options: argparse.Namespace) -> None:
     """Tracing and planning of train steps unrolled, on 16x16."""
     mesh = AbstractMesh((16, 16), ("x", "y"))
-    print(f"\n{'train step on 16x16, v5p':28s} {'operators':>10s} {'variables':>10s} {'trace s':>8s} {'plan s':>8s} {'both s':>8s}")
+    print(f"\n{'on 16x16, v5p':28s} {'operators':>10s} {'variables':>10s} {'trace s':>8s} {'plan s':>8s} {'both':>10s}")
     depths = (32, 96) if options.size == "published" else (2, 3)
     for make, layers in zip((llama_8b, gpt3_175b), depths, strict=True):
         program = make(options.size, layers)
         jax.clear_caches()
         start = time.process_time()
+        trace(program.fn, program.args, {})
+        traced = time.process_time() - start
+        jax.clear_caches()
+        start, wall = time.process_time(), time.perf_counter()
         plan = make_plan(program.fn, *program.args, mesh=mesh, machine="v5p", memory_budget=math.inf, search=options.search)
-        took = time.process_time() - start
-        traced = plan.stages["trace"]
-        planned = sum(seconds for name, seconds in plan.stages.items() if name != "trace")
+        planned, wall = time.process_time() - start - traced, time.perf_counter() - wall
         graph = plan.modelled.graph
-        row = f"{len(graph.operators):10,d} {len(plan.modelled.problem.nodes):10,d} {traced:8.2f} {planned:8.2f} {took:8.2f}"
+        row = f"{len(graph.operators):10,d} {len(plan.modelled.problem.nodes):10,d} {traced:8.2f} {planned:8.2f} {wall:10.2f}"
         print(f"{make.__name__ + f', {layers} layers':28s} {row}", flush=True)
     print(
-        f"PyTorch's autoparallel: {PUBLISHED} s for trace, build and solve of Llama 8B on two axes, as its authors published; another "
-        "machine,\nanother framework's operators and another cost model: an order of magnitude, no race. "
-        "Trace and plan are wall-clock here, both is processor time."
+        f"PyTorch's autoparallel: {PUBLISHED} s by the clock for trace, build and solve of Llama 8B, as its authors published;\n"
+        "another machine, another framework's operators and another cost model: an order of magnitude, no race.\n"
+        "Tracing and planning are processor time; `both` is the whole call by the clock."
     )
 
 
@@ -223,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Curve]:
     parser.add_argument("--size", choices=("tiny", "published"), default="published")
     parser.add_argument("--search", default="hsm2dl")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--memory-up-to", type=int, default=20_000, metavar="OPERATORS")
     parser.add_argument("--plot", default="", metavar="FILE", help="where the plot goes; without it, text")
     options = parser.parse_args(arguments)
     sections = options.sections.split(",")

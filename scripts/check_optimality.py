@@ -27,7 +27,7 @@ from jaxplan.machine import machine
 from jaxplan.problem import Problem
 from jaxplan.reduce import fold
 from jaxplan.search import alpa, hsm2dl
-from jaxplan.search.hsm2dl import FINE_ROUNDS
+from jaxplan.search.moves import FINE_ROUNDS
 from jaxplan.trace import trace
 
 PROVEN = 1e-5

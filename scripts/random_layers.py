@@ -18,8 +18,8 @@ WORK = 1e-3
 def layered(operators: int, width: int, sizes: Sequence[int], seed: int = 0, joins: float = 0.5) -> Problem:
     """About `operators` operators in layers of `width`, on a mesh of `sizes`. Nothing is alike: no folding helps.
 
-    Every operator reads its counterpart in the layer before; with probability `joins` another one of that layer too. Work is divided
-    by the devices that are used; some dimensions are contracted, so that splitting them costs an exchange; readers that want
+    Every operator reads its counterpart in the layer before; with probability `joins` another one of that layer too. Work is
+    divided by the devices that are used; one dimension is contracted, so that splitting it costs an exchange; readers that want
     another layout pay for it. Extents are powers of two: not every split divides.
     """
     rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def layered(operators: int, width: int, sizes: Sequence[int], seed: int = 0, joi
             sources.add(before + int(rng.integers(width)))
         for source in sorted(sources):
             edges.append(Edge(source, number, Move(moves, WORK * rng.random(), rng.permutation(DIMS)), len(edges)))
-    order = tuple(np.argsort(np.arange(len(sizes)), kind="stable").tolist())
+    order = tuple(range(len(sizes)))
     return Problem(tuple("xyzw"[: len(sizes)]), tuple(nodes), tuple(edges), order)
 
 

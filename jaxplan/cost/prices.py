@@ -54,6 +54,8 @@ class BytePrices:
         return held, tuple([self.partial.get(combine.operator, 0.0) for combine in cluster.combines])
 
 
+LARGE = 100
+"""Entries of a matrix of prices, in the mean, from which on each is written out by itself."""
 DENSE = 1024
 """Choices up to which the local work of a cluster is computed for all of them at once."""
 
@@ -209,6 +211,8 @@ class Reshards:
         heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
         many, few = (np.array([len(part[i]) for part in asked]) for i in (1, 2))
         sizes = many * few
+        if sizes.sum() > LARGE * len(asked):
+            return self._apart(asked, tails, heads, many, few)
         first = np.cumsum(sizes) - sizes
         entry = np.arange(sizes.sum()) - np.repeat(first, sizes)
         width = np.repeat(few, sizes)
@@ -229,6 +233,27 @@ class Reshards:
         return [
             seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
         ]
+
+    def _apart(
+        self, asked: Sequence[Asked], tails: np.ndarray, heads: np.ndarray, many: np.ndarray, few: np.ndarray
+    ) -> list[np.ndarray]:
+        """The same, one matrix after the other: for large ones that is faster than all in one row."""
+        found = []
+        ends = zip(asked, np.split(tails, np.cumsum(many)[:-1]), np.split(heads, np.cumsum(few)[:-1]), strict=True)
+        for (price, _, _), source, target in ends:
+            place = np.ix_(source, target)
+            per_byte = self._per_byte[place]
+            missing = np.isnan(per_byte)
+            if missing.any():
+                rows, columns = np.nonzero(missing)
+                for pair in set(zip(source[rows].tolist(), target[columns].tolist(), strict=True)):
+                    self._tabulate(*pair)
+                per_byte = self._per_byte[place]
+            seconds = price.nbytes * per_byte + self._fixed[place]
+            if price.copied:
+                seconds += price.copied * price.nbytes * self._copied[place]
+            found.append(seconds)
+        return found
 
     def numbered(self, terminals: list[int], rows: list[np.ndarray]) -> np.ndarray:
         """The table row of the layout of every row of options."""
@@ -265,6 +290,7 @@ class ReshardPrice:
     def __init__(self, family: Reshards, tail: int, head: int, nbytes: float, copied: float) -> None:
         """`tail`, `head`: the terminals as `family` numbers them; `copied`: seconds per byte of a copy in another layout."""
         self.family, self.tail, self.head, self.nbytes, self.copied = family, tail, head, nbytes, copied
+        self.ends = (id(family), tail), (id(family), head)
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]

@@ -6,22 +6,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.problem import Assignment, Problem, evaluate, peak, within_limit
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
 from jaxplan.search.certificate import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
+from jaxplan.search.joint import joint
 from jaxplan.search.optcnn import optcnn
 from jaxplan.search.tofu import tofu
 
 SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
     "hsm2dl": hsm2dl,
+    "joint": joint,
     "optcnn": optcnn,
     "tofu": tofu,
     "trws": trws,
     "alpa": alpa,
     "brute": brute,
 }
+
+LIMITED = ("alpa", "brute")
+"""The searches that look for assignments within a problem's limit; what others find is checked."""
 
 CLAIM = 1e-6
 """By what fraction a solver's bound may exceed the price of its own assignment: HiGHS's tolerance."""
@@ -30,8 +35,8 @@ CLAIM = 1e-6
 def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
     """Solve a problem by a search's name or by the user's own callable, whose answer is checked.
 
-    Raises ValueError for an unknown name or what is no callable, for an answer that is no legal assignment, and for a bound above
-    its price.
+    Raises ValueError for an unknown name or what is no callable, for an answer that is no legal assignment or takes more than the
+    problem's limit at some time, and for a bound above its price.
     """
     if isinstance(method, str):
         if method not in SEARCHES:
@@ -64,9 +69,15 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     seconds = evaluate(problem, choices)
     if not np.isfinite(seconds):
         raise ValueError(f"search {name!r} returned an assignment that is not legal: its price is {seconds}")
+    if not within_limit(problem, choices):
+        begin, end, usage = peak(problem, choices)
+        raise ValueError(
+            f"search {name!r} returned an assignment that uses {usage:g} in [{begin}, {end}), {usage - problem.limit:g} more "
+            f"than the limit of {problem.limit:g}: of the searches here, {', '.join(LIMITED)} honour a limit"
+        )
     if found.bound is not None and not found.bound <= seconds + CLAIM * abs(seconds):
         raise ValueError(f"search {name!r} claims a bound of {found.bound} s, but its own assignment costs {seconds} s")
     return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "optcnn", "search", "tofu", "trws"]
+__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws"]

@@ -14,9 +14,9 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.problem import Assignment, Problem, evaluate, usage_levels
 from jaxplan.reduce import ILLEGAL, Pricer, Tables, fold
-from jaxplan.search.hsm2dl import FINE_ROUNDS
+from jaxplan.search.moves import FINE_ROUNDS
 
 TIME_LIMIT = 60.0
 """Seconds after which the best solution so far is returned, with the bound reached."""
@@ -29,8 +29,8 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     """The best assignment found in `time_limit` seconds, and, if nothing was folded, the solver's lower bound.
 
     `rounds`: of folding look-alikes; None solves the problem as it is. `notes["folded_bound"]`: the bound of the folded problem,
-    which is none of the problem itself: there look-alikes may decide differently, and cost less. Raises ValueError if no legal
-    assignment was found in time.
+    which is none of the problem itself: there look-alikes may decide differently, and cost less. A limit on usages is a row of
+    the program for every time at which it can matter. Raises ValueError if no legal assignment within it was found in time.
     """
     folded, expand = (problem, lambda choices: choices) if rounds is None else fold(problem, rounds)
     tables, rows = Pricer(folded).whole()
@@ -39,7 +39,8 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     kept = [np.flatnonzero(cost < ILLEGAL) for cost in tables.costs]
     if any(len(options) == 0 for options in kept):
         raise ValueError("no legal assignment: some node has no legal choice")
-    options, bound, status = integer_program(tables, kept, time_limit)
+    limits = _usage_rows(folded, rows, kept) if folded.limit < math.inf else None
+    options, bound, status = integer_program(tables, kept, time_limit, None, limits, folded.limit)
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
@@ -50,12 +51,17 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
 
 
 def integer_program(
-    tables: Tables, kept: list[np.ndarray], time_limit: float, scale: float | None = None
+    tables: Tables,
+    kept: list[np.ndarray],
+    time_limit: float,
+    scale: float | None = None,
+    limits: np.ndarray | None = None,
+    limit: float = math.inf,
 ) -> tuple[np.ndarray | None, float, str]:
     """(an option per variable or None, lower bound or -infinity, the solver's words), each variable choosing among `kept`.
 
     `scale`: seconds that count as 1 for the solver, whose tolerances are absolute and are taken off the bound; None: what the
-    nodes cost at least.
+    nodes cost at least. `limits`: (times, options kept of all variables) what each takes at a time, at most `limit` together.
     """
     start = np.cumsum([0, *[len(options) for options in kept]])
     costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
@@ -93,8 +99,13 @@ def integer_program(
     objective = np.where(upper > 0, objective, 0.0)
     integral = np.zeros(width)
     integral[: start[-1]] = 1
+    constraints = [LinearConstraint(matrix, right, right)]
+    if limits is not None and len(limits):
+        nothing = sparse.csr_matrix((len(limits), width - limits.shape[1]))
+        wide = sparse.hstack([sparse.csr_matrix(limits / (limit or 1.0)), nothing])
+        constraints.append(LinearConstraint(sparse.csr_matrix(wide), -np.inf, float(limit > 0)))
     solved = milp(
-        objective, integrality=integral, bounds=Bounds(0, upper), constraints=LinearConstraint(matrix, right, right),
+        objective, integrality=integral, bounds=Bounds(0, upper), constraints=constraints,
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
     )  # fmt: skip
     bound = solved.mip_dual_bound
@@ -103,3 +114,17 @@ def integer_program(
         return None, bound, solved.message
     chosen = [int(options[solved.x[start[v] : start[v + 1]].argmax()]) for v, options in enumerate(kept)]
     return np.array(chosen), bound, solved.message
+
+
+def _usage_rows(problem: Problem, rows: list[np.ndarray], kept: list[np.ndarray]) -> np.ndarray:
+    """(times, options kept of all nodes): what each option takes at every time at which the limit could be passed."""
+    start = np.cumsum([0, *[len(options) for options in kept]])
+    amounts = [usage.amount(rows[usage.node][kept[usage.node]]) for usage in problem.usages]
+    times, most = usage_levels(problem, [float(amount.max()) for amount in amounts])
+    tight = [time for time, level in zip(times.tolist(), most.tolist()) if level > problem.limit]
+    found = np.zeros((len(tight), int(start[-1])))
+    for usage, amount in zip(problem.usages, amounts, strict=True):
+        for line, time in enumerate(tight):
+            if usage.begin <= time < usage.end:
+                found[line, start[usage.node] : start[usage.node + 1]] += amount
+    return found

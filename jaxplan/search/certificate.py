@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.problem import Assignment, Problem, evaluate, within_limit
 from jaxplan.reduce import dominance, eliminate
 from jaxplan.search.alpa import integer_program
 from jaxplan.search.dual import Relaxation
@@ -38,8 +38,9 @@ def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, progr
     what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
 
     `seconds`: of sweeps, after which it makes do with the bound reached. `program_seconds`: how long the integer program may work
-    on the rest after that. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if
-    `found` is no legal assignment, or if the problem is too large for a bound.
+    on the rest after that. A limit on usages is not in the bound, which holds with it too; what is returned stays within it if
+    `found` does. `notes`: the sweeps, the options struck out, the table entries of what is left. Raises ValueError if `found` is
+    no legal assignment, or if the problem is too large for a bound.
     """
     best = _Best(problem, found.choices)
     if not problem.nodes:
@@ -84,9 +85,9 @@ class _Best:
             raise ValueError("the assignment is not legal (its price is infinite): only a legal one can be certified")
 
     def meet(self, choices: np.ndarray) -> None:
-        """Keep an assignment if it is cheaper."""
+        """Keep an assignment if it is cheaper and within the problem's limit."""
         seconds = evaluate(self.problem, choices)
-        if seconds < self.seconds:
+        if seconds < self.seconds and within_limit(self.problem, choices):
             self.choices, self.seconds = choices, seconds
 
     def rise(self, bound: float) -> None:

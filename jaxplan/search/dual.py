@@ -8,18 +8,22 @@ falls. Edges see a choice only through the layout it implies: messages are per c
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxplan.problem import Problem, all_rows, repeated
+from jaxplan.problem import Asked, Edge, Problem, all_rows, edge_prices, repeated
 from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
 """Table entries above which a problem is refused."""
 CUT = 0.01
 """How far above a known assignment a pair's price is cut, as a fraction: what is cut stays dearer."""
+
+
+class TooLarge(ValueError):
+    """The prices of a problem's joint choices are too many to write out."""
 
 
 class Classes(NamedTuple):
@@ -59,37 +63,44 @@ class Relaxation:
     `options[node]`: what is still open to it. `held[node]`: its prices now.
     """
 
-    def __init__(self, problem: Problem, seconds: float) -> None:
+    def __init__(
+        self, problem: Problem, seconds: float, open_axes: Sequence[int] | None = None, fixed: np.ndarray | None = None
+    ) -> None:
         """`seconds`: the price of a known assignment; pairs that no cheaper one can contain are cut to a finite price.
 
-        Raises ValueError if a node has no legal choice, or for more than `LIMIT` table entries.
+        `open_axes`: the axes along which nodes may choose, all others staying as in `fixed` (nodes, axes); None: all axes.
+        Raises ValueError if a node has no legal choice, TooLarge for more than `LIMIT` table entries.
         """
         self.problem = problem
-        self.rows, self.options, self.held = _legal(problem)
+        self.rows, self.options, self.held = _legal(problem, open_axes, fixed)
         self.links: list[Link] = []
         self.dropped = 0
         seen: dict[Hashable, tuple[Classes, np.ndarray]] = {}
-        tables: dict[Hashable, np.ndarray] = {}
+        asked: dict[Hashable, Asked] = {}
+        sides: list[tuple[Edge, Hashable, Classes, Classes]] = []
         entries = 0
         for edge in problem.edges:
             if not edge.times:
                 continue
-            sides = []
+            ends = []
             for end, node in enumerate((edge.tail, edge.head)):
-                key = (id(edge.price), end, id(self.rows[node]))
+                looks = getattr(edge.price, "ends", None)
+                key = (looks[end] if looks else (id(edge.price), end), id(self.rows[node]))
                 if key not in seen:
                     alike = getattr(edge.price, "alike", None)
                     rows = self.rows[node]
                     seen[key] = _classes(alike(rows, end) if alike else np.arange(len(rows)))
-                sides.append(seen[key])
-            (tail, some_tails), (head, some_heads) = sides
+                ends.append(seen[key])
+            (tail, some_tails), (head, some_heads) = ends
             key = (id(edge.price), id(tail), id(head))
-            if key not in tables:
+            if key not in asked:
                 entries += len(some_tails) * len(some_heads)
                 if entries > LIMIT:
-                    raise ValueError(f"the relaxation takes more than {LIMIT:,} table entries: too large for a bound")
-                asked = self.rows[edge.tail][some_tails], self.rows[edge.head][some_heads]
-                tables[key] = edge.price(*asked)
+                    raise TooLarge(f"the relaxation takes more than {LIMIT:,} table entries: too large for a bound")
+                asked[key] = edge.price, self.rows[edge.tail][some_tails], self.rows[edge.head][some_heads]
+            sides.append((edge, key, tail, head))
+        tables = dict(zip(asked, edge_prices(list(asked.values())), strict=True))
+        for edge, key, tail, head in sides:
             priced = repeated(edge.times, tables[key])
             if edge.tail == edge.head:
                 self.held[edge.tail] = self.held[edge.tail] + priced[tail.of, head.of]
@@ -165,9 +176,9 @@ class Relaxation:
             chosen[node] = int(total.argmin())
         return self.choices(np.array(chosen, dtype=np.int64))
 
-    def choices(self, options: np.ndarray) -> np.ndarray:
+    def choices(self, options: Sequence[int] | np.ndarray) -> np.ndarray:
         """(nodes, axes) of numbers among what is still open."""
-        picked = [self.rows[node][self.options[node][option]] for node, option in enumerate(options.tolist())]
+        picked = [self.rows[node][self.options[node][option]] for node, option in enumerate(options)]
         return np.array(picked, dtype=np.int64).reshape(len(picked), len(self.problem.axes))
 
     def entries(self) -> int:
@@ -188,14 +199,21 @@ class Relaxation:
         return Tables(tuple(self.held), pairs)
 
 
-def _legal(problem: Problem) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+def _legal(
+    problem: Problem, open_axes: Sequence[int] | None, fixed: np.ndarray | None
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Per node: its legal choices (one array for nodes of one price), their numbers among themselves, and their prices."""
+    stays = np.zeros((len(problem.nodes), len(problem.axes)), dtype=np.int64) if fixed is None else fixed.copy()
+    free = list(range(len(problem.axes)) if open_axes is None else open_axes)
+    stays[:, free] = 0
     known: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
     rows, options, prices = [], [], []
-    for node in problem.nodes:
-        key = (id(node.price), node.options)
+    for node, row in zip(problem.nodes, stays, strict=True):
+        key = (id(node.price), node.options, row.tobytes())
         if key not in known:
-            every = all_rows(node.options)
+            inside = all_rows([node.options[axis] for axis in free])
+            every = np.tile(row, (len(inside), 1))
+            every[:, free] = inside
             price = node.price(every)
             legal = np.isfinite(price)
             if not legal.any():

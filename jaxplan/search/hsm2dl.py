@@ -11,12 +11,14 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
+from jaxplan.search.moves import ROUNDS, finest, fused, polished
 
 SWEEPS = 6
-PATIENCE = 1
+SMALL = 180
+"""Nodes up to which joint moves end the search; on larger problems they take longer than all the rest."""
+PATIENCE = 2
 """Rounds without improvement before a bounded (inexact) elimination gives up: each round keeps other variables fixed."""
-FINE_ROUNDS = 2
-BLOCK_LIMIT = 200_000
+BLOCK_LIMIT = 30_000
 """Table entries up to which several axes are re-opened at once."""
 BLOCK_CAP = 1 << 16
 FIRST_CAP = 1 << 18
@@ -28,7 +30,9 @@ def hsm2dl(problem: Problem) -> Assignment:
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
-    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. Deterministic.
+    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
+    Small problems, and those where taking one option along all axes at once still helps, end with joint moves (`moves.py`).
+    Deterministic.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
@@ -43,17 +47,24 @@ def hsm2dl(problem: Problem) -> Assignment:
         labels = tuple([problem.alike[a] if problem.alike else a for a in order])
         if labels not in tried:
             tried[labels] = _recursion(pricer, elimination, nothing, order)
-    best = _fused(pricer, elimination, [choices[:, columns] for choices in tried.values() for columns in swaps])
-    fine, unfold = fold(problem, FINE_ROUNDS)
+    best = fused(pricer, elimination, [choices[:, columns] for choices in tried.values() for columns in swaps])
+    fine, unfold = finest(problem)
     if len(fine.nodes) > coarse:
-        best = _restricted(fine, expand(best), unfold)
+        best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    blocks = [(axis,) for axis in axes]
-    best, seconds = _sweep(pricer, elimination, best, blocks, CAP)
+    best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
     for size in range(2, len(axes) + 1):
         blocks = [block for block in combinations(axes, size) if _entries(folded, block) <= BLOCK_LIMIT]
         if blocks:
             best, seconds = _sweep(pricer, elimination, best, blocks, BLOCK_CAP)
+    rugged = False
+    if len(axes) > 1:
+        tied = _tied(pricer, elimination, best, axes)
+        rugged = evaluate(folded, tied) < seconds * (1 - 1e-9)
+        if rugged:
+            best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
+    if rugged or len(folded.nodes) <= SMALL:
+        best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
@@ -66,14 +77,14 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     return choices
 
 
-def _fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarray]) -> np.ndarray:
-    """The best assignment whose every choice is one of the proposals' (a fusion move, Lempitsky et al., TPAMI 2010)."""
-    if len(proposals) == 1:
-        return proposals[0]
-    choices = np.stack(proposals, axis=1)
-    candidates = [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in choices.tolist()]
-    tables = pricer.among(candidates)
-    options, _ = solve(tables, elimination)
+def _tied(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """Every node keeps its choice, or takes one option along all axes at once: what no single axis improves may lie there."""
+    candidates = []
+    for row, counts in zip(choices, pricer.options[:, list(axes)].min(1).tolist(), strict=True):
+        rows = np.tile(row, (counts + 1, 1))
+        rows[1:, list(axes)] = np.arange(counts)[:, None]
+        candidates.append(rows)
+    options, _ = solve(pricer.among(candidates), elimination, np.zeros(len(choices), dtype=np.int64))
     return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
 
 
@@ -131,7 +142,7 @@ def elimination_order(problem: Problem) -> list[int]:
     return min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
 
 
-def _restricted(fine: Problem, choices: np.ndarray, unfold: Undo) -> np.ndarray:
+def restricted(fine: Problem, choices: np.ndarray, unfold: Undo) -> np.ndarray:
     """The choices of a finer folding that agree with an assignment of the whole (the coarse folding decides alike)."""
     probe = unfold(np.arange(len(fine.nodes))[:, None])[:, 0]
     start = np.zeros((len(fine.nodes), choices.shape[1]), dtype=np.int64)

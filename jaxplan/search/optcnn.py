@@ -7,7 +7,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import ILLEGAL, Pricer, dominance, eliminate, fold
 from jaxplan.search.elimination import min_fill_order, option_weights, solve
-from jaxplan.search.hsm2dl import FINE_ROUNDS
+from jaxplan.search.moves import FINE_ROUNDS
 
 CAP = 1 << 22
 """Entries of the largest table that eliminating one node may build."""

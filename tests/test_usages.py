@@ -1,0 +1,115 @@
+"""Usages over lifetimes as a constraint of `Problem`: what an assignment takes, and the searches that stay within a limit."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_search import random_tables
+
+from jaxplan.problem import Assignment, Peak, Problem, Usage, evaluate, from_tables, peak, within_limit
+from jaxplan.reduce import fold
+from jaxplan.search import alpa, brute, certify, search
+
+
+def taking(vector):
+    """Units per option of a problem's only axis."""
+    return lambda rows: np.asarray(vector, dtype=float)[rows[:, 0]]
+
+
+def limited(seed, share=0.6, nodes=6):
+    """(a random problem whose cheap options tend to take much, with a limit that binds; its usages as tables)."""
+    rng = np.random.default_rng(seed)
+    problem = random_tables(seed, nodes=nodes)
+    found = []
+    for index, node in enumerate(problem.nodes):
+        for _ in range(int(rng.integers(1, 3))):
+            begin = int(rng.integers(0, 8))
+            found.append((index, begin, begin + int(rng.integers(0, 6)), rng.integers(0, 10, node.options[0]).astype(float)))
+    usages = tuple(Usage(index, taking(vector), begin, end) for index, begin, end, vector in found)
+    whole = replace(problem, usages=usages)
+    return replace(whole, limit=share * peak(whole, brute(problem).choices).usage), found
+
+
+def used(found, options):
+    """The peak, time by time."""
+    return max(sum(v[options[i]] for i, begin, end, v in found if begin <= time < end) for time in range(16))
+
+
+def cheapest_within(problem, found):
+    """By pricing every assignment one by one; None if none fits."""
+    best = None
+    for options in itertools.product(*[range(node.options[0]) for node in problem.nodes]):
+        if used(found, options) <= problem.limit:
+            seconds = evaluate(problem, np.array(options)[:, None])
+            best = seconds if np.isfinite(seconds) and (best is None or seconds < best) else best
+    return best
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_brute_and_the_integer_program_find_the_cheapest_within_the_limit(seed):
+    problem, found = limited(seed)
+    best = cheapest_within(problem, found)
+    if best is None:
+        for name in ("brute", "alpa"):
+            with pytest.raises(ValueError, match=r"within"):
+                search(problem, name)
+        return
+    for method in ("brute", "alpa", lambda problem: alpa(problem, rounds=None)):
+        answer = search(problem, method)
+        assert answer.seconds == pytest.approx(best)
+        assert peak(problem, answer.choices).usage == used(found, answer.choices[:, 0]) <= problem.limit
+        assert answer.bound is None or answer.bound <= best * (1 + 1e-9)
+
+
+def test_the_limit_binds_and_can_be_met_in_some_of_these_problems():
+    costs = [(cheapest_within(*limited(seed)), brute(replace(limited(seed)[0], limit=np.inf)).seconds) for seed in range(12)]
+    assert sum(best is not None and best > free for best, free in costs) >= 4
+
+
+def test_the_peak_says_where_it_is():
+    problem = from_tables([[0.0, 1.0], [0.0, 1.0]], [])
+    usages = (Usage(0, taking([3, 1]), 0, 5), Usage(1, taking([4, 0]), 4, 9), Usage(1, taking([9, 9]), 7, 7))
+    problem = replace(problem, usages=usages, limit=6.0)
+    assert peak(problem, np.array([[0], [0]])) == Peak(4, 5, 7.0) and peak(problem, np.array([[0], [1]])) == Peak(0, 4, 3.0)
+    assert not within_limit(problem, np.array([[0], [0]])) and within_limit(problem, np.array([[1], [0]]))
+    assert peak(from_tables([[0.0]], []), np.array([[0]])) == Peak(0, 0, 0.0)
+    assert search(problem, "brute").seconds == search(problem, "alpa").seconds == 1.0
+    for name in ("brute", "alpa"):
+        with pytest.raises(ValueError, match="within"):
+            search(replace(problem, limit=0.0), name)
+
+
+def test_folding_keeps_what_each_member_takes():
+    costs = [[0.0, 5.0], [0.0, 5.0]]
+    problem = replace(from_tables(costs, [], kinds=["a", "a"]), limit=5.0)
+    together = replace(problem, usages=(Usage(0, taking([3, 1]), 0, 4), Usage(1, taking([3, 1]), 2, 6)))
+    folded, undo = fold(together)
+    assert len(folded.nodes) == 1 and peak(folded, np.array([[0]])) == peak(together, undo(np.array([[0]]))) == Peak(2, 4, 6.0)
+    assert search(together, "brute").seconds == 5.0 and search(together, "alpa").seconds == 10.0  # look-alikes decide alike
+    apart = replace(problem, usages=(Usage(0, taking([3, 1]), 0, 4), Usage(1, taking([3, 1]), 4, 6)))
+    assert search(apart, "alpa").seconds == 0.0
+
+
+def test_an_assignment_over_the_limit_is_caught_with_the_interval_and_the_shortage():
+    problem, _ = limited(1)
+    greedy = brute(replace(problem, limit=np.inf)).choices
+
+    def wasteful(problem):
+        return Assignment(greedy, 0.0)
+
+    with pytest.raises(ValueError, match=r"'wasteful' .* uses \S+ in \[\d+, \d+\), \S+ more than the limit .* brute honour"):
+        search(problem, wasteful)
+    proven = certify(problem, brute(problem))
+    assert within_limit(problem, proven.choices) and proven.bound <= brute(problem).seconds
+
+
+def test_usages_that_make_no_sense_are_said():
+    node = from_tables([[0.0]], []).nodes
+    for usage in (Usage(1, taking([1]), 0, 1), Usage(0, taking([1]), 3, 1)):
+        with pytest.raises(ValueError, match=r"usage of node \d over \[\d, 1\): nodes are 0..0, and an interval"):
+            Problem(("choice",), node, (), usages=(usage,))
+    with pytest.raises(ValueError, match="limit -1 is no amount"):
+        Problem(("choice",), node, (), limit=-1)
+    with pytest.raises(ValueError, match="limit nan is no amount"):
+        Problem(("choice",), node, (), limit=float("nan"))
