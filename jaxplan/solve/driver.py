@@ -25,7 +25,7 @@ ASCENT = 300
 """Steps of one ascent."""
 REFINEMENT = 20
 """Steps of each later ascent."""
-SPREADS = (0.0, 1.0, 0.3, 2.0)
+SPREADS = (0.0, 0.1, 0.0, 0.3)
 """Standard deviations of the logarithm by which the multipliers of a new start differ from the best ones, one after the other."""
 PASSES = 6
 """Passes of the dual before a new start is rounded."""
@@ -45,7 +45,7 @@ GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
 """The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
 TURN = 2
 """New walks of which one starts anew and the others are shaken from the best."""
-ASCENDING = 0.15
+ASCENDING = 0.3
 """Of the time, for the first ascent of the dual, at most."""
 POOL, TRIALS = 5, 5
 """Latest walks that are merged with the best, and prices at which."""

@@ -1,8 +1,8 @@
 """The best of several assignments at once, exactly: a node may take the position it has in any of them.
 
-Assignments of one problem that were improved apart agree on most nodes. What is left is a small problem with few positions a node and
-little width, which elimination solves (after Cook and Seymour, Tour merging via branch-decomposition, INFORMS J. Computing 2003,
-for another problem). Usages enter at prices.
+Assignments of one problem that were improved apart agree on most nodes. What is left is a small problem with few positions a
+node and little width, which elimination solves (after Cook and Seymour, Tour merging via branch-decomposition, INFORMS Journal
+on Computing 2003, for another problem). Usages enter at prices.
 """
 
 from __future__ import annotations
