@@ -196,17 +196,19 @@ class Search:
 
     def take(self, walk: Walk) -> None:
         """Keep what is best in a walk and in the latest ones before it, at prices of usage between none and ever more."""
+        other: Walk | None = walk
         if self.best is None or (walk.feasible and walk.cost < self.best.cost):
-            walk, self.best = self.best, walk if walk.feasible else None
-        if walk is not None:
-            self.pool = [*self.pool, walk.chosen.copy()][-POOL:]
+            other, self.best = self.best, walk if walk.feasible else None
+        if other is not None:
+            self.pool = [*self.pool, other.chosen.copy()][-POOL:]
         if self.best is None or not self.pool:
             return
         prices = np.concatenate([[0.0], np.cumsum(self.dual.best_multipliers)])
         low, high, scale = 0.0, math.inf, 0.0
         for _ in range(TRIALS):
             merged = merge(self.core, self.best.chosen, self.pool, scale * prices)
-            cross(self.best, merged)
+            if cross(self.best, merged):
+                self.offer(self.best)
             self.check()
             if (core_usage(self.core, merged) <= self.core.capacity).all():
                 if scale == 0.0:
@@ -215,7 +217,6 @@ class Search:
             else:
                 low = scale
             scale = 0.5 * (low + high) if math.isfinite(high) else max(0.5, 2 * scale)
-        self.offer(self.best)
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""

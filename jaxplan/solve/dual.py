@@ -34,7 +34,7 @@ def relaxed_costs(core, prices, out):
 
 
 @compiled()
-def sweep(core, costs, inbox, message, forward, scratch, chosen, more):
+def sweep(core, costs, inbox, message, forward, scratch, chosen):
     """One pass over all nodes, forward or back; updates the messages, fills `chosen` by conditioning, gives the bound.
 
     Message that comes in by link i: `message[inbox[i]:]`. The graph is covered by chains of rising nodes, max(edges to
@@ -62,9 +62,7 @@ def sweep(core, costs, inbox, message, forward, scratch, chosen, more):
         earlier, later = border - begin, end - border
         chains = max(1, earlier, later)
         share = 1.0 / chains
-        lowest_total = total[:count].min()
-        bound += (chains - (later if forward else earlier)) * share * lowest_total
-        more[core.start[v] : core.start[v + 1]] = total[:count] - lowest_total
+        bound += (chains - (later if forward else earlier)) * share * total[:count].min()
         for i in range(border if forward else begin, end if forward else border):
             w = core.other[i]
             size = core.start[w + 1] - core.start[w]
@@ -135,7 +133,6 @@ class Dual:
         self.costs = core.cost.copy()
         widest = int(counts.max(initial=1))
         self.scratch = np.zeros((3, widest))
-        self.more = np.zeros_like(core.cost)
         self.handed = np.zeros(len(core.other), dtype=np.int64)
         self.active = np.zeros(len(core.capacity), dtype=bool)
         self.direction: np.ndarray | None = None
@@ -149,7 +146,7 @@ class Dual:
         chosen = np.zeros(len(core.start) - 1, dtype=np.int64)
         bound = -np.inf
         for number in range(2 * count):
-            bound = sweep(core, self.costs, *messages, number % 2 == 0, self.scratch, chosen, self.more)
+            bound = sweep(core, self.costs, *messages, number % 2 == 0, self.scratch, chosen)
         change = np.zeros(len(core.capacity) + 1)
         trace(core, self.costs, *messages, self.scratch, self.handed, change)
         bound -= float(self.multipliers @ core.capacity)
