@@ -111,8 +111,16 @@ def content_of(problem: IntervalProblem) -> dict[str, Any]:
 
 def write_problem(problem: IntervalProblem, path: str | os.PathLike[str]) -> None:
     """Write a file that `read_problem` reads back as the same problem."""
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        file.write(json.dumps(content_of(problem), allow_nan=False, separators=(",", ":")).encode())
+    target = os.fspath(path)
+    text = json.dumps(content_of(problem), allow_nan=False, separators=(",", ":")).encode()
+    beside = f"{target}.{os.getpid()}.part"  # written whole, then renamed: nobody reads half a file
+    try:
+        with open(beside, "wb") as file:
+            file.write(gzip.compress(text, mtime=0))
+        os.replace(beside, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
 
 
 def _plain(values: np.ndarray) -> list[int | float]:
