@@ -6,11 +6,13 @@ A file is gzipped JSON: {"problem": {"name", "nodes": {"intervals", "costs", "us
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
 import os
 import zlib
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -65,18 +67,20 @@ def problem_of(content: Any) -> IntervalProblem:
     ends = _pairs(pairs, "problem.edges.nodes")
     for edge in np.flatnonzero(((ends < 0) | (ends >= len(costs))).any(axis=1) | (ends[:, 0] == ends[:, 1]))[:1]:
         raise ProblemFileError(f"problem.edges.nodes[{edge}]: {ends[edge].tolist()} are not two of the {len(costs)} nodes")
-    vectors = [_costs(cost, f"problem.nodes.costs[{i}]") for i, cost in enumerate(costs)]
-    sizes = [_numbers(usage, f"problem.nodes.usages[{i}]") for i, usage in enumerate(usages)]
+    vectors = _vectors(costs, "problem.nodes.costs", IMPOSSIBLE / 10)
+    sizes = _vectors(usages, "problem.nodes.usages", math.inf)
     for i, (vector, size) in enumerate(zip(vectors, sizes)):
         if not len(vector):
             raise ProblemFileError(f"problem.nodes.costs[{i}]: the node has no strategy")
         if len(size) != len(vector):
             raise ProblemFileError(f"problem.nodes.usages[{i}]: {len(size)} usages for {len(vector)} strategies")
-        if size.min() < 0:
-            raise ProblemFileError(f"problem.nodes.usages[{i}][{size.argmin()}]: {size.min():g} is negative")
+    widths = [len(size) for size in sizes]
+    for cell in np.flatnonzero(np.concatenate([np.zeros(0), *sizes]) < 0)[:1].tolist():
+        i = int(np.searchsorted(np.cumsum(widths), cell, side="right"))
+        at = cell - sum(widths[:i])
+        raise ProblemFileError(f"problem.nodes.usages[{i}][{at}]: {sizes[i][at]:g} is negative")
     matrices = []
-    for i, (table, (tail, head)) in enumerate(zip(tables, ends.tolist())):
-        flat = _costs(table, f"problem.edges.costs[{i}]")
+    for i, (flat, (tail, head)) in enumerate(zip(_vectors(tables, "problem.edges.costs", IMPOSSIBLE / 10), ends.tolist())):
         shape = len(vectors[tail]), len(vectors[head])
         if len(flat) != shape[0] * shape[1]:
             raise ProblemFileError(f"problem.edges.costs[{i}]: {len(flat)} costs for {shape[0]} x {shape[1]} strategies")
@@ -107,8 +111,16 @@ def content_of(problem: IntervalProblem) -> dict[str, Any]:
 
 def write_problem(problem: IntervalProblem, path: str | os.PathLike[str]) -> None:
     """Write a file that `read_problem` reads back as the same problem."""
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        file.write(json.dumps(content_of(problem), allow_nan=False, separators=(",", ":")).encode())
+    target = os.fspath(path)
+    text = json.dumps(content_of(problem), allow_nan=False, separators=(",", ":")).encode()
+    beside = f"{target}.{os.getpid()}.part"  # written whole, then renamed: nobody reads half a file
+    try:
+        with open(beside, "wb") as file:
+            file.write(gzip.compress(text, mtime=0))
+        os.replace(beside, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
 
 
 def _plain(values: np.ndarray) -> list[int | float]:
@@ -139,13 +151,26 @@ def _numbers(values: Any, path: str) -> np.ndarray:
         raise ProblemFileError(f"{path}: a number is beyond what a double holds") from None
 
 
-def _costs(values: Any, path: str) -> np.ndarray:
-    numbers = _numbers(values, path)
-    return np.where(numbers >= IMPOSSIBLE / 10, np.inf, numbers)
+def _vectors(rows: list[Any], path: str, impossible: float) -> list[np.ndarray]:
+    """Lists of finite numbers as floats, those from `impossible` on as infinite. All at once where there is nothing to name."""
+    flat = list(chain.from_iterable(rows)) if all(type(row) is list for row in rows) else [None]
+    if set(map(type, flat)) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            numbers = np.array(flat, dtype=float)
+            if np.isfinite(numbers).all():
+                numbers[numbers >= impossible] = np.inf
+                return [numbers[begin:end] for begin, end in pairwise([0, *accumulate(map(len, rows))])]
+    vectors = [_numbers(row, f"{path}[{i}]") for i, row in enumerate(rows)]
+    return [np.where(vector >= impossible, np.inf, vector) for vector in vectors]
 
 
 def _pairs(rows: list[Any], path: str) -> np.ndarray:
     """(n, 2) whole numbers."""
+    if all(type(row) is list and len(row) == 2 for row in rows) and set(map(type, chain.from_iterable(rows))) <= {int}:
+        with contextlib.suppress(OverflowError):
+            pairs = np.array(rows, dtype=np.int64).reshape(len(rows), 2)
+            if (abs(pairs) < 2**62).all():
+                return pairs
     for i, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != 2 or any(type(value) is not int for value in row):
             raise ProblemFileError(f"{path}[{i}]: {_shown(row)} is not a pair of whole numbers")

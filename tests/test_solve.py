@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from jaxplan.solve import Incumbent, IntervalProblem, NoSolutionError, cost_of, least_peak, peak_usage, solve
-from jaxplan.solve.core import add_fixed, add_scaled, core_cost, core_of, core_usage, lowest
+from jaxplan.solve.core import add, add_scaled, argmin_sum, core_cost, core_of, core_usage, lowest
+from jaxplan.solve.crossover import cross
 from jaxplan.solve.driver import Search
 from jaxplan.solve.dual import Dual
+from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, dominated, expand
 
@@ -168,9 +170,7 @@ def test_one_seed_gives_one_answer():
 
 def test_no_strategy_small_enough_is_said_with_interval_and_shortage():
     one = np.array([3.0])
-    problem = IntervalProblem(
-        (one, one), (one, one), np.array([[0, 5], [3, 9]]), np.zeros((0, 2), dtype=np.int64), (), limit=4.0
-    )
+    problem = IntervalProblem((one, one), (one, one), np.array([[0, 5], [3, 9]]), np.zeros((0, 2), dtype=np.int64), (), limit=4.0)
     with pytest.raises(NoSolutionError, match=r"in \[3, 5\) the smallest usages add up to 6, 2 more than the limit of 4"):
         solve(problem, 1.0)
 
@@ -229,19 +229,58 @@ def test_strategies_that_are_none(strategies):
 def test_kernels():
     rng = np.random.default_rng(0)
     table = rng.random(100)
-    matrix = table[7 : 7 + 12].reshape(3, 4)
-    for from_tail, (mine, wide) in ((True, (3, 4)), (False, (4, 3))):
-        values, out, where = rng.random(mine), np.zeros(5), np.zeros(5, dtype=np.int64)
-        lowest(values, table, 7, 3, 4, from_tail, out, where)
-        joint = values[:, None] + (matrix if from_tail else matrix.T)
-        assert np.array_equal(out[:wide], joint.min(axis=0)) and np.array_equal(where[:wide], joint.argmin(axis=0))
-        out[:] = 1.0
-        add_fixed(out, table, 7, 3, 4, from_tail, 2)
-        row = matrix[:, 2] if from_tail else matrix[2]
-        assert np.array_equal(out[: len(row)], 1.0 + row) and (out[len(row) :] == 1.0).all()
-    out = np.ones(5)
-    add_scaled(out, table, 3, 4, 2.0)
-    assert np.array_equal(out, np.append(1.0 + 2.0 * table[3:7], 1.0))
+    for rows, columns in ((3, 4), (4, 3), (9, 5), (1, 2)):
+        matrix = table[7 : 7 + rows * columns].reshape(rows, columns)
+        values, out = rng.random(rows), np.full(columns + 1, 9.0)
+        lowest(values, table, 7, rows, columns, out)
+        joint = values[:, None] + matrix
+        assert np.array_equal(out[:columns], joint.min(axis=0)) and out[columns] == 9.0
+        assert argmin_sum(values, table, 20, rows) == (values + table[20 : 20 + rows]).argmin()
+    for kernel, factor in ((add, ()), (add_scaled, (2.0,))):
+        out = np.ones(5)
+        kernel(out, table, 3, 4, *factor)
+        assert np.array_equal(out, np.append(1.0 + (factor or (1.0,))[0] * table[3:7], 1.0))
+
+
+@pytest.mark.parametrize("cells", [1 << 14, 8])
+def test_a_merge_is_the_best_of_all_that_its_parents_hold(cells):
+    for seed in range(4):
+        _, core = reduced(seed, 14)
+        rng = np.random.default_rng(seed)
+        counts = np.diff(core.start)
+        first, *others = ((rng.random(len(counts)) * counts).astype(np.int64) for _ in range(3))
+        prices = np.concatenate([[0.0], np.cumsum(rng.random(len(core.capacity)))])
+        charge = np.diff(prices)
+        found = merge(core, first, others, prices, cells)
+        held = [sorted({int(parent[v]) for parent in (first, *others)}) for v in range(len(counts))]
+        assert all(position in some for position, some in zip(found, held))
+
+        def priced(chosen, core=core, charge=charge):
+            return core_cost(core, chosen) + charge @ core_usage(core, chosen)
+
+        assert priced(found) <= min(priced(first), *(priced(other) for other in others)) + 1e-6 or cells == 8
+        assert priced(found) <= priced(first) * (1 + 1e-12)
+        if cells > 8 and math.prod(map(len, held)) <= 20_000:
+            best = min(priced(np.array(choice)) for choice in itertools.product(*held))
+            assert priced(found) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_cross_takes_over_what_is_better_and_stays_within_the_limit():
+    taken = 0
+    for seed in range(6):
+        _, core = reduced(seed)
+        rng = np.random.default_rng(seed)
+        walk = Walk(core, np.zeros(len(core.start) - 1, dtype=np.int64))
+        for _ in range(20):
+            else_where = rng.random(len(walk.chosen)) * np.diff(core.start)
+            other = np.where(rng.random(len(walk.chosen)) < 0.3, else_where, walk.chosen)
+            cost, excess = walk.cost, walk.excess
+            if cross(walk, other.astype(np.int64)):
+                taken += 1
+                assert walk.cost < cost
+            assert walk.cost <= cost and walk.excess <= excess
+            assert walk.cost == core_cost(core, walk.chosen)
+    assert taken
 
 
 def test_domination():

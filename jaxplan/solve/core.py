@@ -17,8 +17,10 @@ class Core(NamedTuple):
     """n nodes, m edges from a lower to a higher node, s spans of usage, T times.
 
     Strategies of node v: `start[v]:start[v + 1]` of `cost`. Table of edge e: `table[cell[e]:]`, row by row over (tail, head).
-    Edges at v: `link[first[v]:first[v + 1]]`. Spans of v, in order of time and apart: `span[v]:span[v + 1]`, each over times
-    `begin` to `end` with usages `usage[load[i]:]`. `capacity`: (T,) what they may add up to.
+    Links of v, one per edge: `first[v]:first[v + 1]`, first those to earlier nodes. Link i leads to node `other[i]`; the edge's
+    table is at `pull[i]` of `table` over (other, v), at `push[i]` over (v, other), and at the other end it is link `mirror[i]`.
+    Equal tables are stored once. Spans of v, in order of time and apart: `span[v]:span[v + 1]`, each over times `begin` to `end`
+    with usages `usage[load[i]:]`. `capacity`: (T,) what they may add up to.
     """
 
     start: np.ndarray
@@ -28,7 +30,10 @@ class Core(NamedTuple):
     cell: np.ndarray
     table: np.ndarray
     first: np.ndarray
-    link: np.ndarray
+    other: np.ndarray
+    pull: np.ndarray
+    push: np.ndarray
+    mirror: np.ndarray
     span: np.ndarray
     begin: np.ndarray
     end: np.ndarray
@@ -37,26 +42,57 @@ class Core(NamedTuple):
     capacity: np.ndarray
 
 
+class Tables:
+    """Tables in one flat array, equal ones once."""
+
+    def __init__(self) -> None:
+        self.flat: list[np.ndarray] = []
+        self.places: dict[bytes, int] = {}
+        self.size = 0
+
+    def place(self, table: np.ndarray) -> int:
+        """Where the table's cells are, row by row."""
+        cells = table.tobytes()
+        known = self.places.get(cells)
+        if known is None:
+            known = self.places[cells] = self.size
+            self.flat.append(table.ravel())
+            self.size += table.size
+        return known
+
+
 def core_of(reducer: Reducer) -> Core:
     """The nodes that a reducer has left, renumbered in order."""
     alive = np.flatnonzero(reducer.alive).tolist()
     number = {u: i for i, u in enumerate(alive)}
     edges = [(number[u], number[v], table) for u in alive for v, table in reducer.adjacent[u].items() if u < v]
     edges.sort(key=lambda edge: edge[:2])
+    tables = Tables()
+    forth, back = [], []
+    for _, _, table in edges:
+        finite = np.where(np.isfinite(table), table, BARRED)
+        forth.append(tables.place(finite))
+        back.append(tables.place(finite.T))
     tail = np.array([edge[0] for edge in edges], dtype=np.int64)
     head = np.array([edge[1] for edge in edges], dtype=np.int64)
-    ends = np.concatenate([tail, head])
-    table = _joined([edge[2].ravel() for edge in edges])
+    cell, turned = np.array(forth, dtype=np.int64), np.array(back, dtype=np.int64)
+    ends, others = np.concatenate([head, tail]), np.concatenate([tail, head])
+    order = np.lexsort((others, ends))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
     spans = [(number[u], *span, usage) for u in alive for span, usage in reducer.loads[u].items()]
     return Core(
         start=_offsets([len(reducer.cost[u]) for u in alive]),
         cost=_joined([reducer.cost[u] for u in alive]),
         tail=tail,
         head=head,
-        cell=_offsets([edge[2].size for edge in edges]),
-        table=np.where(np.isfinite(table), table, BARRED),
+        cell=cell,
+        table=_joined(tables.flat),
         first=_offsets(np.bincount(ends, minlength=len(alive))),
-        link=np.argsort(ends, kind="stable") % max(1, len(edges)),
+        other=others[order],
+        pull=np.concatenate([cell, turned])[order],
+        push=np.concatenate([turned, cell])[order],
+        mirror=place[(order + len(edges)) % max(1, len(order))],
         span=_offsets(np.bincount(np.array([row[0] for row in spans], dtype=np.int64), minlength=len(alive))),
         begin=np.array([row[1] for row in spans], dtype=np.int64),
         end=np.array([row[2] for row in spans], dtype=np.int64),
@@ -77,7 +113,7 @@ def _offsets(sizes: list[int] | np.ndarray) -> np.ndarray:
 def core_cost(core: Core, chosen: np.ndarray) -> float:
     """Node and edge costs of one position per node; from BARRED on, an impossible pair is among them."""
     heads = core.start[1:] - core.start[:-1]
-    cells = core.cell[:-1] + chosen[core.tail] * heads[core.head] + chosen[core.head]
+    cells = core.cell + chosen[core.tail] * heads[core.head] + chosen[core.head]
     return float(core.cost[core.start[:-1] + chosen].sum() + core.table[cells].sum())
 
 
@@ -91,57 +127,46 @@ def core_usage(core: Core, chosen: np.ndarray) -> np.ndarray:
     return np.cumsum(change)[:-1]
 
 
-def _lowest_numpy(values, table, cell, rows, columns, from_tail, out, where):
-    matrix = table[cell : cell + rows * columns].reshape(rows, columns)
-    joint = values[:rows, None] + matrix if from_tail else (matrix + values[:columns]).T
-    width = joint.shape[1]
-    where[:width] = joint.argmin(axis=0)
-    out[:width] = joint[where[:width], np.arange(width)]
+def _lowest_numpy(values, table, cell, rows, columns, out):
+    np.min(table[cell : cell + rows * columns].reshape(rows, columns) + values[:rows, None], axis=0, out=out[:columns])
 
 
 @compiled(_lowest_numpy)
-def lowest(values, table, cell, rows, columns, from_tail, out, where):
-    """out[j] = min over i of values[i] + table[i, j] (from the head: of table[j, i]); where[j]: the first i that gives it."""
-    if from_tail:
+def lowest(values, table, cell, rows, columns, out):
+    """out[j] = min over i of values[i] + table[i, j]. Four rows at a time, in slices: so a compiler makes it vectors."""
+    for j in range(columns):
+        out[j] = np.inf
+    i = 0
+    while i + 4 <= rows:
+        at = cell + i * columns
+        first, second = table[at : at + columns], table[at + columns : at + 2 * columns]
+        third, fourth = table[at + 2 * columns : at + 3 * columns], table[at + 3 * columns : at + 4 * columns]
+        a, b, c, d = values[i], values[i + 1], values[i + 2], values[i + 3]
         for j in range(columns):
-            out[j] = values[0] + table[cell + j]
-            where[j] = 0
-        for i in range(1, rows):
-            value, row = values[i], cell + i * columns
-            for j in range(columns):
-                joint = value + table[row + j]
-                if joint < out[j]:
-                    out[j] = joint
-                    where[j] = i
-    else:
-        for j in range(rows):
-            row = cell + j * columns
-            best, at = values[0] + table[row], 0
-            for i in range(1, columns):
-                joint = values[i] + table[row + i]
-                if joint < best:
-                    best, at = joint, i
-            out[j] = best
-            where[j] = at
-
-
-def _add_fixed_numpy(out, table, cell, rows, columns, tail_is_free, other):
-    if tail_is_free:
-        out[:rows] += table[cell + other : cell + rows * columns : columns]
-    else:
-        out[:columns] += table[cell + other * columns : cell + (other + 1) * columns]
-
-
-@compiled(_add_fixed_numpy)
-def add_fixed(out, table, cell, rows, columns, tail_is_free, other):
-    """Add to `out` an edge's costs over the strategies of one end, the other end being at `other`."""
-    if tail_is_free:
-        for i in range(rows):
-            out[i] += table[cell + i * columns + other]
-    else:
-        row = cell + other * columns
+            left = a + first[j] if a + first[j] < b + second[j] else b + second[j]
+            right = c + third[j] if c + third[j] < d + fourth[j] else d + fourth[j]
+            left = left if left < right else right
+            out[j] = left if left < out[j] else out[j]
+        i += 4
+    while i < rows:
+        row = table[cell + i * columns : cell + (i + 1) * columns]
+        value = values[i]
         for j in range(columns):
-            out[j] += table[row + j]
+            joint = value + row[j]
+            out[j] = joint if joint < out[j] else out[j]
+        i += 1
+
+
+def _add_numpy(out, values, begin, count):
+    out[:count] += values[begin : begin + count]
+
+
+@compiled(_add_numpy)
+def add(out, values, begin, count):
+    """out[i] += values[begin + i] for i below count."""
+    some = values[begin : begin + count]
+    for i in range(count):
+        out[i] += some[i]
 
 
 def _add_scaled_numpy(out, values, begin, count, factor):
@@ -151,5 +176,22 @@ def _add_scaled_numpy(out, values, begin, count, factor):
 @compiled(_add_scaled_numpy)
 def add_scaled(out, values, begin, count, factor):
     """out[i] += factor * values[begin + i] for i below count."""
+    some = values[begin : begin + count]
     for i in range(count):
-        out[i] += factor * values[begin + i]
+        out[i] += factor * some[i]
+
+
+def _argmin_sum_numpy(values, table, begin, count):
+    return (values[:count] + table[begin : begin + count]).argmin()
+
+
+@compiled(_argmin_sum_numpy)
+def argmin_sum(values, table, begin, count):
+    """The first i below count at which values[i] + table[begin + i] is least."""
+    some = table[begin : begin + count]
+    best, at = values[0] + some[0], 0
+    for i in range(1, count):
+        joint = values[i] + some[i]
+        if joint < best:
+            best, at = joint, i
+    return at

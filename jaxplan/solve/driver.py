@@ -1,4 +1,4 @@
-"""From a problem to a solution: reduce, ascend the dual, walk from its iterates, intensify the best walks."""
+"""From a problem to a solution: reduce, ascend the dual, walk from its iterates, join the best parts of the walks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxplan.solve.compiled import HAVE_NUMBA
-from jaxplan.solve.core import BARRED, core_of
+from jaxplan.solve.core import BARRED, core_of, core_usage
+from jaxplan.solve.crossover import cross
 from jaxplan.solve.dual import Dual
+from jaxplan.solve.merging import merge
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
@@ -23,13 +25,13 @@ ASCENT = 300
 """Steps of one ascent."""
 REFINEMENT = 20
 """Steps of each later ascent."""
-SPREADS = (0.0, 1.0, 0.3, 2.0)
+SPREADS = (0.0, 0.1, 0.0, 0.3)
 """Standard deviations of the logarithm by which the multipliers of a new start differ from the best ones, one after the other."""
 PASSES = 6
 """Passes of the dual before a new start is rounded."""
 FOREST = 40
 """Nodes of a forest, at most."""
-MOVES = 4.0 if HAVE_NUMBA else 0.1
+MOVES = 1.0 if HAVE_NUMBA else 0.1
 """Forests tried in one annealing, per node."""
 CHUNKS = 20
 """Looks at the clock in one annealing."""
@@ -41,14 +43,16 @@ COOLING = 1e-3
 """What annealing cools by."""
 GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
 """The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
-SHAKES = 2
-"""Walks shaken for every new start."""
+TURN = 2
+"""New walks of which one starts anew and the others are shaken from the best."""
+ASCENDING = 0.3
+"""Of the time, for the first ascent of the dual, at most."""
+POOL, TRIALS = 5, 5
+"""Latest walks that are merged with the best, and prices at which."""
 REFINED = 6
 """New walks between two ascents of the dual."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
-KEPT = 4
-"""Walks that are intensified."""
 PROVEN = 1e-9
 """A gap below which a solution counts as optimal."""
 
@@ -141,6 +145,8 @@ class Search:
         self.step = LAST_STEP
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
+        self.best: Walk | None = None
+        self.pool: list[np.ndarray] = []
 
     def run(self) -> None:
         """Search until the deadline or a proof. Raises NoSolutionError if the reductions show that there is no solution."""
@@ -179,24 +185,38 @@ class Search:
             self.note_bound()
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
         began = time.monotonic()
-        self.ascend(began + 0.5 * (self.deadline - began))
-        kept: list[Walk] = []
+        self.ascend(began + ASCENDING * (self.deadline - began))
         number = 0
         while number < self.rounds:
-            if not kept or number % (1 + SHAKES) == 0:
-                walk = self.start(SPREADS[number // (1 + SHAKES) % len(SPREADS)])
-            else:
-                place = int(self.rng.integers(len(kept))) if self.rng.random() < 0.5 else 0
-                walk = self.shaken(kept[place])
-                if walk.cost < kept[place].cost:
-                    kept.pop(place)
-            if walk.feasible:
-                kept.append(walk)
-            distinct = {walk.cost: walk for walk in kept}
-            kept = [distinct[cost] for cost in sorted(distinct)[:KEPT]]
+            turn, spread = number % TURN, SPREADS[number // TURN % len(SPREADS)]
+            self.take(self.start(spread) if turn == 0 or self.best is None else self.shaken(self.best))
             number += 1
             if number % REFINED == 0:
                 self.refine()
+
+    def take(self, walk: Walk) -> None:
+        """Keep what is best in a walk and in the latest ones before it, at prices of usage between none and ever more."""
+        other: Walk | None = walk
+        if self.best is None or (walk.feasible and walk.cost < self.best.cost):
+            other, self.best = self.best, walk if walk.feasible else None
+        if other is not None:
+            self.pool = [*self.pool, other.chosen.copy()][-POOL:]
+        if self.best is None or not self.pool:
+            return
+        prices = np.concatenate([[0.0], np.cumsum(self.dual.best_multipliers)])
+        low, high, scale = 0.0, math.inf, 0.0
+        for _ in range(TRIALS):
+            merged = merge(self.core, self.best.chosen, self.pool, scale * prices)
+            if cross(self.best, merged):
+                self.offer(self.best)
+            self.check()
+            if (core_usage(self.core, merged) <= self.core.capacity).all():
+                if scale == 0.0:
+                    break
+                high = scale
+            else:
+                low = scale
+            scale = 0.5 * (low + high) if math.isfinite(high) else max(0.5, 2 * scale)
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""

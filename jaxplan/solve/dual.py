@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxplan.solve.compiled import compiled
-from jaxplan.solve.core import Core, add_fixed, add_scaled, lowest
+from jaxplan.solve.core import Core, add, add_scaled, argmin_sum, lowest
 
 SMOOTHING = 0.8
 """How much of the direction of ascent is kept from one step to the next."""
@@ -34,108 +34,79 @@ def relaxed_costs(core, prices, out):
 
 
 @compiled()
-def sweep(core, costs, to_head, to_tail, head_at, tail_at, forward, scratch, where, chosen):
+def sweep(core, costs, inbox, message, forward, scratch, chosen):
     """One pass over all nodes, forward or back; updates the messages, fills `chosen` by conditioning, gives the bound.
 
-    Message of edge e to its head: `to_head[head_at[e]:]`; to its tail: `to_tail[tail_at[e]:]`. The graph is covered by chains
-    of rising nodes, max(edges to earlier, edges to later nodes) through each; the bound is the sum of their least costs.
+    Message that comes in by link i: `message[inbox[i]:]`. The graph is covered by chains of rising nodes, max(edges to
+    earlier, edges to later nodes) through each; the bound is the sum of their least costs.
     """
     bound = 0.0
     nodes = len(core.start) - 1
-    total, rounded, values, out = scratch[0], scratch[1], scratch[2], scratch[3]
+    total, rounded, values = scratch[0], scratch[1], scratch[2]
     for step in range(nodes):
         v = step if forward else nodes - 1 - step
         count = core.start[v + 1] - core.start[v]
+        begin, end = core.first[v], core.first[v + 1]
+        border = begin
+        while border < end and core.other[border] < v:
+            border += 1
         total[:count] = costs[core.start[v] : core.start[v + 1]]
         rounded[:count] = total[:count]
-        earlier = 0
-        for at in range(core.first[v], core.first[v + 1]):
-            e = core.link[at]
-            if core.head[e] == v:
-                earlier += 1
-                add_scaled(total, to_head, head_at[e], count, 1.0)
+        for i in range(begin, end):
+            add(total, message, inbox[i], count)
+            if (i < border) == forward:
+                add(rounded, core.table, core.pull[i] + chosen[core.other[i]] * count, count)
             else:
-                add_scaled(total, to_tail, tail_at[e], count, 1.0)
-            other = core.tail[e] if core.head[e] == v else core.head[e]
-            if (other < v) == forward:
-                columns = core.start[core.head[e] + 1] - core.start[core.head[e]]
-                rows = core.start[core.tail[e] + 1] - core.start[core.tail[e]]
-                add_fixed(rounded, core.table, core.cell[e], rows, columns, core.tail[e] == v, chosen[other])
-            elif core.head[e] == v:
-                add_scaled(rounded, to_head, head_at[e], count, 1.0)
-            else:
-                add_scaled(rounded, to_tail, tail_at[e], count, 1.0)
+                add(rounded, message, inbox[i], count)
         chosen[v] = rounded[:count].argmin()
-        later = core.first[v + 1] - core.first[v] - earlier
+        earlier, later = border - begin, end - border
         chains = max(1, earlier, later)
         share = 1.0 / chains
         bound += (chains - (later if forward else earlier)) * share * total[:count].min()
-        for at in range(core.first[v], core.first[v + 1]):
-            e = core.link[at]
-            from_tail = core.tail[e] == v
-            if from_tail != forward:
-                continue
-            columns = core.start[core.head[e] + 1] - core.start[core.head[e]]
-            rows = core.start[core.tail[e] + 1] - core.start[core.tail[e]]
+        for i in range(border if forward else begin, end if forward else border):
+            w = core.other[i]
+            size = core.start[w + 1] - core.start[w]
+            at = inbox[core.mirror[i]]
+            out = message[at : at + size]
             values[:count] = 0.0
             add_scaled(values, total, 0, count, share)
-            if from_tail:
-                add_scaled(values, to_tail, tail_at[e], count, -1.0)
-            else:
-                add_scaled(values, to_head, head_at[e], count, -1.0)
-            lowest(values, core.table, core.cell[e], rows, columns, from_tail, out, where)
-            size = columns if from_tail else rows
-            least = out[:size].min()
+            add_scaled(values, message, inbox[i], count, -1.0)
+            lowest(values, core.table, core.push[i], count, size, out)
+            least = out.min()
             bound += least
-            if from_tail:
-                to_head[head_at[e] : head_at[e] + size] = out[:size] - least
-            else:
-                to_tail[tail_at[e] : tail_at[e] + size] = out[:size] - least
+            out -= least
     return bound
 
 
 @compiled()
-def trace(core, costs, to_head, to_tail, head_at, tail_at, scratch, at_tail, change):
+def trace(core, costs, inbox, message, scratch, handed, change):
     """Mean usage of the chains' own best choices after a backward sweep: the bound's subgradient, as differences in time.
 
-    The k-th edge from an earlier node and the k-th to a later one are on one chain; `at_tail[e]`: its choice at e's tail.
+    The k-th edge from an earlier node and the k-th to a later one are on one chain; `handed[i]`: its choice at the node that
+    link i leads to.
     """
     total, values = scratch[0], scratch[1]
     change[:] = 0.0
     for v in range(len(core.start) - 1):
         count = core.start[v + 1] - core.start[v]
         total[:count] = costs[core.start[v] : core.start[v + 1]]
-        earlier = 0
         begin, end = core.first[v], core.first[v + 1]
-        for at in range(begin, end):
-            e = core.link[at]
-            if core.head[e] == v:
-                earlier += 1
-                add_scaled(total, to_head, head_at[e], count, 1.0)
-            else:
-                add_scaled(total, to_tail, tail_at[e], count, 1.0)
-        chains = max(1, earlier, end - begin - earlier)
+        border = begin
+        for i in range(begin, end):
+            border += core.other[i] < v
+            add(total, message, inbox[i], count)
+        chains = max(1, border - begin, end - border)
         share = 1.0 / chains
         free = total[:count].argmin()
-        into, out = begin, begin
-        for _ in range(chains):
-            while into < end and core.head[core.link[into]] != v:
-                into += 1
-            while out < end and core.tail[core.link[out]] != v:
-                out += 1
+        for k in range(chains):
             pick = free
-            if into < end:
-                e = core.link[into]
-                u = core.tail[e]
+            if begin + k < border:
                 values[:count] = 0.0
                 add_scaled(values, total, 0, count, share)
-                add_scaled(values, to_head, head_at[e], count, -1.0)
-                add_fixed(values, core.table, core.cell[e], core.start[u + 1] - core.start[u], count, False, at_tail[e])
-                pick = values[:count].argmin()
-                into += 1
-            if out < end:
-                at_tail[core.link[out]] = pick
-                out += 1
+                add_scaled(values, message, inbox[begin + k], count, -1.0)
+                pick = argmin_sum(values, core.table, core.pull[begin + k] + handed[begin + k] * count, count)
+            if border + k < end:
+                handed[core.mirror[border + k]] = pick
             for i in range(core.span[v], core.span[v + 1]):
                 used = share * core.usage[core.load[i] + pick]
                 change[core.begin[i]] += used
@@ -155,15 +126,14 @@ class Dual:
     def __post_init__(self) -> None:
         core = self.core
         counts = np.diff(core.start)
-        self.head_at = np.concatenate([[0], np.cumsum(counts[core.head])]).astype(np.int64)
-        self.tail_at = np.concatenate([[0], np.cumsum(counts[core.tail])]).astype(np.int64)
-        self.to_head, self.to_tail = np.zeros(self.head_at[-1]), np.zeros(self.tail_at[-1])
+        self.inbox = np.concatenate([[0], np.cumsum(np.repeat(counts, np.diff(core.first)))]).astype(np.int64)
+        self.message = np.zeros(self.inbox[-1])
         self.multipliers = np.zeros(len(core.capacity))
         self.best_multipliers = self.multipliers
         self.costs = core.cost.copy()
         widest = int(counts.max(initial=1))
-        self.scratch, self.where = np.zeros((4, widest)), np.zeros(widest, dtype=np.int64)
-        self.at_tail = np.zeros(len(core.tail), dtype=np.int64)
+        self.scratch = np.zeros((3, widest))
+        self.handed = np.zeros(len(core.other), dtype=np.int64)
         self.active = np.zeros(len(core.capacity), dtype=bool)
         self.direction: np.ndarray | None = None
 
@@ -172,13 +142,13 @@ class Dual:
         core = self.core
         prices = np.concatenate([[0.0], np.cumsum(self.multipliers)])
         relaxed_costs(core, prices, self.costs)
-        messages = (self.to_head, self.to_tail, self.head_at, self.tail_at)
+        messages = (self.inbox, self.message)
         chosen = np.zeros(len(core.start) - 1, dtype=np.int64)
         bound = -np.inf
         for number in range(2 * count):
-            bound = sweep(core, self.costs, *messages, number % 2 == 0, self.scratch, self.where, chosen)
+            bound = sweep(core, self.costs, *messages, number % 2 == 0, self.scratch, chosen)
         change = np.zeros(len(core.capacity) + 1)
-        trace(core, self.costs, *messages, self.scratch, self.at_tail, change)
+        trace(core, self.costs, *messages, self.scratch, self.handed, change)
         bound -= float(self.multipliers @ core.capacity)
         if bound > self.best:
             self.best, self.best_multipliers = bound, self.multipliers.copy()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.solve.compiled import compiled
-from jaxplan.solve.core import Core, add_fixed, add_scaled, core_cost, core_usage, lowest
+from jaxplan.solve.core import Core, add, add_scaled, argmin_sum, core_cost, core_usage, lowest
 
 LARGEST = 300
 """Nodes of the largest forest."""
@@ -30,15 +30,12 @@ class Work(NamedTuple):
     entry: np.ndarray
     order: np.ndarray
     parent: np.ndarray
-    edge: np.ndarray
+    up: np.ndarray
     slot: np.ndarray
     base: np.ndarray
     priced: np.ndarray
-    follow: np.ndarray
-    follow_at: np.ndarray
     place: np.ndarray
     out: np.ndarray
-    where: np.ndarray
     pick: np.ndarray
     change: np.ndarray
     cut_time: np.ndarray
@@ -52,12 +49,11 @@ def work_of(core: Core) -> Work:
     counts = np.sort(np.diff(core.start))[::-1]
     widest, cells = int(counts.max(initial=1)), int(counts[:LARGEST].sum()) + 1
     longs = {name: np.zeros(nodes + 1, dtype=np.int64) for name in ("stamp", "touched", "touches", "place")}
-    forest = {name: np.zeros(LARGEST + 1, dtype=np.int64) for name in ("order", "parent", "edge", "slot", "follow_at", "pick")}
+    forest = {name: np.zeros(LARGEST + 1, dtype=np.int64) for name in ("order", "parent", "up", "slot", "pick")}
     return Work(
         **longs, **forest,
-        frontier=np.zeros(len(core.link) + 1, dtype=np.int64), entry=np.zeros(len(core.link) + 1, dtype=np.int64),
-        base=np.zeros(cells), priced=np.zeros(cells), follow=np.zeros((LARGEST + 1) * widest, dtype=np.int64),
-        out=np.zeros(widest), where=np.zeros(widest, dtype=np.int64), change=np.zeros(times + 1),
+        frontier=np.zeros(len(core.other) + 1, dtype=np.int64), entry=np.zeros(len(core.other) + 1, dtype=np.int64),
+        base=np.zeros(cells), priced=np.zeros(cells), out=np.zeros(widest), change=np.zeros(times + 1),
         cut_time=np.zeros(CUTS, dtype=np.int64), cut_price=np.zeros(CUTS), counters=np.zeros(3, dtype=np.int64),
     )  # fmt: skip
 
@@ -76,27 +72,25 @@ def grow(core, work, number, size, joins, randoms, at):
             at = 0
         if waiting and randoms[at] < joins:
             pick = int(randoms[at + 1] * waiting)
-            v, e = work.frontier[pick], work.entry[pick]
+            v, up = work.frontier[pick], work.entry[pick]
             waiting -= 1
             work.frontier[pick], work.entry[pick] = work.frontier[waiting], work.entry[waiting]
             if work.stamp[v] == number or work.touches[v] != 1:
                 continue
-            parent = core.tail[e] if core.head[e] == v else core.head[e]
-            work.parent[placed], work.edge[placed] = work.place[parent], e
+            work.parent[placed], work.up[placed] = work.place[core.other[up]], up
         else:
             v = int(randoms[at + 1] * nodes)
             if work.stamp[v] == number or work.touched[v] == number:
                 misses += 1
                 continue
-            work.parent[placed], work.edge[placed] = -1, -1
+            work.parent[placed], work.up[placed] = -1, -1
         work.stamp[v], work.place[v], work.order[placed] = number, placed, v
         placed += 1
         for i in range(core.first[v], core.first[v + 1]):
-            e = core.link[i]
-            w = core.tail[e] if core.head[e] == v else core.head[e]
+            w = core.other[i]
             if work.touched[w] != number:
                 work.touched[w], work.touches[w] = number, 1
-                work.frontier[waiting], work.entry[waiting] = w, e
+                work.frontier[waiting], work.entry[waiting] = w, core.mirror[i]
                 waiting += 1
             else:
                 work.touches[w] += 1
@@ -106,24 +100,18 @@ def grow(core, work, number, size, joins, randoms, at):
 @compiled()
 def condition(core, work, number, placed, chosen):
     """Node costs of the forest with everything else fixed, into `work.base`."""
-    cells, links = 0, 0
+    cells = 0
     for k in range(placed):
         v = work.order[k]
         count = core.start[v + 1] - core.start[v]
         work.slot[k] = cells
-        work.base[cells : cells + count] = core.cost[core.start[v] : core.start[v + 1]]
+        base = work.base[cells : cells + count]
+        base[:] = core.cost[core.start[v] : core.start[v + 1]]
         for i in range(core.first[v], core.first[v + 1]):
-            e = core.link[i]
-            tail, head = core.tail[e], core.head[e]
-            w = tail if head == v else head
+            w = core.other[i]
             if work.stamp[w] != number:
-                rows, columns = core.start[tail + 1] - core.start[tail], core.start[head + 1] - core.start[head]
-                add_fixed(work.base[cells:], core.table, core.cell[e], rows, columns, tail == v, chosen[w])
+                add(base, core.table, core.pull[i] + chosen[w] * count, count)
         cells += count
-        work.follow_at[k] = links
-        if work.parent[k] >= 0:
-            p = work.order[work.parent[k]]
-            links += core.start[p + 1] - core.start[p]
     work.slot[placed] = cells
 
 
@@ -152,21 +140,18 @@ def decide(core, work, placed, prices, scale, penalties, cuts, noise, randoms, a
             if factor != 0.0:
                 add_scaled(work.priced[work.slot[k] :], core.usage, core.load[i], count, factor)
     for k in range(placed - 1, -1, -1):
-        if work.parent[k] >= 0:
-            e, p = work.edge[k], work.parent[k]
-            tail, head = core.tail[e], core.head[e]
-            rows, columns = core.start[tail + 1] - core.start[tail], core.start[head + 1] - core.start[head]
-            from_tail = tail == work.order[k]
-            lowest(
-                work.priced[work.slot[k] :], core.table, core.cell[e], rows, columns, from_tail,
-                work.out, work.follow[work.follow_at[k] :],
-            )  # fmt: skip
-            add_scaled(work.priced[work.slot[p] :], work.out, 0, columns if from_tail else rows, 1.0)
+        p = work.parent[k]
+        if p >= 0:
+            rows, columns = work.slot[k + 1] - work.slot[k], work.slot[p + 1] - work.slot[p]
+            lowest(work.priced[work.slot[k] :], core.table, core.push[work.up[k]], rows, columns, work.out)
+            add(work.priced[work.slot[p] :], work.out, 0, columns)
     for k in range(placed):
-        if work.parent[k] < 0:
-            work.pick[k] = work.priced[work.slot[k] : work.slot[k + 1]].argmin()
+        mine = work.priced[work.slot[k] : work.slot[k + 1]]
+        p = work.parent[k]
+        if p < 0:
+            work.pick[k] = mine.argmin()
         else:
-            work.pick[k] = work.follow[work.follow_at[k] + work.pick[work.parent[k]]]
+            work.pick[k] = argmin_sum(mine, core.table, core.pull[work.up[k]] + work.pick[p] * len(mine), len(mine))
 
 
 @compiled()
@@ -174,21 +159,14 @@ def true_change(core, work, placed, chosen):
     """(how much the cost changes by `work.pick`, how many nodes do)."""
     delta, moved = 0.0, 0
     for k in range(placed):
-        v = work.order[k]
-        new, old = work.pick[k], chosen[v]
+        new, old = work.pick[k], chosen[work.order[k]]
         moved += new != old
         delta += work.base[work.slot[k] + new] - work.base[work.slot[k] + old]
-        if work.parent[k] >= 0:
-            e, p = work.edge[k], work.parent[k]
-            other_new, other_old = work.pick[p], chosen[work.order[p]]
-            head = core.head[e]
-            columns = core.start[head + 1] - core.start[head]
-            if head == v:
-                delta += core.table[core.cell[e] + other_new * columns + new]
-                delta -= core.table[core.cell[e] + other_old * columns + old]
-            else:
-                delta += core.table[core.cell[e] + new * columns + other_new]
-                delta -= core.table[core.cell[e] + old * columns + other_old]
+        p = work.parent[k]
+        if p >= 0:
+            cell, count = core.pull[work.up[k]], work.slot[k + 1] - work.slot[k]
+            delta += core.table[cell + work.pick[p] * count + new]
+            delta -= core.table[cell + chosen[work.order[p]] * count + old]
     return delta, moved
 
 
@@ -327,7 +305,7 @@ class Walk:
         penalise(self.core, self.usage, penalty, self.penalties)
         improve(
             self.core, self.work, self.chosen, self.usage, prices, penalty, self.penalties,
-            moves, min(size, LARGEST), joins, heat, noise, rng.random(16384),
+            moves, min(size, LARGEST), joins, heat, noise, rng.random(65536),
         )  # fmt: skip
         self.settle()
 
