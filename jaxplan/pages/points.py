@@ -10,7 +10,6 @@ from jaxplan.pages.nouns import SweepView
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 
-
 APART = {"memory_budget": math.inf, "certify": False, "pipeline": None, "microbatches": None}
 """Points are planned without a budget, a certificate or a pipeline."""
 
