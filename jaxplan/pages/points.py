@@ -10,6 +10,9 @@ from jaxplan.pages.nouns import SweepView
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 
+APART = {"memory_budget": math.inf, "certify": False, "pipeline": None, "microbatches": None}
+"""Points are planned without a budget, a certificate or a pipeline."""
+
 
 def auto_sweep(plan: Plan, replannable: Any) -> SweepView:
     """Plans along the first dimension of the data that can be given other sizes, or along the speed of the first link."""
@@ -21,14 +24,14 @@ def auto_sweep(plan: Plan, replannable: Any) -> SweepView:
         grain = math.gcd(now, math.prod(plan.axis_sizes.values()))
         sizes = sorted({max(grain, round(now * 2.0**k / grain) * grain) for k in range(-3, 4)} - {1})
         try:
-            found = [replannable.replan(sizes={name: size}, memory_budget=math.inf, certify=False, pipeline=None, microbatches=None) for size in sizes]
+            found = [replannable.replan(sizes={name: size}, **APART) for size in sizes]
         except ValueError:
             continue
         return sweep_view(name, [(f"{name} = {size}", one) for size, one in zip(sizes, found, strict=True)], sizes.index(now))
     axis, machine = plan.axis_names[0], plan.modelled.numbers.machine
     speeds = [2.0**k for k in range(-3, 4)]
     machines = [machine.slower(axis, 1 / speed, plan.axis_sizes) for speed in speeds]
-    found = [replannable.replan(machine=one, memory_budget=math.inf, certify=False, pipeline=None, microbatches=None) for one in machines]
+    found = [replannable.replan(machine=one, **APART) for one in machines]
     told = [f"{speed:g} times as fast" for speed in speeds]
     return sweep_view(f"speed of the link of {axis}", list(zip(told, found, strict=True)), 3)
 
