@@ -1,15 +1,17 @@
-"""GPT-shaped models on many devices: hybrids beside pure data, tensor and pipeline parallelism, modelled; and what planning takes.
+"""GPT-shaped models on many devices: hybrids beside pure data, tensor and pipeline parallelism, and what planning takes.
 
     python scripts/compare_pipelines.py [--machine a100|h100|v4|p3] [--only 39B] [--axes 3] [--batch 16] [--bubble]
 
-Shapes only: nothing is run and no device is needed. Sizes are those of the GPT models of "Alpa: Automating Inter- and Intra-Operator
-Parallelism for Distributed Deep Learning" (Zheng et al., OSDI 2022): sequence 1024, vocabulary 51200; `--batch` rows per device,
-parameters and AdamW's moments in float32, activations in bfloat16, every layer rematerialised, nodes of eight devices. `p3` is the
-machine of that paper: V100 GPUs of 16 GB, NVLink within a node, and 25 Gb/s of network for the eight of a node.
+Shapes only: nothing is run and no device is needed. Sizes are those of the GPT models of "Alpa: Automating Inter- and Intra-
+Operator Parallelism for Distributed Deep Learning" (Zheng et al., OSDI 2022): sequence 1024, vocabulary 51200; `--batch` rows
+per device, parameters and AdamW's moments in float32, activations in bfloat16, every layer rematerialised, nodes of eight
+devices. `p3` is the machine of that paper: V100 GPUs of 16 GB, NVLink within a node, and 25 Gb/s of network for the eight of
+a node.
 
-`data`: the batch over all devices, the state on each. `tensor`: heads, MLP columns and vocabulary over all. `pipeline`: all devices
-along the layers. `one level`: `jaxplan.best_mesh` with no pipeline. `hybrid`: the same with everything left to it. Planning seconds
-are processor time, of all meshes together. A mark says that a plan does not fit: it is the best without a memory limit.
+`data`: the batch over all devices, the state on each. `tensor`: heads, MLP columns and vocabulary over all. `pipeline`: all
+devices along the layers. `one level`: `jaxplan.best_mesh` with no pipeline. `hybrid`: the same with everything left to it.
+Planning seconds are processor time, of all meshes together. A mark says that a plan does not fit: it is the best without a
+memory limit.
 
 `--bubble` measures instead: a small decoder in four stages on simulated devices, its processor time for 1 to 16 micro-batches
 beside the modelled step, both as ratios to the last.
@@ -135,7 +137,8 @@ def table(options: argparse.Namespace) -> None:
                     donate_argnums=(0, 1), pipeline=pipeline,
                 )  # fmt: skip
             except ValueError as error:
-                print(STEP.format(name, devices, strategy, str(error)[:32], "-", "-", f"{time.process_time() - start:.1f}"), flush=True)
+                took = f"{time.process_time() - start:.1f}"
+                print(STEP.format(name, devices, strategy, str(error)[:32], "-", "-", took), flush=True)
                 continue
             took, best = time.process_time() - start, found.best
             cells = (f"{best.seconds:.3f}", f"{best.peak_bytes / 1e9:.1f}", f"{took:.1f}")

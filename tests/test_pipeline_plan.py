@@ -134,7 +134,6 @@ def test_across_a_slow_link_a_model_too_large_for_one_group_is_laid_in_stages():
     """Two groups of four with fast links, links twenty times slower between them; the state does not fit four devices."""
     fast = machine("a100").inner
     groups = machine("a100").with_axis("s", fast.slower(20)).with_axis("d", fast)
-    mesh = AbstractMesh((2, 4), ("s", "d"))
     asked = {"mesh": AbstractMesh((2, 4), ("s", "d")), "machine": groups, **STATE}
     staged = jaxplan.make_plan(LARGE.fn, *LARGE.args, pipeline="s", memory_budget=np.inf, **asked)
     budget = 1.02 * staged.peak_bytes
