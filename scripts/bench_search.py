@@ -7,7 +7,7 @@ Seconds are processor time of this process, the least of `--repeat`; memory is w
 `tracemalloc` counts it in a run of its own (problems of up to `--memory-up-to` operators). A slope is that of the least-squares
 line through the logarithms: 1 is linear. The random problems (`random_layers.py`) have nothing that folds; the unrolled models
 have. Models are planned from shapes alone, on
-an `AbstractMesh`. `--plot` needs matplotlib (`pip install -e '.[plot]'`); without it the curves are drawn in the terminal.
+an `AbstractMesh`. `--plot` needs matplotlib (`pip install -e '.[plots]'`); without it the curves are drawn in the terminal.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def drawn(curves: Sequence[Curve], path: str) -> str:
         try:
             import matplotlib
         except ImportError:
-            return "matplotlib is not installed (pip install -e '.[plot]'); in text:\n" + "\n".join(map(text_plot, curves))
+            return "matplotlib is not installed (pip install -e '.[plots]'); in text:\n" + "\n".join(map(text_plot, curves))
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
