@@ -153,9 +153,13 @@ class Choosing(Generic[SomePlan]):
     budget: float
     wider: Wider[SomePlan]
 
+    def fits(self, plan: SomePlan) -> bool:
+        """Whether a plan stays within the budget. Its peak is not asked for where there is none."""
+        return self.budget == math.inf or plan.peak_bytes <= self.budget
+
     def fitted(self, attempt: Attempt[SomePlan], plan: SomePlan) -> SomePlan:
         """The best plan that stays within the budget. `plan`: the best without one. Raises NothingFits."""
-        return fit(attempt, plan, self.budget, self.wider) if plan.peak_bytes > self.budget else plan
+        return plan if self.fits(plan) else fit(attempt, plan, self.budget, self.wider)
 
 
 def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | None) -> SomePlan:
@@ -172,7 +176,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
         check_microbatches(chain_groups(using.traced), microbatches)
     attempt = using.attempts(None)
     plain = attempt(None)
-    fits = plain.peak_bytes <= using.budget
+    fits = using.fits(plain)
     if asked is None or (fits and hopeless(plain, microbatches)):
         return using.fitted(attempt, plain)
     axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
@@ -195,7 +199,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     better = _squeezed(using, tried, ceiling, failures)
     if better is not None:
         return better
-    if failures and plain.peak_bytes > using.budget:
+    if failures and not using.fits(plain):
         raise min(failures, key=lambda error: error.smallest)
     return plain
 
@@ -243,7 +247,7 @@ def _searched(
             refused.append(error)
             continue
         plan = attempt(None)
-        if plan.seconds < ceiling and plan.peak_bytes > using.budget:
+        if plan.seconds < ceiling and not using.fits(plan):
             large.append((plan, attempt))
         elif plan.seconds < ceiling:
             best, ceiling = plan, plan.seconds

@@ -111,7 +111,8 @@ def reduces(operator: Operator) -> bool:
 
 class _Fused:
     """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its
-    place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}; `near`: {tensor: its readers}.
+    place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}; `near`: {tensor: its readers},
+    `others`: those of them that do not reduce it.
     """
 
     def __init__(self, graph: Graph, operators: Sequence[Operator], scattered: frozenset[int]) -> None:
@@ -131,6 +132,8 @@ class _Fused:
                 if tensor >= 0:
                     self.near.setdefault(tensor, []).append(place)
         self._seen_through_views()
+        sums = [reduces(operator) for operator in operators]
+        self.others = {t: [r for r in near if not sums[r]] for t, near in self.near.items()}
         for place, operator in enumerate(operators):
             if in_a_loop(operator):
                 self._visit(place, operator)
@@ -221,8 +224,7 @@ class _Fused:
             one = ahead.pop()
             for tensor in one.operands:
                 maker = self._made.get(tensor, -1)
-                readers = [r for r in self.near.get(tensor, ()) if not reduces(self.operators[r])]
-                if maker < 0 or len(readers) != 1 or tensor in self._leaving or tensor in self.moved:
+                if maker < 0 or len(self.others.get(tensor, ())) != 1 or tensor in self._leaving or tensor in self.moved:
                     continue
                 by = self.operators[maker]
                 if tensor in self.origins:
@@ -254,13 +256,12 @@ def _elements(graph: Graph, tensor: int) -> int:
 
 def _narrow(graph: Graph, operators: Sequence[Operator], found: _Fused) -> frozenset[int]:
     """Sums of a value are taken where it is made, before it is rounded."""
-    known = rounded(graph)
+    known, bound = rounded(graph), {*graph.inputs, *graph.outputs}
     narrow = set()
     for operator in operators:
         for tensor in operator.results:
-            others = [operators[r] for r in found.near.get(tensor, ()) if not reduces(operators[r])]
-            bound = tensor in graph.inputs or tensor in graph.outputs
-            if others and not bound and all(reads_rounded(one, known) for one in others):
+            others = found.others.get(tensor, ())
+            if others and tensor not in bound and all(reads_rounded(operators[r], known) for r in others):
                 narrow.add(tensor)
     return frozenset(narrow)
 

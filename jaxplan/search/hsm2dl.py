@@ -63,7 +63,7 @@ def hsm2dl(problem: Problem) -> Assignment:
         rugged = evaluate(folded, tied) < seconds * (1 - 1e-9)
         if rugged:
             best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
-    if rugged or len(folded.nodes) <= SMALL:
+    if len(folded.nodes) <= SMALL:
         best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
