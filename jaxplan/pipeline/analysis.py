@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
-from jaxplan.pipeline.dimensions import CALLS, like_dimensions
+from jaxplan.pipeline.dimensions import CALLS, LikeDimensions
 from jaxplan.pipeline.fuse import check_fusible
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.roles import Walk
@@ -58,7 +58,7 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
     body = equation.params["jaxpr"].jaxpr
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
-    refusals, found = dict[str, str](), dict[int, Chain]()
+    refusals, found, dimensions = dict[str, str](), dict[int, Chain](), LikeDimensions(body)
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
@@ -69,7 +69,7 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
                 continue
             walk = Walk(microbatches)
             try:
-                chain = _chain(equation, path, tuple(layers), walk, k, dim)
+                chain = _chain(equation, path, tuple(layers), walk, dimensions, k, dim)
                 found.setdefault(sum(walk.points.values()), chain)
             except PipelineError as error:
                 refusals.setdefault(str(error), f"dimension {dim} of {body.invars[k].aval.str_short()}")
@@ -81,19 +81,25 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
     raise PipelineError(f"{told(equation)} cannot run in stages on {microbatches} micro-batches: {tried}")
 
 
-def _chain(equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, seed: int, dim: int) -> Chain:
+def _chain(
+    equation: Any, path: Path, layers: tuple[int, ...], walk: Walk, dimensions: LikeDimensions, seed: int, dim: int
+) -> Chain:
     """The chain if the rows are in dimension `dim` of the body's input `seed`."""
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
     rows = body.invars[seed].aval.shape[dim]
-    like, like_outs = like_dimensions(body, seed, dim)
+    like, like_outs = dimensions.like(seed, dim)
     first: PipelineError | None = None
+    tried: list[list[Role]] = []
     for kept in (range(len(body.invars)), range(consts + carries, len(body.invars)), ()):
         roles = [SAME] * len(body.invars)
         for k in kept:
             if not consts <= k < consts + carries and k in like:
                 roles[k] = _rows_in(body.invars[k].aval.shape, like[k], rows)
         roles[seed] = Role(Kind.CUT, dim, 1)
+        if roles in tried:
+            continue
+        tried.append(list(roles))
         walk.points.clear()
         try:
             state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)

@@ -97,16 +97,22 @@ CALLS = {
 """Calls that are looked into, and the parameter that holds what they call."""
 
 
-def like_dimensions(jaxpr: Any, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:
-    """{input: its dimension} and {output: its dimension} of those with a dimension that goes together with dimension `dim` of
-    input `number`, the first one of each."""
-    classes = _Classes()
-    ins = [classes.new(v.aval) for v in jaxpr.invars]
-    outs = classes.walk(jaxpr, ins)
-    goal = classes.find(ins[number][dim])
+class LikeDimensions:
+    """The dimensions of a body's inputs and outputs that go together; the body is walked once."""
 
-    def found(values: Sequence[Nodes]) -> dict[int, int]:
-        like = {k: [d for d, node in enumerate(held) if classes.find(node) == goal] for k, held in enumerate(values)}
-        return {k: dims[0] for k, dims in like.items() if dims}
+    def __init__(self, jaxpr: Any) -> None:
+        self._classes = _Classes()
+        self._ins = [self._classes.new(v.aval) for v in jaxpr.invars]
+        self._outs = self._classes.walk(jaxpr, self._ins)
 
-    return found(ins), found(outs)
+    def like(self, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:
+        """{input: its dimension} and {output: its dimension} of those with a dimension that goes together with dimension `dim`
+        of input `number`, the first one of each."""
+        find = self._classes.find
+        goal = find(self._ins[number][dim])
+
+        def found(values: Sequence[Nodes]) -> dict[int, int]:
+            like = {k: [d for d, node in enumerate(held) if find(node) == goal] for k, held in enumerate(values)}
+            return {k: dims[0] for k, dims in like.items() if dims}
+
+        return found(self._ins), found(self._outs)

@@ -15,9 +15,10 @@ from jaxplan.search.moves import ROUNDS, finest, fused, polished
 
 SWEEPS = 6
 SMALL = 180
-"""Nodes up to which joint moves end the search; on larger problems they take longer than all the rest."""
+"""Nodes up to which joint moves end the search."""
 PATIENCE = 2
-"""Rounds without improvement before a bounded (inexact) elimination gives up: each round keeps other variables fixed."""
+"""Rounds without improvement before a bounded (inexact) elimination of a small problem gives up: each round keeps other variables
+fixed. Larger ones have one."""
 BLOCK_LIMIT = 30_000
 """Table entries up to which several axes are re-opened at once."""
 BLOCK_CAP = 1 << 16
@@ -31,8 +32,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
     at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
-    Small problems, and those where taking one option along all axes at once still helps, end with joint moves (`moves.py`).
-    Deterministic.
+    Small problems end with one option taken along all axes at once, and with joint moves (`moves.py`); on larger ones
+    these take longer than all the rest, and `search="joint"` makes them. Deterministic.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
@@ -57,13 +58,11 @@ def hsm2dl(problem: Problem) -> Assignment:
         blocks = [block for block in combinations(axes, size) if _entries(folded, block) <= BLOCK_LIMIT]
         if blocks:
             best, seconds = _sweep(pricer, elimination, best, blocks, BLOCK_CAP)
-    rugged = False
-    if len(axes) > 1:
-        tied = _tied(pricer, elimination, best, axes)
-        rugged = evaluate(folded, tied) < seconds * (1 - 1e-9)
-        if rugged:
-            best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
     if len(folded.nodes) <= SMALL:
+        if len(axes) > 1:
+            tied = _tied(pricer, elimination, best, axes)
+            if evaluate(folded, tied) < seconds * (1 - 1e-9):
+                best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
         best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
@@ -131,7 +130,7 @@ def _sweep(
             idle = 1 if exact else 0
         else:
             idle += 1
-        if idle >= len(blocks) * (1 if exact else PATIENCE):
+        if idle >= len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE):
             break
     return choices, seconds
 

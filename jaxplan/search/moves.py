@@ -20,7 +20,7 @@ from jaxplan.search.dual import Link, Relaxation, TooLarge
 from jaxplan.search.elimination import solve
 
 FINE_ROUNDS = 2
-HARDLY = 1.2
+HARDLY = 1.1
 """Where folding leaves fewer nodes by less than this factor, nothing is folded."""
 FORESTS = 6
 """Forests re-opened in a row without an improvement before it is given up."""
