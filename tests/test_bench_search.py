@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import bench_search
-from random_layers import layered
-
 from jaxplan.problem import evaluate
 from jaxplan.search import search
+
+with pytest.MonkeyPatch.context() as patched:  # for these imports only: other names in that folder are those of packages
+    patched.setattr(sys, "path", [str(Path(__file__).parent.parent / "scripts"), *sys.path])
+    import bench_search
+    from random_layers import layered
 
 TINY = ["--size=tiny", "--operators=20,40", "--layers=1,2", "--widths=1,2", "--width=2", "--fixed=20", "--depth=1"]
 

@@ -38,13 +38,13 @@ def test_true_predictions_meet_the_goals(script, capsys):
 
 
 def test_a_program_that_sends_something_else_misses_them(script, capsys, monkeypatch):
-    right = jaxplan.Plan.exchanges
+    right = jaxplan.Plan.exchanges_of
 
-    def wrong(plan):
-        first, *rest = right.func(plan)
+    def wrong(plan, rounded):
+        first, *rest = right(plan, rounded)
         return (replace(first, wire_bytes={axis: 3 * sent for axis, sent in first.wire_bytes.items()}), *rest)
 
-    monkeypatch.setattr(jaxplan.Plan, "exchanges", property(wrong))
+    monkeypatch.setattr(jaxplan.Plan, "exchanges_of", wrong)
     assert script.main(SMALL) == 0  # not strict
     assert script.main([*SMALL, "--strict"]) == 1
     missed = capsys.readouterr().err
@@ -52,8 +52,8 @@ def test_a_program_that_sends_something_else_misses_them(script, capsys, monkeyp
 
 
 def test_an_exchange_that_nobody_planned_misses_them(script, capsys, monkeypatch):
-    right = jaxplan.Plan.exchanges
-    monkeypatch.setattr(jaxplan.Plan, "exchanges", property(lambda plan: right.func(plan)[1:]))
+    right = jaxplan.Plan.exchanges_of
+    monkeypatch.setattr(jaxplan.Plan, "exchanges_of", lambda plan, rounded: right(plan, rounded)[1:])
     assert script.main([*SMALL, "--strict", "--details"]) == 1
     found = capsys.readouterr()
     assert "unplanned" in found.err and any(line.startswith("unplanned  all-gather") for line in found.out.splitlines())
