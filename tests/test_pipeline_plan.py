@@ -45,6 +45,18 @@ def shapes(rows=16, width=32, depth=4):
     return jax.ShapeDtypeStruct((rows, width), jnp.float32), jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
 
 
+@pytest.mark.parametrize("name", ["h100", "v5e", "cpu"])
+def test_a_stage_holds_its_own_layers_and_no_copy_of_all(name):
+    """The weights alone are as large as all else together, so that a copy of all layers would be seen."""
+    rows, weights = shapes(rows=64, width=512, depth=8)
+    mesh = AbstractMesh((4, 2), ("s", "d"))
+    plan = jaxplan.make_plan(descend, rows, weights, mesh=mesh, machine=name, pipeline="s", microbatches=4)
+    stack = plan.modelled.graph.tensors[plan.modelled.graph.inputs[1]].nbytes
+    assert plan.in_specs[1][0] == "s"
+    assert max(buffer.nbytes for buffer in plan.memory.live) <= stack / 4
+    assert plan.peak_bytes < 1.5 * stack
+
+
 # --- what a pipeline costs -------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def memory(
         return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
 
     held, _ = _held(graph, facts, layouts, own, replaced, local)
-    buffers = held + _transients(modelled, choices, facts, local)
+    buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
         heap = _outside_outputs(buffers)
@@ -345,7 +345,7 @@ def _held(
     return [
         Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
         for root, size in nbytes.items() if root not in kept
-    ] + _rounded_before(graph, facts, layouts, moved, local), roots  # fmt: skip
+    ], roots  # fmt: skip
 
 
 def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
@@ -357,28 +357,41 @@ def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
     return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
 
 
-def _rounded_before(
-    graph: Graph, facts: _Facts, layouts: Mapping[int, Layout], moved: Mapping[int, float], local: Local
-) -> list[Buffer]:
-    """What a loop only multiplies by is rounded whole before it."""
-    found = []
+def _rounded_before(modelled: Modelled, facts: _Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """What a loop only multiplies by is rounded whole before it, where products round."""
+    graph, machine, found = modelled.graph, modelled.numbers.machine, []
+    moved = _moved(graph, facts, layouts)
     for op in facts.operators if facts.fuses else ():
         if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
             source, result, loop = op.operands[0], op.results[0], op.path[:-2]
-            if result not in moved and result in facts.more.narrow and source not in facts.more.narrow:
-                size = local(result, layouts.get(result)) * _rounds_of(graph, op)
+            share = machine.rounded_share(graph.tensors[source].dtype)
+            narrow = result in facts.more.narrow and source not in facts.more.narrow
+            if narrow and share < 1 and result not in moved:
+                layout = _as_sliced(graph, op, layouts)
                 first, last = facts.order.begins[loop], facts.order.ends[loop]
-                found.append(Buffer(source, TRANSIENT, size, first, last, _axes(layouts.get(result))))
+                found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, _axes(layout)))
     return found
 
 
+def _as_sliced(graph: Graph, boundary: Operator, layouts: Mapping[int, Layout]) -> Layout | None:
+    """The layout in which a loop slices a stack: that of its slices, and along the rounds that of the stack."""
+    source, result = boundary.operands[0], boundary.results[0]
+    before, after = layouts.get(source), layouts.get(result)
+    rounds = len(graph.tensors[source].shape) - len(graph.tensors[result].shape)
+    if before is None or after is None:
+        return before
+    return tuple([old if 0 <= old < rounds else new + rounds if new >= 0 else -1 for old, new in zip(before, after, strict=True)])
+
+
 def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
-    """Tensors handed on in a layout of larger parts, and how often the part that a round of a loop sees is there."""
+    """Tensors handed on in a layout of larger parts, and how often the part that a round of a loop sees is there. Axes along the
+    rounds themselves (the stages of a pipeline) split no round's part."""
     found = {}
     for operator in facts.operators if facts.fuses else ():
         if hands_on(operator) and operator.operands[0] >= 0:
-            before, after = (_axes(layouts.get(t)) for t in (operator.operands[0], operator.results[0]))
-            if set(after) < set(before):
+            before, after = (layouts.get(t) or () for t in (operator.operands[0], operator.results[0]))
+            rounds = len(graph.tensors[operator.operands[0]].shape) - len(graph.tensors[operator.results[0]].shape)
+            if set(_axes(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
                 found[operator.results[0]] = _rounds_of(graph, operator)
     return found
 
