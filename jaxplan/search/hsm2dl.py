@@ -11,11 +11,9 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
-from jaxplan.search.moves import ROUNDS, finest, fused, polished
+from jaxplan.search.moves import ROUNDS, SMALL, finest, fused, polished
 
 SWEEPS = 6
-SMALL = 180
-"""Nodes up to which joint moves end the search."""
 PATIENCE = 2
 """Rounds without improvement before a bounded (inexact) elimination of a small problem gives up: each round keeps other variables
 fixed. Larger ones have one."""
