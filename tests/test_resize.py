@@ -33,7 +33,8 @@ def anew(fn, plan):
     """`fn` traced and planned for the shapes of a plan."""
     args, kwargs = plan.traced.unflatten_inputs(plan.traced.in_avals)
     request = plan.request
-    return jaxplan.make_plan(fn, *args, **kwargs, mesh=request.mesh, machine=request.machine, pins=request.pins)
+    options = {"mesh": request.mesh, "machine": request.machine, "pins": request.pins}
+    return jaxplan.make_plan(fn, *args, **kwargs, **options, pipeline=None)  # other sizes look for no pipeline
 
 
 @pytest.fixture(scope="module")
