@@ -150,22 +150,24 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
 
 def share_views(flat: Flat) -> list[Operator]:
     """Where several heavy operators of one loop body read one tensor, they read a *view* of it: a layout of its own,
-    reached once and paid for once."""
-    readers: dict[tuple[int, int], list[int]] = {}
+    reached once and paid for once. What a rematerialised call reads is moved for it alone, so its readers share another view."""
+    readers: dict[tuple[int, int, Path], list[int]] = {}
     for index, operator in enumerate(flat.operators):
         if not operator.rule.fusible and operator.name != BOUNDARY:
+            path = operator.path
+            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls), ())
             for tensor in dict.fromkeys(operator.operands):
                 if tensor >= 0 and flat.tensors[tensor].shape:
-                    readers.setdefault((tensor, operator.scope), []).append(index)
+                    readers.setdefault((tensor, operator.scope, call), []).append(index)
     views: dict[int, list[tuple[int, Operator]]] = {}
     operators = list(flat.operators)
-    for (tensor, scope), found in readers.items():
+    for (tensor, scope, call), found in readers.items():
         if len(found) < 2:
             continue
         view = flat.like(tensor)
         first = operators[found[0]]
         rule = passing_rule(flat.tensors[tensor].shape, 1, 1)
-        path = (VIEW, tensor, scope)
+        path = (*call, VIEW, tensor, scope)
         views.setdefault(found[0], []).append((view, Operator(VIEW, rule, (tensor,), (view,), first.times, scope, path)))
         for index in found:
             swapped = tuple([view if t == tensor else t for t in operators[index].operands])
