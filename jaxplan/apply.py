@@ -65,6 +65,7 @@ class _Replay:
         self.found = plan.constraints
         self.operators = plan.modelled.graph.operators
         self._shardings: dict[Spec, NamedSharding] = {}
+        self._moved: Moved = {}
         self.rows: _Rows | None = None
 
     def on_rows(self, rows: _Rows) -> _Replay:
@@ -86,6 +87,15 @@ class _Replay:
                 if self.rows is not None:
                     spec = self.rows.fitting(spec, value.shape, self.plan)
                 value = jax.lax.with_sharding_constraint(value, self.sharding(spec))
+        return value
+
+    def brought(self, value: Any, specs: Sequence[Spec]) -> Any:
+        """The same, where readers in one jaxpr (loops among them) that want the same layout share one exchange."""
+        for spec in specs:
+            key = (id(value), spec)
+            if key not in self._moved:
+                self._moved[key] = (value, self.constrain(value, (spec,)))
+            value = self._moved[key][1]
         return value
 
     def run(self, closed: Any, inputs: Sequence[Any], path: Path) -> list[Any]:
@@ -117,31 +127,32 @@ class _Replay:
 
     def equations(self, jaxpr: Any, numbers: Iterable[int], env: dict[Any, Any], path: Path, moved: Moved) -> None:
         """Evaluate some equations of a jaxpr. `env`: values by variable, which grows; `moved`: what was moved for a reader."""
-        for number in numbers:
-            equation = jaxpr.eqns[number]
-            values = [_read(var, env) for var in equation.invars]
-            here = (*path, number)
-            control = _CONTROL.get(equation.primitive)
-            if equation.primitive not in _TAKES_STAGED:
-                values = [whole(value) for value in values]
-            if self.rows is not None:
-                values = self.rows.edited(values, here)
-            with _jax.user_context(equation):
-                if control is not None:
-                    outs = control(self, equation, values, here)
-                else:
-                    operator = self.found.at[here]
-                    for slot, value in enumerate(values):
-                        for spec in self.found.reads.get((operator, slot), ()):
-                            key = (id(value), spec)  # readers that want the same layout share one exchange
-                            if key not in moved:
-                                moved[key] = (value, self.constrain(value, (spec,)))
-                            value = moved[key][1]
-                        values[slot] = value
-                    asks = operator is not None and self.operators[operator].asked is not None
-                    outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
-                    outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
-            env.update(zip(equation.outvars, outs, strict=True))
+        around, self._moved = self._moved, moved
+        try:
+            for number in numbers:
+                self.equation(jaxpr.eqns[number], env, (*path, number))
+        finally:
+            self._moved = around
+
+    def equation(self, equation: Any, env: dict[Any, Any], here: Path) -> None:
+        """Evaluate one equation, which stands `here`."""
+        values = [_read(var, env) for var in equation.invars]
+        control = _CONTROL.get(equation.primitive)
+        if equation.primitive not in _TAKES_STAGED:
+            values = [whole(value) for value in values]
+        if self.rows is not None:
+            values = self.rows.edited(values, here)
+        with _jax.user_context(equation):
+            if control is not None:
+                outs = control(self, equation, values, here)
+            else:
+                operator = self.found.at[here]
+                for slot, value in enumerate(values):
+                    values[slot] = self.brought(value, self.found.reads.get((operator, slot), ()))
+                asks = operator is not None and self.operators[operator].asked is not None
+                outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
+                outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
+        env.update(zip(equation.outvars, outs, strict=True))
 
     def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
@@ -151,8 +162,16 @@ class _Replay:
 
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
+        return self.constrain(value, self._boundary_specs(path, slot))
+
+    def entering(self, value: Any, path: Path) -> Any:
+        """The same before a loop begins: loops that read one value in one layout share the exchange. (Not inside of a loop's
+        body: what is made there must not be met outside of it.)"""
+        return self.brought(value, self._boundary_specs(path, 0))
+
+    def _boundary_specs(self, path: Path, slot: int) -> Sequence[Spec]:
         operator = self.found.at.get(path)
-        return value if operator is None else self.constrain(value, self.found.reads.get((operator, slot), ()))
+        return () if operator is None else self.found.reads.get((operator, slot), ())
 
     def boundary_written(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on the far side of a boundary."""
@@ -206,7 +225,7 @@ class _Rows:
 def _scan(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     params, (consts, carries) = equation.params, scan_arity(equation)
     values = [
-        value if isinstance(value, Staged) else replay.boundary_read(value, (*path, *mark))
+        value if isinstance(value, Staged) else replay.entering(value, (*path, *mark))
         for value, mark in zip(values, _marks(equation), strict=True)
     ]
     pipeline = replay.plan.pipeline
@@ -300,8 +319,8 @@ def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> lis
     params = equation.params
     split = params["cond_nconsts"]
     total = split + params["body_nconsts"]
-    consts = [replay.boundary_read(v, (*path, "in", k)) for k, v in enumerate(values[:total])]
-    initial = [replay.boundary_read(v, (*path, "carry", k)) for k, v in enumerate(values[total:])]
+    consts = [replay.entering(v, (*path, "in", k)) for k, v in enumerate(values[:total])]
+    initial = [replay.entering(v, (*path, "carry", k)) for k, v in enumerate(values[total:])]
 
     def enter(numbers: range, carry: Any) -> list[Any]:
         inner = [replay.boundary_written(consts[k], (*path, "in", k)) for k in numbers]
