@@ -169,7 +169,7 @@ def free_sum(x):
 
 
 def by_hand(x):
-    mesh = AbstractMesh((4,), ("x",))
+    mesh = AbstractMesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     return jax.shard_map(lambda y: y * 2, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(x)
 
 
