@@ -21,8 +21,8 @@ from jaxplan.search.elimination import solve
 
 FINE_ROUNDS = 2
 SMALL = 180
-"""Nodes up to which a problem is searched unfolded in the end, and joint moves are cheap."""
-HARDLY = 1.1
+"""Nodes up to which joint moves are cheap."""
+HARDLY = 1.12
 """Where folding leaves fewer nodes by less than this factor, nothing is folded."""
 FORESTS = 6
 """Forests re-opened in a row without an improvement before it is given up."""
@@ -75,10 +75,9 @@ def _polished_along(
 
 
 def finest(problem: Problem) -> tuple[Problem, Undo]:
-    """The folding that is searched last: look-alikes told apart two steps deep; none of a small problem, and none where that
-    would merge hardly any."""
+    """The folding that is searched last: look-alikes told apart two steps deep; none where that would merge hardly any."""
     fine, unfold = fold(problem, FINE_ROUNDS)
-    if len(problem.nodes) <= max(SMALL, HARDLY * len(fine.nodes)):
+    if len(problem.nodes) <= HARDLY * len(fine.nodes):
         return problem, lambda choices: choices
     return fine, unfold
 
