@@ -102,6 +102,15 @@ def test_a_plan_that_fits_without_a_budget_is_that_plan():
     assert free.replan(memory_budget=free.peak_bytes).in_specs == free.in_specs
 
 
+def test_what_a_loop_uses_in_parts_lies_in_parts_where_that_costs_nothing():
+    """Stacked weights of which every device multiplies by its own part only: there is no plan as fast that holds less."""
+    program = programs("full")["decode_kv"]
+    mesh, donate = AbstractMesh((4, 4), ("x", "y")), program.donate
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=donate)
+    assert len(plan.in_specs[0]["blocks"]["w_up"]) == 3, "the width is split, and not in the loop alone"
+    assert plan.replan(memory_budget=0.95 * plan.peak_bytes).seconds > plan.seconds
+
+
 def test_where_nothing_fits_the_error_says_what_takes_it_and_what_would_help():
     with pytest.raises(jaxplan.NothingFits) as caught:
         jaxplan.make_plan(train_step, *train_args(65536), mesh=MESH, machine=OFF_CHIP, memory_budget="9MiB")

@@ -100,6 +100,18 @@ def test_state_that_a_loop_reads_while_it_stacks_the_new_one_needs_both():
     assert plan.memory.outputs < SIZE and plan.memory.temporaries == pytest.approx(6 * SIZE, rel=0.01)
 
 
+def test_state_that_meets_a_transposed_gradient_is_transposed_and_the_new_one_takes_the_place_of_the_copy():
+    def step(w, x):
+        return w - 0.1 * jax.grad(lambda w: jnp.sum(high(x, w) ** 2))(w), jnp.float32(0)
+
+    w = shape(8 * WIDTH, 2 * WIDTH)
+    size = 4.0 * 16 * WIDTH * WIDTH
+    far = planned(step, w, shape(WIDTH, 8 * WIDTH), donate_argnums=0).memory
+    near = planned(step, w, shape(WIDTH, 8 * WIDTH), donate_argnums=0, machine=replace(FAR, near_bytes=3 * size)).memory
+    assert [b.nbytes for b in far.live if b.nbytes >= size] == [size], "one, whether it is the copy or what replaces it"
+    assert [b.nbytes for b in near.live if b.nbytes >= size] == [size], "the copy lies on the chip, what replaces it does not"
+
+
 def test_a_carry_is_updated_in_place_unless_neighbours_are_read():
     def loop(step):
         return lambda x: jax.lax.fori_loop(0, 5, lambda _, x: step(x), x)

@@ -104,8 +104,11 @@ def memory(
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
                 buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
-        buffers += [copy(*some) for some in facts.more.copies]
-        heap = _far(buffers, facts, machine.near_bytes) + [copy(tensor, at, at) for tensor, at in facts.more.turned]
+        transposed = [copy(*some) for some in facts.more.copies]
+        heap = _far(buffers + transposed, facts, machine.near_bytes)
+        far = {id(buffer) for buffer in heap}
+        for old, (tensor, at) in zip(transposed, facts.more.turned, strict=True):
+            heap += [] if id(old) in far else [copy(tensor, at, at)]  # what turns back is written in place of the copy, where that is
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.price import terminal_layout
-from jaxplan.graph.flatten import INPUT, VIEW
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import shards
 from jaxplan.problem import all_rows, edge_prices, repeated
 
@@ -17,21 +17,31 @@ EQUAL = 1e-12
 
 
 def frugal(modelled: Modelled, choices: np.ndarray, seconds: float) -> np.ndarray:
-    """Choices per node where every input that could lie on more devices at no price does, and views of them likewise; all other
-    nodes keep theirs.
+    """Choices per node where every input that could lie on more devices at no price does, and views of them and what loops see
+    of them likewise; all other nodes keep theirs.
 
     `choices`: (nodes, axes), of price `seconds`. Inputs live throughout, so it is they that a budget feels first; a search that
-    compares seconds alone leaves such ties to chance. No two views are neighbours, and no two inputs: one pass each is enough.
+    compares seconds alone leaves such ties to chance. No two views are neighbours, no two inputs, and nothing that enters loops
+    equally deep: one pass each is enough, from the innermost loop outwards.
     """
-    for name in (VIEW, INPUT):
-        choices = _spread(modelled, choices, seconds, name)
+    graph = modelled.graph
+    passes: dict[tuple[int, int], list[int]] = {}
+    for node, cluster in enumerate(modelled.kept):
+        operator = graph.operators[graph.clusters[cluster].members[-1]]
+        if operator.name == VIEW:
+            passes.setdefault((0, 0), []).append(node)
+        elif operator.name == BOUNDARY and operator.path[-2] == "in":
+            passes.setdefault((1, -len(operator.path)), []).append(node)
+        elif operator.name == INPUT:
+            passes.setdefault((2, 0), []).append(node)
+    for _, nodes in sorted(passes.items()):
+        choices = _spread(modelled, choices, seconds, nodes)
     return choices
 
 
-def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) -> np.ndarray:
-    """For the nodes of operators called `name`."""
+def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, inputs: list[int]) -> np.ndarray:
+    """For some nodes, of which no two are neighbours."""
     problem, graph = modelled.problem, modelled.graph
-    inputs = [n for n, c in enumerate(modelled.kept) if graph.operators[graph.clusters[c].members[-1]].name == name]
     around: dict[int, list[int]] = {node: [] for node in inputs}
     for number, edge in enumerate(problem.edges):
         for node in {edge.tail, edge.head} & around.keys():
@@ -62,7 +72,6 @@ def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) 
         leads = graph.clusters[cluster].writes[0].leads if graph.clusters[cluster].writes else ()
         own = int(np.flatnonzero((rows == choices[node]).all(axis=1))[0])
         free = np.flatnonzero(totals[node] <= totals[node][own] + EQUAL * seconds).tolist()
-
         parts = [_parts(modelled, cluster, leads, rows[row]) for row in free]
         best = free[parts.index(max(parts))] if max(parts) > _parts(modelled, cluster, leads, rows[own]) else own
         for same in nodes:
