@@ -108,7 +108,7 @@ def memory(
         heap = _far(buffers + transposed, facts, machine.near_bytes)
         far = {id(buffer) for buffer in heap}
         for old, (tensor, at) in zip(transposed, facts.more.turned, strict=True):
-            heap += [] if id(old) in far else [copy(tensor, at, at)]  # what turns back is written in place of the copy, where that is
+            heap += [] if id(old) in far else [copy(tensor, at, at)]  # else the new value is written in the place of the copy
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
