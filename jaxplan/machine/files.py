@@ -78,6 +78,7 @@ def load_machine(path: str | Path) -> Machine:
             {k: reader.word(v, f"matmul_reads.{k}") for k, v in reader.of(found, "matmul_reads", dict, {}).items()},
             reader.tile(found.get("tile")),
             reader.number(found.get("near_bytes", 0.0), "near_bytes"),
+            found.get("in_order") is True,
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -103,6 +104,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "matmul_reads": dict(machine.matmul_reads),
         "tile": machine.tile and list(machine.tile),
         "near_bytes": machine.near_bytes,
+        "in_order": machine.in_order,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 
