@@ -106,15 +106,20 @@ def test_the_real_compiler(name):
     assert found.compiled_peak_bytes > 0 and dict(os.environ) == before
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_libtpu) for name in ("mlp_sgd", "decode_kv", "conjugate_gradient", "stencil")]
-)
+FULL = {"mlp_sgd": 0.03, "decode_kv": 1e-3, "conjugate_gradient": 1e-3, "stencil": 1e-3, "moe": 1e-3}
+"""By how much predicted bytes may be off. The compiler pads what `mlp_sgd` scatters (docs/tpu.md)."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_libtpu) for name in FULL])
 def test_full_size_programs_send_and_hold_what_was_predicted(name):
-    """As `scripts/check_tpu.py` prints it: bytes within 3%; memory within a third, and never more than a tenth too little."""
+    """As `scripts/check_tpu.py` prints it. No exchange above 1% of the total is unplanned; memory within a fifth, and never more
+    than a tenth too little. Decoders and ResNet take 5 to 20 minutes to compile: the script does them."""
     (row,) = runpy.run_path(str(SCRIPTS / "check_tpu.py"))["rows"]([name], (4, 4), "full", "v5e:4x4")
     _, peak, found = row
-    assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=0.03)
-    assert 0.9 <= peak / found.compiled_peak_bytes <= 4 / 3
+    assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=FULL[name])
+    unplanned = [row.total_bytes for row in found.exchanges if row.status == "unplanned"]
+    assert max(unplanned, default=0.0) <= 0.01 * found.predicted_bytes
+    assert 0.9 <= peak / found.compiled_peak_bytes <= 1.2
 
 
 @pytest.mark.parametrize("plans", [pytest.param(6, marks=needs_libtpu)])
