@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--entries", type=int, default=1_000_000)
     options = parser.parse_args()
-    print(f"{'program':28s} {'mesh':6s} {'variables':>9s} {'hsm2dl s':>8s} {'ILP s':>7s} {'above reduced':>13s} {'folding':>8s} {'above whole':>11s}")
+    columns = f"{'variables':>9s} {'hsm2dl s':>8s} {'ILP s':>7s} {'above reduced':>13s} {'folding':>8s} {'above whole':>11s}"
+    print(f"{'program':28s} {'mesh':6s} {columns}")
     above, above_whole, folded_by, left_out, times = [], [], [], [], []
     for label, program in chosen_programs(options.size.split(",")):
         graph = build_graph(trace(program.fn, program.args, {}))
@@ -93,7 +94,8 @@ def main() -> None:
     for ratios, which in ((np.array(above), "reduced"), (np.array(above_whole), "whole")):
         if len(ratios):
             mean, worst = np.maximum(ratios, 0).mean(), ratios.max()  # below the reduced optimum counts as at it
-            print(f"\nhsm2dl above the optimum of the {which} problem, {len(ratios)} problems: mean {mean:.3%}, worst {worst:.3%}")
+            title = f"hsm2dl above the optimum of the {which} problem, {len(ratios)} problems"
+            print(f"\n{title}: mean {mean:.3%}, worst {worst:.3%}")
             for limit in (1e-6, 1e-3, 1e-2, 5e-2):
                 print(f"  within {limit:.4%}: {(ratios <= limit).mean():.0%}")
     print(f"integer program's time over hsm2dl's: median {np.median(times):.0f}x, most {np.max(times):.0f}x")
