@@ -152,8 +152,8 @@ def _is_key(value: Any) -> bool:
 def differences(
     held: Mapping[int, Mapping[str, str]], details: Mapping[int, Mapping[str, Mapping[str, str]]] | None = None
 ) -> list[str]:
-    """In what processes differ from the first. `held`: {process: {aspect: digest}}; `details`: {process: what `details` gives}, to
-    name the items of an aspect that are others."""
+    """In what processes differ from the first. `held`: {process: {aspect: digest}}; `details`: {process: what `details` gives},
+    to name the items of an aspect that are others."""
     first, *rest = sorted(held)
     found = []
     for name in dict.fromkeys(name for process in sorted(held) for name in held[process]):
