@@ -90,7 +90,13 @@ class Padding:
 
 
 class Plan(_plan.Plan):
-    """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
+    """Where everything lies, what it costs, and how to run it. `print(plan)` gives a table.
+
+    `mesh`: what it was planned for. `bound`: with `certify=True` the seconds that no plan goes below, else None. `pipeline`: the
+    mesh axis laid along layers, its stages and micro-batches; None without. `dims`: names that the user gave to dimensions.
+    `stages`: {room: seconds} that planning took. `request`: what `make_plan` was asked for. `traced`, `modelled`, `choices`: the
+    program, its model and the option chosen per cluster and mesh axis, from which all else is derived.
+    """
 
     def __str__(self) -> str:
         return describe(self, notes=[str(padding) for padding in self.paddings])
