@@ -3,9 +3,9 @@
     python scripts/run_notebooks.py            executes each and saves its outputs
     python scripts/run_notebooks.py --check    executes each and says where the saved outputs are others; exit status 1 if any are
 
-Compared is text; times that were measured, digits of rounding errors and pictures are not. Plans hang on the version of JAX through
-the traced program, so outputs are compared only where the JAX is the one that they were saved with, as the notebook's metadata say;
-elsewhere `--check` only executes. Needs the extras `docs` and `dev` (nbconvert, ipykernel).
+Compared is text; times that were measured, digits of rounding errors and pictures are not. Plans hang on the version of JAX
+through the traced program, so outputs are compared only where the JAX is the one that they were saved with, as the notebook's
+metadata say; elsewhere `--check` only executes. Needs the extras `docs` and `dev` (nbconvert, ipykernel).
 """
 
 from __future__ import annotations
