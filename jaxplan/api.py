@@ -236,13 +236,14 @@ class Plan(_plan.Plan):
         """
         return export_plan(self, form, of, options, make_plan)
 
-    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
-        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+    def restore(self, directory: str | os.PathLike[str], of: Any = None, *, partial: bool = False) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`. `partial`: leave
+        unread what it holds beside that (an optimizer's state, say).
 
         Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
-        many, or of another shape or dtype: nothing is read then.
+        many (unless partial), or of another shape or dtype: nothing is read then.
         """
-        return restore_state(self, directory, of)
+        return restore_state(self, directory, of, partial)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
