@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Link:
-    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep."""
+    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep;
+    `source`: where these numbers are from."""
 
     seconds_per_byte: float
     latency_seconds: float
@@ -35,7 +36,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device and its links.
+    """A kind of device and its links. `name`: as plans print it.
 
     `seconds_per_flop`: by dtype name ("bfloat16", "float32", ...); a dtype without an entry runs at float32's rate.
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
