@@ -31,6 +31,7 @@ from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
 
@@ -340,12 +341,11 @@ class Plan:
     @cached_property
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
-        alike: dict[Any, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         graph = self.modelled.whole
         for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
-            key = (without_indices(path), graph.tensors[tensor].shape)
-            alike.setdefault(key, []).append(tensor)
-        return DimensionNames(graph, self.dims, list(alike.values()))
+            groups.setdefault((alike(path), graph.tensors[tensor].shape), []).append(tensor)
+        return DimensionNames(graph, self.dims, list(groups.values()))
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
@@ -412,11 +412,6 @@ class Plan:
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
-
-
-def without_indices(path: str) -> str:
-    """blocks/3/wq -> blocks/*/wq."""
-    return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
