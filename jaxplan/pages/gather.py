@@ -66,12 +66,11 @@ def inputs_of(plan: Plan) -> tuple[InputView, ...]:
     dims = [_dims(plan, tensor) for tensor in plan.modelled.graph.inputs]
     for position, path in enumerate(plan.traced.in_paths):
         found.setdefault((alike(path), kinds[position], dims[position]), []).append(position)
-    return tuple(
-        InputView(
-            starred([plan.traced.in_paths[i] for i in group]), kinds[group[0]], dims[group[0]], len(group), plan.input_bytes(group[0])
-        )
-        for group in found.values()
-    )  # fmt: skip
+    views = []
+    for group in found.values():
+        name, first = starred([plan.traced.in_paths[i] for i in group]), group[0]
+        views.append(InputView(name, kinds[first], dims[first], len(group), plan.input_bytes(first)))
+    return tuple(views)
 
 
 def _seconds(plan: Plan, exchange: PlannedExchange) -> float:
