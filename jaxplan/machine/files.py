@@ -79,6 +79,7 @@ def load_machine(path: str | Path) -> Machine:
             reader.tile(found.get("tile")),
             reader.number(found.get("near_bytes", 0.0), "near_bytes"),
             found.get("in_order") is True,
+            reader.flag(found.get("sends_rounded"), "sends_rounded"),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -105,6 +106,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "tile": machine.tile and list(machine.tile),
         "near_bytes": machine.near_bytes,
         "in_order": machine.in_order,
+        "sends_rounded": machine.sends_rounded,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 
@@ -129,6 +131,11 @@ class _Reader:
     def word(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{self.path}: {name!r} should be a word, found {value!r:.60}")
+        return value
+
+    def flag(self, value: Any, name: str) -> bool | None:
+        if value not in (None, True, False):
+            raise ValueError(f"{self.path}: {name!r} should be true, false or null, found {value!r:.60}")
         return value
 
     def tile(self, value: Any) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ mesh axis, both directions of a torus axis together (a bidirectional ring uses b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Link:
-    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep."""
+    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep;
+    `source`: where these numbers are from."""
 
     seconds_per_byte: float
     latency_seconds: float
@@ -35,7 +36,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device and its links.
+    """A kind of device and its links. `name`: as plans print it.
 
     `seconds_per_flop`: by dtype name ("bfloat16", "float32", ...); a dtype without an entry runs at float32's rate.
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
@@ -45,7 +46,8 @@ class Machine:
     precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two
     dimensions of arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: of the chip's own memory,
     what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `in_order`: buffers are placed in the
-    order in which they come to live, so that gaps between them stay (`cost/heap.py`).
+    order in which they come to live, so that gaps between them stay (`cost/heap.py`). `sends_rounded`: what products read
+    rounded is rounded before it is sent; None: it is, unless a mesh of CPU devices stands for the machine, which send it whole.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Machine:
     tile: tuple[int, int] | None = None
     near_bytes: float = 0.0
     in_order: bool = False
+    sends_rounded: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))
@@ -84,6 +87,13 @@ class Machine:
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.seconds_per_flop.items()), self.seconds_per_byte, self.memory_bytes))
+
+    @property
+    def local(self) -> tuple[Hashable, ...]:
+        """All of it but speeds of links, name and memory: equal for machines that differ by name, memory and links only."""
+        rates, reads = tuple(self.seconds_per_flop.items()), tuple(self.matmul_reads.items())
+        compiler = self.materialises, reads, self.tile, self.near_bytes, self.in_order, self.sends_rounded is False
+        return rates, self.seconds_per_byte, *compiler
 
     def flop_seconds(self, dtype: str) -> float:
         """Seconds of one floating-point operation in a dtype."""
