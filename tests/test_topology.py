@@ -124,10 +124,11 @@ def test_full_size_programs_send_and_hold_what_was_predicted(name):
 
 @pytest.mark.parametrize("plans", [pytest.param(6, marks=needs_libtpu)])
 def test_plans_that_the_model_calls_slower_are_slower_to_the_compiler(plans):
-    """Within each program; over all of them the compiler's own estimates of caches are out of line (docs/tpu.md)."""
+    """Over all programs, and in the mean within each (docs/tpu.md)."""
     script = runpy.run_path(str(SCRIPTS / "rank_tpu.py"))
     rows = list(script["ranked"]((4, 4), "v5e:4x4"))
     names = {row.program for row in rows}
-    assert len(rows) >= plans and len(names) == 3
+    assert len(rows) >= plans and len(names) == 5
     found = [script["correlation"]([row for row in rows if row.program == name]) for name in names]
     assert sum(found) / len(found) >= 0.5, rows
+    assert script["correlation"](rows) >= 0.8, rows
