@@ -249,7 +249,8 @@ class _Search:
 
     def __init__(self, line: _Line, plan: Plan) -> None:
         self.line, self.plan = line, plan
-        self.at: dict[float, float] = {}
+        self.at: dict[float, Plan] = {}
+        self._costs: dict[tuple[int, float], float] = {}
         self.candidates: list[_Candidate] = []
         self.refused: dict[float, str] = {}
 
@@ -261,14 +262,21 @@ class _Search:
         except ValueError as error:
             self.refused[value] = str(error)
             return
-        self.at[value] = found.seconds
-        if all(c.seconds(value) > found.seconds * (1 + SAME) for c in self.candidates):
+        self.at[value] = found
+        if all(self.cost(c, value) > found.seconds * (1 + SAME) for c in self.candidates):
             self.candidates.append(_Candidate(found, self.line.name))
+
+    def cost(self, candidate: _Candidate, value: float) -> float:
+        """What a candidate costs at a point that was planned; infinite where its cuts do not divide what they cut."""
+        key = id(candidate), value
+        if key not in self._costs:
+            self._costs[key] = candidate.seconds(value) if _divides(candidate.plan, self.at[value]) else math.inf
+        return self._costs[key]
 
     def kept(self) -> list[_Candidate]:
         """The candidates without which some point would be dearer by more than `WORTH`; the one missed least goes first."""
         kept = list(self.candidates)
-        costs = {id(c): np.array([c.seconds(value) for value in self.at]) for c in kept}
+        costs = {id(c): np.array([self.cost(c, value) for value in self.at]) for c in kept}
         least = np.min(list(costs.values()), axis=0)
         while len(kept) > 1:
             without = {id(c): np.max(np.min([costs[id(o)] for o in kept if o is not c], axis=0) / least) - 1 for c in kept}
@@ -299,7 +307,7 @@ class _Search:
     def _spans(self) -> Iterator[tuple[float, float, _Candidate]]:
         """Runs of neighbouring points with one winner."""
         points, kept = sorted(self.at), self.kept()
-        best = [min(kept, key=lambda c, value=value: c.seconds(value)) for value in points]
+        best = [min(kept, key=lambda c, value=value: self.cost(c, value)) for value in points]
         start = points[0]
         for number, value in enumerate(points):
             if number + 1 == len(points) or best[number + 1] is not best[number]:
@@ -325,6 +333,21 @@ class _Search:
         condition, short = _condition(one, other, value)
         verified = low >= tight[0] * (1 - SAME) and high <= tight[1] * (1 + SAME)
         return Crossing(value, (low, high), condition, short, root is not None, verified)
+
+
+def _divides(plan: Plan, there: Plan) -> bool:
+    """Whether what a plan decides can be had where another one of the program was found, at other extents or on another mesh."""
+    sizes, clusters = there.modelled.numbers.sizes, there.modelled.graph.clusters
+    if len(clusters) != len(plan.modelled.graph.clusters):
+        return False
+    for index, cluster in enumerate(clusters):
+        parts = [1] * len(cluster.units)
+        for size, option in zip(sizes, plan.modelled.chosen(plan.choices, index), strict=True):
+            for factor in {option.factor, option.scatter} - {-1}:
+                parts[factor] *= size
+        if any(unit % count for unit, count in zip(cluster.units, parts, strict=True)):
+            return False
+    return True
 
 
 def _root(one: _Candidate, other: _Candidate, low: float, high: float) -> float | None:
@@ -380,10 +403,11 @@ def _inequality(less: sympy.Expr, more: sympy.Expr, variable: sympy.Symbol, numb
         slope, rest = polynomial.all_coeffs()
         rising = _evaluated([slope], numbers)[0] > 0
         limit = sympy.factor(sympy.cancel(-rest / slope))
-        if limit.could_extract_minus_sign():  # (b - a)/c, not -(a - b)/c
-            over, under = sympy.fraction(limit)
-            limit = sympy.Mul(sympy.expand(over), sympy.Pow(under, -1), evaluate=False)
-        return f"{variable} {'<' if rising else '>'} {limit}"
+        over, under = sympy.fraction(limit)
+        told = str(limit)
+        if limit.could_extract_minus_sign() and over.has(sympy.Add):  # (b - a)/c, not -(a - b)/c
+            told = f"({sympy.expand(over)})" + (f"/({under})" if under != 1 else "")
+        return f"{variable} {'<' if rising else '>'} {told}"
     return f"{sympy.factor_terms(left)} < {sympy.factor_terms(right)}"
 
 
