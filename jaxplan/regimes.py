@@ -77,8 +77,9 @@ class Regime:
 
 @dataclass(frozen=True)
 class Regimes:
-    """What `plan.regimes` found; prints as text. `crossings[i]` lies between `regimes[i]` and `regimes[i + 1]`. `now`: the value
-    of the symbol in the plan that was asked; `points`: how many plans were made; `refused`: values that could not be planned."""
+    """What `plan.regimes` found along `symbol`; prints as text. `regimes`: ranges of it, in order; one of `crossings` lies
+    between each and the next. `now`: the value of the symbol in the plan that was asked; `points`: how many plans were made;
+    `refused`: values that could not be planned, and why."""
 
     symbol: str
     now: float
