@@ -443,7 +443,8 @@ def _rational(expr: sympy.Expr) -> sympy.Expr:
         near = Fraction(number).limit_denominator(12)
         return sympy.Rational(near if math.isclose(near, number, rel_tol=0.01) else Fraction(f"{number:.3g}"))
 
-    return expr.xreplace({number: short(float(number)) for number in expr.atoms(sympy.Float)})
+    found: Any = expr.xreplace({number: short(float(number)) for number in expr.atoms(sympy.Float)})
+    return found
 
 
 def _evaluated(terms: Sequence[Any], numbers: Mapping[Any, float]) -> list[float]:

@@ -50,18 +50,19 @@ def report(name: str, plan: jaxplan.Plan) -> None:
     link, mesh, size, alone = map(statistics.median, (links, meshes, sizes, graph))
     traced = 1e3 * plan.stages["trace"]
     print(
-        f"{name}: traced in {traced:.0f} ms; a point at another link speed {link:.0f}, on another mesh {mesh:.0f}, at another size "
-        f"{size:.0f}, of which the graph {alone:.0f}"
+        f"{name}: traced in {traced:.0f} ms; a point at another link speed {link:.0f}, on another mesh {mesh:.0f}, "
+        f"at another size {size:.0f}, of which the graph {alone:.0f}"
     )
 
 
 def main() -> None:
     """One line per program."""
     mesh = AbstractMesh((4, 4), ("x", "y"))
-    for size, names in (("full", ("decoder_scan", "decoder_unrolled")), ("small", ("mlp_sgd", "decoder_scan"))):
-        for name in names:
-            program = programs(size)[name]
-            report(f"{name} ({size})", jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v4"))
+    full, small = programs("full"), programs("small")
+    chosen = {f"{name} (full)": full[name] for name in ("decoder_scan", "decoder_unrolled")}
+    chosen |= {f"{name} (small)": small[name] for name in ("mlp_sgd", "decoder_scan")}
+    for name, program in chosen.items():
+        report(name, jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v4"))
 
 
 if __name__ == "__main__":

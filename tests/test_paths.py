@@ -69,7 +69,9 @@ def named(name):
 
         return jax.tree.map(lambda w, g: w - 0.1 * g, params, jax.grad(loss)(params))
 
-    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     return step, ({name(i): {"up": f32(256, 512), "down": f32(512, 256)} for i in range(LAYERS)}, f32(64, 256))
 
 

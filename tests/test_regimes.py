@@ -124,7 +124,7 @@ def test_the_short_condition_tells_about_where(found):
             assert " < " in crossing.short
             continue
         names = {s.name: s for s in regime.plan.symbol_values}
-        value = sympy.sympify(solved[1], locals=names).subs(regime.plan.symbol_values)
+        value = sympy.parse_expr(solved[1], local_dict=names).subs(regime.plan.symbol_values)
         assert float(value) == pytest.approx(crossing.value, rel=0.5)
 
 

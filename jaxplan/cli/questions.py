@@ -74,7 +74,8 @@ def why_not_options(parser: argparse.ArgumentParser) -> None:
 
 
 def why_not(arguments: argparse.Namespace) -> int:
-    """The best plan with an input (or several, --with) laid out as stated, beside the plan: what it costs more, why, and what else would move."""
+    """The best plan with an input (or several, --with) laid out as stated, beside the plan: what it costs more, why, and what
+    else would move."""
     from jax.sharding import PartitionSpec
 
     plan = _plan(arguments)
