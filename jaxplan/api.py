@@ -415,8 +415,9 @@ def load_plan(
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
+    machine = _as_saved(saved.machine, mesh)
     request = Request(
-        mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
+        mesh, machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
         traced = files.program_for(saved, traced)
@@ -436,6 +437,13 @@ def load_plan(
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
+
+
+def _as_saved(machine: Machine, mesh: Any) -> Machine:
+    """A saved plan's machine, which goes on sending as it was planned to where this mesh would change that."""
+    asked = find_machine(replace(machine, sends_rounded=None), mesh)
+    same = (asked.sends_rounded is False) == (machine.sends_rounded is False)
+    return replace(machine, sends_rounded=None if same else machine.sends_rounded is not False)
 
 
 @contextlib.contextmanager

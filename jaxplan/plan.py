@@ -226,11 +226,11 @@ class Plan:
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
         """Every collective of one call, costliest first."""
-        return self.exchanges_of(rounded=True)
+        return self.exchanges_of(self.modelled.numbers.machine.sends_rounded is not False)
 
     def exchanges_of(self, rounded: bool) -> tuple[PlannedExchange, ...]:
-        """Every collective of one call, costliest first. `rounded`: as the plan's machine does it, which may round what only
-        products read before it sends it; False: as on a machine that sends all values whole, such as simulated devices.
+        """Every collective of one call, costliest first. `rounded`: as the plan's machine reads what only products read,
+        which may be rounded; False: as on a machine that sends all values whole, such as simulated devices.
 
         What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
         rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy

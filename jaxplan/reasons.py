@@ -73,7 +73,7 @@ def charges(plan: Plan) -> dict[tuple[str, int], Charge]:
             found["cluster", index] = Charge(what, plan.source(operator), seconds)
     for number, reading in enumerate(modelled.readings):
         steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.slow_first)
-        nbytes = reading.share * numbers.nbytes(reading.tensor)
+        nbytes = reading.sent * numbers.nbytes(reading.tensor)
         seconds = reading.times * sent_seconds(*steps_terms(steps, nbytes, numbers.sizes), numbers)
         if seconds:
             reader, writer = (graph.operators[graph.clusters[c].members[-1]] for c in (reading.reader, reading.writer))
@@ -366,12 +366,12 @@ def _moving(plan: Plan, position: int) -> tuple[sympy.Expr, float]:
     for reading in modelled.readings:
         if reading.tensor in own or reading.reader == home:
             steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.slow_first)
-            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             value = sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols)
             if value != 0:
                 parts[value] = parts.get(value, 0.0) + reading.times
                 numbers = modelled.numbers
-                sent = steps_terms(steps, reading.share * numbers.nbytes(reading.tensor), numbers.sizes)
+                sent = steps_terms(steps, reading.sent * numbers.nbytes(reading.tensor), numbers.sizes)
                 seconds += reading.times * sent_seconds(*sent, numbers)
     whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), seconds

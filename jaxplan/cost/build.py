@@ -26,7 +26,8 @@ Leads = tuple[int, ...]
 
 class Reading(NamedTuple):
     """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem. `share`: of its
-    bytes, what is sent where the reader wants it elsewhere; less than 1 where all of the reader rounds it."""
+    bytes, what all of the reader needs; less than 1 where it rounds them. `sent`: of its bytes, what is sent where the reader
+    wants it elsewhere: `share`, or all of them on a machine that sends whole what it then rounds."""
 
     tensor: int
     writer: int
@@ -35,6 +36,7 @@ class Reading(NamedTuple):
     read: Terminal
     times: float
     share: float = 1.0
+    sent: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def model(
         written = reshards.terminal(writer.options, reading.write.leads, written=True)
         read = reshards.terminal(reader.options, reading.read.leads, written=False)
         copied = bytes_cost.copied.get((reading.tensor, reading.reader), 0.0) if bytes_cost else 0.0
-        key = (nbytes := reading.share * numbers.nbytes(reading.tensor), written, read, copied)
+        key = (nbytes := reading.sent * numbers.nbytes(reading.tensor), written, read, copied)
         if key not in edge_prices:
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
         number, edge_price = edge_prices[key]
@@ -261,7 +263,8 @@ def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: M
             users = [graph.operators[m] for m in cluster.members if read.tensor in graph.operators[m].operands]
             rounds = all(reads_rounded(user, known) for user in users)
             share = machine.rounded_share(graph.tensors[read.tensor].dtype) if rounds else 1.0
-            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share))
+            sent = 1.0 if machine.sends_rounded is False else share
+            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share, sent))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])
         source = writers.get(tensor)

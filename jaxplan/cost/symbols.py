@@ -295,7 +295,7 @@ def symbolic_cost(
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
-            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None
             pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop)
     return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values

@@ -221,6 +221,6 @@ def _moves(plan: Plan, stands: Mapping[int, int]) -> dict[int, tuple[ExchangeVie
         if steps:
             reader = stands.get(reading.reader, reading.reader)
             operator = graph.clusters[reader].members[-1]
-            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.share)]
+            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.sent)]
             found.setdefault(reader, []).extend(views)
     return {index: merged(views) for index, views in found.items()}
