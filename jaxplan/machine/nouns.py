@@ -8,7 +8,7 @@ mesh axis, both directions of a torus axis together (a bidirectional ring uses b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -85,6 +85,12 @@ class Machine:
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.seconds_per_flop.items()), self.seconds_per_byte, self.memory_bytes))
+
+    @property
+    def local(self) -> tuple[Hashable, ...]:
+        """All of it but speeds of links, name and memory: equal for machines that differ by name, memory and links only."""
+        rates, reads = tuple(self.seconds_per_flop.items()), tuple(self.matmul_reads.items())
+        return rates, self.seconds_per_byte, self.materialises, reads, self.tile, self.near_bytes, self.sends_rounded is False
 
     def flop_seconds(self, dtype: str) -> float:
         """Seconds of one floating-point operation in a dtype."""
