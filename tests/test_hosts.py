@@ -129,6 +129,9 @@ RESTORES = """
 plan = plan_of(mesh=jax.make_mesh((2, 4), ("x", "y")))
 restored = plan.restore(sys.argv[4], {"w": "w"})
 plan.check(restored)
+part = plan.restore(sys.argv[4], {"w": "w"}, partial=True)
+plan.check(part)
+assert jax.jit(jnp.array_equal)(part["w"], restored["w"]).addressable_data(0)
 got, value = plan.jit()(restored["w"], x)
 np.testing.assert_allclose(multihost_utils.process_allgather(got, tiled=True), want, rtol=1e-5, atol=1e-6)
 try:
