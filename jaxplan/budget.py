@@ -1,32 +1,29 @@
-"""Room `budget`: the cheapest plan that stays within so many bytes per device; bytes are given a price, and it is bisected."""
+"""Room `budget`: the cheapest plan that stays within so many bytes per device; memory is a limit of the search, corrected."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from jaxplan.cost import BytePrices, byte_shares
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
 from jaxplan.report import show_bytes
 
 SomePlan = TypeVar("SomePlan", bound=Plan)
-Attempt = Callable[[BytePrices | None], SomePlan]
-"""From what bytes are charged to the best plan."""
-Wider = Callable[[SomePlan, BytePrices, float], Sequence[str]]
-"""From a plan, what its bytes were charged, and a budget to what more devices would do."""
+Attempt = Callable[["Limit[SomePlan] | None"], SomePlan]
+"""From a limit on bytes, or none, to the best plan; to the smallest found where none is within the limit."""
+Wider = Callable[[SomePlan, float], Sequence[str]]
+"""From a plan and a budget to what more devices would do."""
 
-LOWEST, STEP, POWERS = 1e-3, 1.15, 127
-"""Prices tried: `LOWEST` times a plan's own seconds per byte, times powers of `STEP` up to `POWERS`."""
-ROUNDS = 4
-"""How often moments are added to what is charged."""
-MOST_PARTS = 64
+CORRECTIONS, SAME_LIMIT = 4, 2
+"""Searches within a limit, at most, and after how many the limit itself is lowered."""
+MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
 OTHERS = 3
 """Plans whose parts are tried where nothing fits."""
@@ -59,50 +56,38 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
     return float(budget)
 
 
+@dataclass(frozen=True)
+class Limit(Generic[SomePlan]):
+    """Bytes per device that a plan may take. `like`: a plan whose true peak is known, from which those of others are estimated."""
+
+    nbytes: float
+    like: SomePlan
+
+
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    What lives at the peak is charged, at the lowest price that makes it fit; where then another moment is the worst, that one is
-    charged as well, and so on. Raises NothingFits.
+    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there, and at
+    last with a limit that is lower by the excess. Raises NothingFits.
     """
-    unit = plan.seconds / max(plan.peak_bytes, 1.0)
-    moments = [plan.memory.moment]
-    fitting: list[SomePlan] = []
-    large: list[SomePlan] = [plan]
-    smallest, charged = plan, BytePrices()
-    for _ in range(ROUNDS):
-        weights = {place: moments.count(place) / len(moments) for place in moments}
-        shares = byte_shares(plan.modelled, plan.layouts, plan.traced.donated, weights)
-        seen = []
-        low, high = 0, POWERS + 1
-        while low < high:  # from the highest price on: whether anything fits is what has to be known first
-            power = high - 1 if not seen else (low + high) // 2
-            prices = shares.scaled(unit * LOWEST * STEP**power)
-            tried = attempt(prices)
-            seen.append(tried)
-            if tried.peak_bytes < smallest.peak_bytes or not charged.held:
-                charged = prices
-            smallest = min(smallest, tried, key=lambda one: one.peak_bytes)
-            if tried.peak_bytes <= budget:
-                high = power
-            elif len(seen) == 1:
-                break
-            else:
-                low = power + 1
-        fitting += [one for one in seen if one.peak_bytes <= budget]
-        large += [one for one in seen if one.peak_bytes > budget]
-        fresh = [one.memory.moment for one in seen if one.memory.moment not in moments]
-        if not fresh:
+    tried, limit = [plan], budget
+    for number in range(CORRECTIONS):
+        found = attempt(Limit(limit, tried[-1]))
+        if any((found.choices == one.choices).all() for one in tried[1:]):
             break
-        moments += list(dict.fromkeys(fresh))
+        tried.append(found)
+        if number >= SAME_LIMIT and found.peak_bytes > budget:
+            limit -= found.peak_bytes - budget
+    fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
-        for other in sorted(large, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
+        smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
+        for other in sorted(tried, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
             smallest = _shrunk(smallest, other)
-        fitting += [smallest] if smallest.peak_bytes <= budget else []
-    if not fitting:
-        raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, charged, budget)), smallest.peak_bytes)
+        if smallest.peak_bytes > budget:
+            raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
+        fitting = [smallest]
     best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
-    return _loosened(best, min(large, key=lambda one: (one.peak_bytes, one.seconds)), budget)
+    return _loosened(best, min(tried, key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
 
 
 def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from jaxplan.problem import Edge, Problem, all_rows, edge_prices
+from jaxplan.problem import Edge, Meter, Problem, Usage, all_rows, edge_prices, evaluate
 
 ILLEGAL = 1e30
 """Stands for infinity where differences are taken (seconds; no real price comes near)."""
@@ -50,8 +51,8 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
             ends[key] = (tail, head)
     edges = tuple(e._replace(tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
     index = np.array(colours, dtype=np.int64)
-    usages = tuple([usage._replace(node=colours[usage.node]) for usage in problem.usages])
-    return replace(problem, nodes=nodes, edges=edges, usages=usages), lambda choices: choices[index]
+    usages = tuple([usage._replace(nodes=tuple([colours[node] for node in usage.nodes])) for usage in problem.usages])
+    return replace(problem, nodes=nodes, edges=edges, usages=usages, starts=()), lambda choices: choices[index]
 
 
 def _colours(problem: Problem, rounds: int) -> list[int]:
@@ -136,6 +137,10 @@ class Pricer:
         """Each node free among some choices, (count, axes)."""
         return self._written(candidates, [rows.tobytes() for rows in candidates])
 
+    def price(self, choices: np.ndarray) -> float:
+        """The price of an assignment, (nodes, axes), as the tables count."""
+        return evaluate(self.problem, choices)
+
     def whole(self, limit: int = 10**7) -> tuple[Tables, list[np.ndarray]]:
         """Every joint choice of every node, and the choices themselves; refuses above `limit` table entries."""
         counts = [int(np.prod(node.options)) for node in self.problem.nodes]
@@ -175,6 +180,59 @@ class Pricer:
                 where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
                 pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(costs), pairs)
+
+
+class ChargedPricer(Pricer):
+    """A pricer in whose tables usages are paid for too, so much per unit: a price of usages is a multiplier of their limit."""
+
+    def __init__(self, problem: Problem, known: Pricer | None = None) -> None:
+        super().__init__(problem, known)
+        groups: dict[Hashable, int] = {}
+        self._of = np.array(
+            [groups.setdefault((usage.nodes, id(usage.amount)), len(groups)) for usage in problem.usages], dtype=np.int64
+        )
+        self._groups: list[Usage] = [problem.usages[n] for n in np.unique(self._of, return_index=True)[1].tolist()]
+        self._charged: list[tuple[Usage, float]] = []
+        self._taken: dict[Hashable, np.ndarray] = known._taken if isinstance(known, ChargedPricer) else {}
+        self._paid: np.ndarray = np.zeros(0)
+        self._meter = Meter(problem)
+
+    def charge(self, spans: np.ndarray) -> None:
+        """From now on a unit of each usage costs so many seconds: (usages,), see `Meter.spans`."""
+        paid = np.bincount(self._of, spans, len(self._groups))
+        self._charged = [(usage, price) for usage, price in zip(self._groups, paid.tolist(), strict=True) if price > 0]
+        self._paid = spans
+
+    def price(self, choices: np.ndarray) -> float:
+        return evaluate(self.problem, choices) + float(self._paid @ self._meter.amounts(choices))
+
+    def _written(self, rows: Sequence[np.ndarray], fixed: Sequence[Hashable]) -> Tables:
+        tables = super()._written(rows, fixed)
+        costs, pairs = list(tables.costs), dict(tables.pairs)
+        keys = [(id(usage.amount), *[fixed[node] for node in usage.nodes]) for usage, _ in self._charged]
+        missing = {key: usage for key, (usage, _) in zip(keys, self._charged, strict=True) if key not in self._taken}
+        self._ask(missing, rows)
+        for key, (usage, price) in zip(keys, self._charged, strict=True):
+            taken = price * self._taken[key]
+            i, j = usage.nodes[0], usage.nodes[-1]
+            if len(usage.nodes) == 1:
+                costs[i] = costs[i] + taken
+            elif i == j:
+                costs[i] = costs[i] + taken.diagonal()
+            else:
+                where, taken = ((i, j), taken) if i < j else ((j, i), taken.T)
+                pairs[where] = pairs[where] + taken if where in pairs else taken
+        return Tables(tuple(costs), pairs)
+
+    def _ask(self, missing: Mapping[Hashable, Usage], rows: Sequence[np.ndarray]) -> None:
+        """Remember amounts for whole arrays of choices."""
+        pairs = {key: usage for key, usage in missing.items() if len(usage.nodes) == 2}
+        found = edge_prices([(usage.amount, rows[usage.nodes[0]], rows[usage.nodes[-1]]) for usage in pairs.values()])
+        self._taken.update(zip(pairs, found, strict=True))
+        for key, usage in missing.items():
+            if len(usage.nodes) == 1:
+                amount: Any = usage.amount
+                self._taken[key] = amount(rows[usage.nodes[0]])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ def limited(seed, share=0.6, nodes=6):
         for _ in range(int(rng.integers(1, 3))):
             begin = int(rng.integers(0, 8))
             found.append((index, begin, begin + int(rng.integers(0, 6)), rng.integers(0, 10, node.options[0]).astype(float)))
-    usages = tuple(Usage(index, taking(vector), begin, end) for index, begin, end, vector in found)
+    usages = tuple(Usage((index,), taking(vector), begin, end) for index, begin, end, vector in found)
     whole = replace(problem, usages=usages)
     return replace(whole, limit=share * peak(whole, brute(problem).choices).usage), found
 
@@ -69,7 +69,7 @@ def test_the_limit_binds_and_can_be_met_in_some_of_these_problems():
 
 def test_the_peak_says_where_it_is():
     problem = from_tables([[0.0, 1.0], [0.0, 1.0]], [])
-    usages = (Usage(0, taking([3, 1]), 0, 5), Usage(1, taking([4, 0]), 4, 9), Usage(1, taking([9, 9]), 7, 7))
+    usages = (Usage((0,), taking([3, 1]), 0, 5), Usage((1,), taking([4, 0]), 4, 9), Usage((1,), taking([9, 9]), 7, 7))
     problem = replace(problem, usages=usages, limit=6.0)
     assert peak(problem, np.array([[0], [0]])) == Peak(4, 5, 7.0) and peak(problem, np.array([[0], [1]])) == Peak(0, 4, 3.0)
     assert not within_limit(problem, np.array([[0], [0]])) and within_limit(problem, np.array([[1], [0]]))
@@ -83,11 +83,11 @@ def test_the_peak_says_where_it_is():
 def test_folding_keeps_what_each_member_takes():
     costs = [[0.0, 5.0], [0.0, 5.0]]
     problem = replace(from_tables(costs, [], kinds=["a", "a"]), limit=5.0)
-    together = replace(problem, usages=(Usage(0, taking([3, 1]), 0, 4), Usage(1, taking([3, 1]), 2, 6)))
+    together = replace(problem, usages=(Usage((0,), taking([3, 1]), 0, 4), Usage((1,), taking([3, 1]), 2, 6)))
     folded, undo = fold(together)
     assert len(folded.nodes) == 1 and peak(folded, np.array([[0]])) == peak(together, undo(np.array([[0]]))) == Peak(2, 4, 6.0)
     assert search(together, "brute").seconds == 5.0 and search(together, "alpa").seconds == 10.0  # look-alikes decide alike
-    apart = replace(problem, usages=(Usage(0, taking([3, 1]), 0, 4), Usage(1, taking([3, 1]), 4, 6)))
+    apart = replace(problem, usages=(Usage((0,), taking([3, 1]), 0, 4), Usage((1,), taking([3, 1]), 4, 6)))
     assert search(apart, "alpa").seconds == 0.0
 
 
@@ -106,8 +106,8 @@ def test_an_assignment_over_the_limit_is_caught_with_the_interval_and_the_shorta
 
 def test_usages_that_make_no_sense_are_said():
     node = from_tables([[0.0]], []).nodes
-    for usage in (Usage(1, taking([1]), 0, 1), Usage(0, taking([1]), 3, 1)):
-        with pytest.raises(ValueError, match=r"usage of node \d over \[\d, 1\): nodes are 0..0, and an interval"):
+    for usage in (Usage((1,), taking([1]), 0, 1), Usage((0,), taking([1]), 3, 1)):
+        with pytest.raises(ValueError, match=r"usage of nodes \(\d,\) over \[\d, 1\): one or two nodes of 0..0, and an interval"):
             Problem(("choice",), node, (), usages=(usage,))
     with pytest.raises(ValueError, match="limit -1 is no amount"):
         Problem(("choice",), node, (), limit=-1)

@@ -2,17 +2,16 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
-from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
+from jaxplan.cost.usages import within
 
 __all__ = [
     "Buffer",
-    "BytePrices",
     "Exchange",
     "Memory",
     "Modelled",
@@ -22,7 +21,6 @@ __all__ = [
     "Stages",
     "Staging",
     "Step",
-    "byte_shares",
     "cluster_exchanges",
     "frugal",
     "memory",
@@ -33,5 +31,6 @@ __all__ = [
     "symbolic_cost",
     "symbolic_peak",
     "terminal_layout",
+    "within",
     "write_layout",
 ]

@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -19,7 +19,6 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
-from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
 from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
@@ -421,38 +420,61 @@ def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Bu
     return far
 
 
-def byte_shares(
-    modelled: Modelled, tensors: Iterable[int], donated: Sequence[bool], moments: Mapping[int, float]
-) -> BytePrices:
-    """By what share of `moments` each byte lives: the weights with which a price of peak bytes falls on single tensors.
+@dataclass(frozen=True)
+class Lifetimes:
+    """From which to which place of the order bytes live that choices decide on: (first, last).
 
-    `tensors`: those that clusters leave; `moments`: {place in the order: weight}, together 1. Layouts do not enter: views are
-    taken to share the buffer of what they view. What runs several times in a call is charged once.
+    `held`: of what clusters leave, by tensor, with the share of it that counts (several may share one buffer); `copied`: of
+    copies in another layout, by tensor and reading cluster; `partial`: of partial results, by operator. `places`: in all.
+    `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are stored alike.
+    """
+
+    held: Mapping[int, tuple[int, int, float]]
+    copied: Mapping[tuple[int, int], tuple[int, int]]
+    partial: Mapping[int, tuple[int, int]]
+    places: int
+    local: Local
+    stored: Callable[[int], Hashable]
+
+
+def lifetimes(modelled: Modelled, choices: np.ndarray, tensors: Iterable[int], donated: Sequence[bool]) -> Lifetimes:
+    """What lives when, near a plan: `choices` per cluster say what is stored at all, where that depends on them.
+
+    `tensors`: those that clusters leave. Layouts do not enter otherwise: views are taken to share the buffer of what they view.
     """
     graph = modelled.graph
-    facts, ties = _facts(graph, modelled.numbers.machine.materialises), dict(graph.ties)
+    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
+    facts, ties = _facts_of(modelled, choices, gathered), dict(graph.ties)
+    places = len(facts.order.sequence) + 2
     replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
     own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
     buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
-
-    def share(first: int, last: int) -> float:
-        return sum(weight for place, weight in moments.items() if first <= place <= last)
-
-    lives = {b.tensor: 1.0 if b.kind == OUTPUT else share(b.first, b.last) for b in buffers}
-    sharing: dict[int, list[tuple[int, float]]] = {}
-    held = dict.fromkeys(graph.inputs, 1.0)
+    lives = {b.tensor: (0, places - 1) if b.kind == OUTPUT else (b.first, b.last) for b in buffers}
+    sharing: dict[int, list[int]] = {}
+    held = dict.fromkeys(graph.inputs, (0, places - 1, 1.0))
     partial = {}
     for cluster in graph.clusters:
         for combine in cluster.combines if cluster.times else ():
             if combine.operator in facts.place:
-                partial[combine.operator] = share(*[facts.place[combine.operator]] * 2) / cluster.times
+                at = facts.place[combine.operator]
+                partial[combine.operator] = at, max(at, facts.more.waits.get(combine.result.tensor, at))
         if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
             for write in cluster.writes:
                 if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
-                    sharing.setdefault(roots.of(write.tensor), []).append((write.tensor, cluster.times))
+                    sharing.setdefault(roots.of(write.tensor), []).append(write.tensor)
     for root, found in sharing.items():
-        held.update({tensor: lives[root] / len(found) / times for tensor, times in found})
-    copied = {}
+        held.update({tensor: (*lives[root], 1.0 / len(found)) for tensor in found})
+
+    def stored(tensor: int) -> Hashable:
+        about = graph.tensors[tensor]
+        return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
+
+    return Lifetimes(held, _copied(modelled, facts), partial, places, _sizes(modelled, facts), stored)
+
+
+def _copied(modelled: Modelled, facts: _Facts) -> dict[tuple[int, int], tuple[int, int]]:
+    """From its first to its last user, the copy that each reading cluster would have of a tensor in a layout of its own."""
+    graph, copied = modelled.graph, dict[tuple[int, int], tuple[int, int]]()
     stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
     for reading in modelled.readings:
         members = graph.clusters[reading.reader].members
@@ -467,8 +489,8 @@ def byte_shares(
         elif last.name == BOUNDARY and users:
             users = stacks[reading.tensor]
         if users and reading.times:
-            copied[reading.tensor, reading.reader] = share(min(users), max(users)) / reading.times
-    return BytePrices(held, copied, partial)
+            copied[reading.tensor, reading.reader] = min(users), max(users)
+    return copied
 
 
 def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:

@@ -1,0 +1,134 @@
+"""Memory as a constraint of the problem: what choices take over lifetimes, held against a limit.
+
+A sum over choices cannot tell all that `memory.py` knows (which copies are shared, what lies in an output's buffer or on the
+chip), so it is made to agree where it matters: at one plan, at every place of the order, the difference is reserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.memory import Lifetimes, Local, Memory, lifetimes
+from jaxplan.cost.price import AxisOptions, combine_part, write_layout
+from jaxplan.cost.prices import Combines, ReshardPrice, Reshards
+from jaxplan.graph import Combine
+from jaxplan.layout import Layout
+from jaxplan.problem import Asked, Meter, Problem, Usage
+
+
+def within(
+    modelled: Modelled, limit: float, choices: np.ndarray, found: Memory, donated: Sequence[bool],
+    starts: Sequence[np.ndarray] = (),
+) -> Problem:  # fmt: skip
+    """The problem with bytes per device as usages: at most `limit` at every place of the order of operators.
+
+    `modelled`: with nothing following. `choices`, `found`: a plan per cluster and its memory; of it and of plans that are stored
+    alike the usages tell the true peak. `starts`: more choices per cluster that are known. Raises ValueError where clusters follow.
+    """
+    if modelled.follows:
+        raise ValueError("usages are for a problem in which no cluster follows another: model(..., follow=False)")
+    tensors = [write.tensor for cluster in modelled.graph.clusters for write in cluster.writes]
+    lives = lifetimes(modelled, choices, tensors, donated)
+    problem = replace(modelled.problem, usages=_usages(modelled, lives), limit=limit)
+    meter = Meter(problem)
+    taken = meter.levels(meter.amounts(choices))
+    true = np.full(lives.places, found.arguments + found.outputs)
+    true[: len(found.over)] += found.over[: lives.places]
+    reserved = true.copy()
+    reserved[: len(taken)] -= taken[: lives.places]
+    return replace(problem, reserved=tuple(reserved.tolist()), starts=(choices, *starts))
+
+
+def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
+    graph, numbers = modelled.graph, modelled.numbers
+    combines = Combines(modelled.setting, numbers, max([len(tensor.shape) for tensor in graph.tensors], default=0))
+    known: dict[Hashable, Held | Partial | Copy] = {}
+    found = []
+    for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
+        for write in cluster.writes:
+            if write.tensor in lives.held:
+                first, last, share = lives.held[write.tensor]
+                key = ("held", id(options), write.leads, share, lives.stored(write.tensor))
+                if key not in known:
+                    known[key] = Held(options, write.leads, write.tensor, share, lives.local)
+                found.append(Usage((index,), known[key], first, last + 1))
+        for combine in cluster.combines:
+            if combine.operator in lives.partial and combine.result.tensor >= 0:
+                first, last = lives.partial[combine.operator]
+                nbytes = numbers.nbytes(combine.result.tensor)
+                key = ("partial", id(options), combine.over, combine.scatterable, combine.result.leads, nbytes)
+                if key not in known:
+                    known[key] = Partial(options, combine, nbytes, combines)
+                found.append(Usage((index,), known[key], first, last + 1))
+    copies: dict[int, Copies] = {}
+    for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
+        price = edge.price
+        if isinstance(price, ReshardPrice) and (reading.tensor, reading.reader) in lives.copied:
+            first, last = lives.copied[reading.tensor, reading.reader]
+            key = ("copy", id(price))
+            if key not in known:
+                known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price)
+            found.append(Usage((edge.tail, edge.head), known[key], first, last + 1))
+    return tuple(found)
+
+
+class Held:
+    """Bytes per device of what a cluster leaves, for rows of its option numbers."""
+
+    def __init__(self, options: AxisOptions, leads: tuple[int, ...], tensor: int, share: float, local: Local) -> None:
+        """`share`: of the bytes, what counts; `local`: bytes per device of a tensor in a layout."""
+        self._of = [np.array([write_layout(leads, (option,))[0] for option in axis], dtype=np.int64) for axis in options]
+        self._tensor, self._share, self._local = tensor, share, local
+        self._known: dict[Layout, float] = {}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        layouts = list(zip(*[of[rows[:, axis]].tolist() for axis, of in enumerate(self._of)], strict=True))
+        for layout in set(layouts) - self._known.keys():
+            self._known[layout] = self._share * self._local(self._tensor, layout)
+        return np.array([self._known[layout] for layout in layouts])
+
+
+class Partial:
+    """Bytes per device of a partial result before it is combined, for rows of its cluster's option numbers."""
+
+    def __init__(self, options: AxisOptions, combine: Combine, nbytes: float, combines: Combines) -> None:
+        self._parts = [[combine_part(combine, option) for option in axis] for axis in options]
+        self._nbytes, self._combines = nbytes, combines
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        found = []
+        for row in map(tuple, rows.tolist()):
+            if row not in self._known:
+                parts = tuple([axis[option] for axis, option in zip(self._parts, row, strict=True)])
+                self._known[row] = self._nbytes * self._combines.share(parts)
+            found.append(self._known[row])
+        return np.array(found)
+
+
+class Copies:
+    """Bytes per device of copies in other layouts, for many readings in one go."""
+
+    def __init__(self, reshards: Reshards) -> None:
+        self._reshards = reshards
+
+    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A matrix of bytes for each (`Copy`, options of the writer, options of the reader)."""
+        shares = self._reshards.shares([(amount.of, tails, heads) for amount, tails, heads in asked])
+        return [amount.of.nbytes * share for (amount, _, _), share in zip(asked, shares, strict=True)]
+
+
+class Copy(NamedTuple):
+    """Bytes per device of a copy in the layout that a reader wants; none where it is the writer's, or a part of it. `of`: the
+    price of the exchange."""
+
+    family: Copies
+    of: ReshardPrice
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.family.prices([(self, tails, heads)])[0]
