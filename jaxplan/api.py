@@ -483,8 +483,7 @@ def _attempts(
             found = run_search(modelled.problem, request.search)
             choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
             return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
-        like = limit.like
-        problem = within(modelled, limit.nbytes, like.choices, like.memory, traced.donated, met)
+        problem = within(modelled, limit.nbytes, [(p.choices, p.memory) for p in limit.like], traced.donated, met)
         try:
             found = run_search(problem, request.search)
         except OverLimit as error:
@@ -510,7 +509,7 @@ def _more_devices(plan: Plan, budget: float) -> list[str]:
             free = attempt(None)
         except ValueError:  # a pin that so many devices do not divide
             continue
-        peak = free.peak_bytes if free.peak_bytes <= budget else attempt(Limit(budget, free)).peak_bytes
+        peak = free.peak_bytes if free.peak_bytes <= budget else attempt(Limit(budget, (free,))).peak_bytes
         if peak < plan.peak_bytes:
             reached = show_bytes(peak) + (", which fits" if peak <= budget else "")
             found.append((peak, f"{2 * size} devices along {axis!r} ({reached})"))

@@ -21,8 +21,8 @@ Attempt = Callable[["Limit[SomePlan] | None"], SomePlan]
 Wider = Callable[[SomePlan, float], Sequence[str]]
 """From a plan and a budget to what more devices would do."""
 
-CORRECTIONS, SAME_LIMIT = 4, 2
-"""Searches within a limit, at most, and after how many the limit itself is lowered."""
+CORRECTIONS = 4
+"""Searches within a limit, at most."""
 MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
 OTHERS = 3
@@ -58,10 +58,11 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Limit(Generic[SomePlan]):
-    """Bytes per device that a plan may take. `like`: a plan whose true peak is known, from which those of others are estimated."""
+    """Bytes per device that a plan may take. `like`: plans whose true peaks are known, from which those of others are estimated,
+    rather too high; the first says what is stored."""
 
     nbytes: float
-    like: SomePlan
+    like: tuple[SomePlan, ...]
 
 
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
@@ -70,14 +71,13 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     One search within the limit; where what it found truly takes more or less than it was taken to, once more from there, and at
     last with a limit that is lower by the excess. Raises NothingFits.
     """
-    tried, limit = [plan], budget
-    for number in range(CORRECTIONS):
-        found = attempt(Limit(limit, tried[-1]))
-        if any((found.choices == one.choices).all() for one in tried[1:]):
+    tried, limit, like = [plan], budget, (plan,)
+    for _ in range(CORRECTIONS):
+        found = attempt(Limit(limit, like))
+        if any((found.choices == one.choices).all() for one in like):
             break
         tried.append(found)
-        if number >= SAME_LIMIT and found.peak_bytes > budget:
-            limit -= found.peak_bytes - budget
+        like = (found,) if found.peak_bytes <= budget else (found, *like)
     fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))

@@ -9,8 +9,8 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -64,6 +64,12 @@ class Memory:
     def peak(self) -> float:
         """All of it."""
         return self.arguments + self.outputs + self.temporaries
+
+    def over_all(self, places: int) -> np.ndarray:
+        """(places,) all that lives at each place of the order, arguments and outputs included."""
+        found = np.full(places, self.arguments + self.outputs)
+        found[: len(self.over)] += self.over[:places]
+        return found
 
 
 def memory(
@@ -421,26 +427,39 @@ def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Bu
 
 
 @dataclass(frozen=True)
-class Lifetimes:
-    """From which to which place of the order bytes live that choices decide on: (first, last).
+class Life:
+    """Bytes that choices decide on live from place `first` to place `last` of the order: `share` of those of a tensor."""
 
-    `held`: of what clusters leave, by tensor, with the share of it that counts (several may share one buffer); `copied`: of
-    copies in another layout, by tensor and reading cluster; `partial`: of partial results, by operator. `places`: in all.
-    `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are stored alike.
+    first: int
+    last: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """When bytes live that choices decide on.
+
+    `held`: of what clusters leave, by tensor (several may share one buffer, each a part of it; and copies in the same layout);
+    by tensor and reading cluster: `copied`, of copies that exchanges make, `handed`, of what a view or a loop has of its own where
+    its layout is another, `gathered`, of state that stays while its new value is gathered; `partial`: of partial results, by
+    operator. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are
+    stored alike.
     """
 
-    held: Mapping[int, tuple[int, int, float]]
-    copied: Mapping[tuple[int, int], tuple[int, int]]
-    partial: Mapping[int, tuple[int, int]]
+    held: Mapping[int, Sequence[Life]]
+    copied: Mapping[tuple[int, int], Life]
+    handed: Mapping[tuple[int, int], Life]
+    gathered: Mapping[tuple[int, int], Life]
+    partial: Mapping[int, Life]
     places: int
     local: Local
     stored: Callable[[int], Hashable]
 
 
-def lifetimes(modelled: Modelled, choices: np.ndarray, tensors: Iterable[int], donated: Sequence[bool]) -> Lifetimes:
+def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool]) -> Lifetimes:
     """What lives when, near a plan: `choices` per cluster say what is stored at all, where that depends on them.
 
-    `tensors`: those that clusters leave. Layouts do not enter otherwise: views are taken to share the buffer of what they view.
+    Layouts do not enter otherwise: views are taken to share the buffer of what they view.
     """
     graph = modelled.graph
     gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
@@ -448,33 +467,71 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, tensors: Iterable[int], d
     places = len(facts.order.sequence) + 2
     replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
     own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
+    tensors = [write.tensor for cluster in graph.clusters for write in cluster.writes]
     buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
-    lives = {b.tensor: (0, places - 1) if b.kind == OUTPUT else (b.first, b.last) for b in buffers}
+    lives = {b.tensor: Life(0, places - 1) if b.kind == OUTPUT else Life(b.first, b.last) for b in buffers}
     sharing: dict[int, list[int]] = {}
-    held = dict.fromkeys(graph.inputs, (0, places - 1, 1.0))
+    held = {tensor: [Life(0, places - 1)] for tensor in graph.inputs}
     partial = {}
     for cluster in graph.clusters:
         for combine in cluster.combines if cluster.times else ():
             if combine.operator in facts.place:
                 at = facts.place[combine.operator]
-                partial[combine.operator] = at, max(at, facts.more.waits.get(combine.result.tensor, at))
+                partial[combine.operator] = Life(at, max(at, facts.more.waits.get(combine.result.tensor, at)))
         if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
             for write in cluster.writes:
                 if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
                     sharing.setdefault(roots.of(write.tensor), []).append(write.tensor)
     for root, found in sharing.items():
-        held.update({tensor: (*lives[root], 1.0 / len(found)) for tensor in found})
+        held.update({tensor: [replace(lives[root], share=1.0 / len(found))] for tensor in found})
+    for tensor, first, last in (*facts.more.copies, *[(tensor, at, at) for tensor, at in facts.more.turned]):
+        held.setdefault(tensor, []).append(Life(first, last))
+    for result, life in _rounded_parts(modelled, facts).items():
+        held.setdefault(result, []).append(life)
 
     def stored(tensor: int) -> Hashable:
         about = graph.tensors[tensor]
         return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
 
-    return Lifetimes(held, _copied(modelled, facts), partial, places, _sizes(modelled, facts), stored)
+    return Lifetimes(
+        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), partial, places, _sizes(modelled, facts), stored
+    )
 
 
-def _copied(modelled: Modelled, facts: _Facts) -> dict[tuple[int, int], tuple[int, int]]:
-    """From its first to its last user, the copy that each reading cluster would have of a tensor in a layout of its own."""
-    graph, copied = modelled.graph, dict[tuple[int, int], tuple[int, int]]()
+def _rounded_parts(modelled: Modelled, facts: _Facts) -> dict[int, Life]:
+    """{what a round of a loop sees of a stack that is rounded before it: all rounds' parts, as long as the loop runs}."""
+    graph, machine, found = modelled.graph, modelled.numbers.machine, dict[int, Life]()
+    for op in facts.operators if facts.fuses else ():
+        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
+            source, result, loop = op.operands[0], op.results[0], op.path[:-2]
+            narrow = result in facts.more.narrow and source not in facts.more.narrow
+            if narrow and machine.rounded_share(graph.tensors[source].dtype) < 1:
+                found[result] = Life(facts.order.begins[loop], facts.order.ends[loop], _rounds_of(graph, op))
+    return found
+
+
+def _kept(modelled: Modelled, facts: _Facts, replaced: Mapping[int, int]) -> dict[tuple[int, int], Life]:
+    """Of state that a loop reads, and whose new parts are gathered into its place, a copy stays until they are made."""
+    graph = modelled.graph
+    looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
+    return {
+        (reading.tensor, reading.reader): Life(0, facts.made.get(reading.tensor, 0))
+        for reading in modelled.readings
+        if facts.fuses and replaced.get(reading.tensor) in looped and _is_input(graph, reading.reader)
+    }
+
+
+def _is_input(graph: Graph, cluster: int) -> bool:
+    return graph.operators[graph.clusters[cluster].members[-1]].name == INPUT
+
+
+def _copied(
+    modelled: Modelled, facts: _Facts
+) -> tuple[dict[tuple[int, int], Life], dict[tuple[int, int], Life]]:
+    """Of each tensor and cluster that would read it in a layout of its own: (copies that exchanges make, from the first to the
+    last user; buffers of views and of what enters a loop)."""
+    graph = modelled.graph
+    copied, handed = dict[tuple[int, int], Life](), dict[tuple[int, int], Life]()
     stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
     for reading in modelled.readings:
         members = graph.clusters[reading.reader].members
@@ -482,15 +539,17 @@ def _copied(modelled: Modelled, facts: _Facts) -> dict[tuple[int, int], tuple[in
             stacks.setdefault(reading.tensor, []).extend(_users(graph, facts, reading.tensor, members))
     for reading in modelled.readings:
         members = graph.clusters[reading.reader].members
-        last = graph.operators[members[-1]]
+        last, key = graph.operators[members[-1]], (reading.tensor, reading.reader)
         users = _users(graph, facts, reading.tensor, members)
-        if last.name == VIEW:
+        if not reading.times:
+            continue
+        if last.name == VIEW or (last.name == BOUNDARY and last.path[-2] == "in" and not users):
             users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
-        elif last.name == BOUNDARY and users:
-            users = stacks[reading.tensor]
-        if users and reading.times:
-            copied[reading.tensor, reading.reader] = min(users), max(users)
-    return copied
+            handed[key] = Life(min(users), max(users))
+        elif users:
+            users = stacks[reading.tensor] if last.name == BOUNDARY else users
+            copied[key] = Life(min(users), max(users))
+    return copied, handed
 
 
 def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:

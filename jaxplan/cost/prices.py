@@ -33,6 +33,8 @@ from jaxplan.problem import Asked, all_rows
 
 LARGE = 100
 """Entries of a matrix of prices, in the mean, from which on each is written out by itself."""
+MOVED, SENT, GATHERED = 0, 1, 2
+"""What a reshard makes: a tensor in another layout at all, one that an exchange has made, one that was gathered."""
 DENSE = 1024
 """Choices up to which the local work of a cluster is computed for all of them at once."""
 
@@ -153,7 +155,8 @@ class Reshards:
         self._weights = self._base ** np.arange(setting.axes)
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
-        self._per_byte = self._fixed = self._shares = np.full((0, 0), np.nan)
+        self._per_byte = self._fixed = np.full((0, 0), np.nan)
+        self._shares = np.full((3, 0, 0), np.nan)
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -230,30 +233,36 @@ class Reshards:
             for code in sorted(set(codes[places < 0].tolist())):
                 self._place[code] = len(self._layouts)
                 self._layouts.append(tuple(code // weight % self._base - 1 for weight in self._weights.tolist()))
-            grown = np.full((3, len(self._layouts), len(self._layouts)), np.nan)
+            grown = np.full((5, len(self._layouts), len(self._layouts)), np.nan)
             known = len(self._per_byte)
-            grown[:, :known, :known] = self._per_byte, self._fixed, self._shares
-            self._per_byte, self._fixed, self._shares = grown
+            grown[:, :known, :known] = self._per_byte, self._fixed, *self._shares
+            self._per_byte, self._fixed, self._shares = grown[0], grown[1], grown[2:]
             places = self._place[codes]
         return places
 
     def _tabulate(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base - 1, self.setting.slow_first)
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
-        copies = any(step.kind != "slice" for step in steps)
-        self._shares[source, target] = 1 / shards(self._layouts[target], self.numbers.sizes) if copies else 0.0
+        share = 1 / shards(self._layouts[target], self.numbers.sizes)
+        kinds = {step.kind for step in steps}
+        self._shares[:, source, target] = share * (source != target), share * bool(kinds - {"slice"}), share * ("all_gather" in kinds)
 
-    def shares(self, asked: Sequence[Asked]) -> list[np.ndarray]:
-        """For each (edge price, tails, heads), the share of a tensor that a device holds of the copy in another layout."""
+    def shares(self, asked: Sequence[Asked], makes: Sequence[int]) -> list[np.ndarray]:
+        """For each (edge price, tails, heads), the share of a tensor that a device holds in the layout of the head; 0 where `makes`
+        says that nothing is made: it is `MOVED`, `SENT` or `GATHERED`."""
         tails = self.numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
         heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
         found, first, second = [], 0, 0
-        for _, many, few in asked:
-            place = np.ix_(tails[first : first + len(many)], heads[second : second + len(few)])
+        for (_, many, few), make in zip(asked, makes, strict=True):
+            source, target = tails[first : first + len(many)], heads[second : second + len(few)]
             first, second = first + len(many), second + len(few)
-            for row, column in zip(*np.nonzero(np.isnan(self._shares[place])), strict=True):
-                self._tabulate(int(place[0][row, 0]), int(place[1][0, column]))
-            found.append(self._shares[place])
+            place = np.ix_(source, target)
+            missing = np.isnan(self._shares[make][place])
+            if missing.any():
+                rows, columns = np.nonzero(missing)
+                for pair in set(zip(source[rows].tolist(), target[columns].tolist(), strict=True)):
+                    self._tabulate(*pair)
+            found.append(self._shares[make][place])
         return found
 
 

@@ -15,33 +15,33 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.memory import Lifetimes, Local, Memory, lifetimes
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
-from jaxplan.cost.prices import Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import GATHERED, MOVED, SENT, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Combine
 from jaxplan.layout import Layout
 from jaxplan.problem import Asked, Meter, Problem, Usage
 
 
 def within(
-    modelled: Modelled, limit: float, choices: np.ndarray, found: Memory, donated: Sequence[bool],
+    modelled: Modelled, limit: float, like: Sequence[tuple[np.ndarray, Memory]], donated: Sequence[bool],
     starts: Sequence[np.ndarray] = (),
 ) -> Problem:  # fmt: skip
     """The problem with bytes per device as usages: at most `limit` at every place of the order of operators.
 
-    `modelled`: with nothing following. `choices`, `found`: a plan per cluster and its memory; of it and of plans that are stored
-    alike the usages tell the true peak. `starts`: more choices per cluster that are known. Raises ValueError where clusters follow.
+    `modelled`: with nothing following. `like`: plans, as choices per cluster, and their memory: usages tell no less than the true
+    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. Raises
+    ValueError where clusters follow.
     """
     if modelled.follows:
         raise ValueError("usages are for a problem in which no cluster follows another: model(..., follow=False)")
-    tensors = [write.tensor for cluster in modelled.graph.clusters for write in cluster.writes]
-    lives = lifetimes(modelled, choices, tensors, donated)
+    lives = lifetimes(modelled, like[0][0], donated)
     problem = replace(modelled.problem, usages=_usages(modelled, lives), limit=limit)
-    meter = Meter(problem)
-    taken = meter.levels(meter.amounts(choices))
-    true = np.full(lives.places, found.arguments + found.outputs)
-    true[: len(found.over)] += found.over[: lives.places]
-    reserved = true.copy()
-    reserved[: len(taken)] -= taken[: lives.places]
-    return replace(problem, reserved=tuple(reserved.tolist()), starts=(choices, *starts))
+    meter, reserved = Meter(problem), np.full(lives.places, -np.inf)
+    for choices, memory in like:
+        more = memory.over_all(lives.places)
+        taken = meter.levels(meter.amounts(choices))[: lives.places]
+        more[: len(taken)] -= taken
+        reserved = np.maximum(reserved, more)
+    return replace(problem, reserved=tuple(reserved.tolist()), starts=(*[choices for choices, _ in like], *starts))
 
 
 def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
@@ -51,29 +51,28 @@ def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
     found = []
     for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
         for write in cluster.writes:
-            if write.tensor in lives.held:
-                first, last, share = lives.held[write.tensor]
-                key = ("held", id(options), write.leads, share, lives.stored(write.tensor))
+            for life in lives.held.get(write.tensor, ()):
+                key = ("held", id(options), write.leads, life.share, lives.stored(write.tensor))
                 if key not in known:
-                    known[key] = Held(options, write.leads, write.tensor, share, lives.local)
-                found.append(Usage((index,), known[key], first, last + 1))
+                    known[key] = Held(options, write.leads, write.tensor, life.share, lives.local)
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
         for combine in cluster.combines:
-            if combine.operator in lives.partial and combine.result.tensor >= 0:
-                first, last = lives.partial[combine.operator]
+            life = lives.partial.get(combine.operator)
+            if life is not None and combine.result.tensor >= 0:
                 nbytes = numbers.nbytes(combine.result.tensor)
                 key = ("partial", id(options), combine.over, combine.scatterable, combine.result.leads, nbytes)
                 if key not in known:
                     known[key] = Partial(options, combine, nbytes, combines)
-                found.append(Usage((index,), known[key], first, last + 1))
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
     copies: dict[int, Copies] = {}
     for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
-        price = edge.price
-        if isinstance(price, ReshardPrice) and (reading.tensor, reading.reader) in lives.copied:
-            first, last = lives.copied[reading.tensor, reading.reader]
-            key = ("copy", id(price))
-            if key not in known:
-                known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price)
-            found.append(Usage((edge.tail, edge.head), known[key], first, last + 1))
+        for makes, those in ((SENT, lives.copied), (MOVED, lives.handed), (GATHERED, lives.gathered)):
+            life, price = those.get((reading.tensor, reading.reader)), edge.price
+            if life is not None and isinstance(price, ReshardPrice):
+                key = ("copy", id(price), makes)
+                if key not in known:
+                    known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, makes)
+                found.append(Usage((edge.tail, edge.head), known[key], life.first, life.last + 1))
     return tuple(found)
 
 
@@ -119,16 +118,18 @@ class Copies:
 
     def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
         """A matrix of bytes for each (`Copy`, options of the writer, options of the reader)."""
-        shares = self._reshards.shares([(amount.of, tails, heads) for amount, tails, heads in asked])
+        questions = [(amount.of, tails, heads) for amount, tails, heads in asked]
+        shares = self._reshards.shares(questions, [amount.makes for amount, _, _ in asked])
         return [amount.of.nbytes * share for (amount, _, _), share in zip(asked, shares, strict=True)]
 
 
 class Copy(NamedTuple):
-    """Bytes per device of a copy in the layout that a reader wants; none where it is the writer's, or a part of it. `of`: the
-    price of the exchange."""
+    """Bytes per device of a tensor once more, in the layout that a reader wants. `of`: the price of the exchange; `makes`: which
+    exchanges make one."""
 
     family: Copies
     of: ReshardPrice
+    makes: int
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]
