@@ -483,7 +483,9 @@ def _attempts(
             found = run_search(modelled.problem, request.search)
             choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
             return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
-        problem = within(modelled, limit.nbytes, [(p.choices, p.memory) for p in limit.like], traced.donated, met)
+        like = [(plan.choices, plan.memory) for plan in limit.like]
+        waiting = None if limit.waiting is None else limit.waiting.choices
+        problem = within(modelled, limit.nbytes, like, traced.donated, met, waiting)
         try:
             found = run_search(problem, request.search)
         except OverLimit as error:

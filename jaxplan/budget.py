@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from jaxplan.cost import waits
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
@@ -23,6 +24,10 @@ Wider = Callable[[SomePlan, float], Sequence[str]]
 
 CORRECTIONS = 4
 """Searches within a limit, at most."""
+NEAR = 0.01
+"""A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
+NEARLY_FREE = 1e-5
+"""Nor is one that fits and is slower by no more than this fraction than without a budget."""
 MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
 OTHERS = 3
@@ -59,35 +64,50 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
 @dataclass(frozen=True)
 class Limit(Generic[SomePlan]):
     """Bytes per device that a plan may take. `like`: plans whose true peaks are known, from which those of others are estimated,
-    rather too high; the first says what is stored."""
+    rather too high; the first says what is stored. `waiting`: a plan in which products wait for state that is gathered, where others are looked for in
+    which none do."""
 
     nbytes: float
     like: tuple[SomePlan, ...]
+    waiting: SomePlan | None = None
 
 
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there, and at
-    last with a limit that is lower by the excess. Raises NothingFits.
+    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there. Where
+    nothing fits, the same with no bytes at all as the limit, which finds the smallest peak whatever the budget. Raises NothingFits.
     """
-    tried, limit, like = [plan], budget, (plan,)
-    for _ in range(CORRECTIONS):
-        found = attempt(Limit(limit, like))
-        if any((found.choices == one.choices).all() for one in like):
-            break
-        tried.append(found)
-        like = (found,) if found.peak_bytes <= budget else (found, *like)
+    tried = _corrected(attempt, plan, budget, budget)
+    if not any(one.peak_bytes <= budget for one in tried):
+        least = _corrected(attempt, plan, 0.0, budget)
+        smallest = min(least, key=lambda one: (one.peak_bytes, one.seconds))
+        for other in sorted([*least, plan], key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
+            smallest = _shrunk(smallest, other)
+        tried += [*least, smallest]
     fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
-        for other in sorted(tried, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
-            smallest = _shrunk(smallest, other)
-        if smallest.peak_bytes > budget:
-            raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
-        fitting = [smallest]
+        raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
     best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
-    return _loosened(best, min(tried, key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
+    return _loosened(best, min([plan, *tried], key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
+
+
+def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, limit: float, budget: float) -> list[SomePlan]:
+    """What searches within a limit find, each with the true peak of the one before; with and without products that wait."""
+    tried: list[SomePlan] = []
+    for waiting in (None, plan) if waits(plan.modelled, plan.choices) else (None,):
+        like = (plan,)
+        for _ in range(CORRECTIONS):
+            found = attempt(Limit(limit, like, waiting))
+            if any((found.choices == one.choices).all() for one in like):
+                break
+            tried.append(found)
+            fits = found.peak_bytes <= budget
+            if fits and (found.peak_bytes >= (1 - NEAR) * budget or found.seconds <= (1 + NEARLY_FREE) * plan.seconds):
+                break
+            like = (found,) if fits else (found, *like)
+    return tried
 
 
 def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:

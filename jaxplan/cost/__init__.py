@@ -2,7 +2,7 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, memory, running_order, waits
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.stages import Stages, Staging, stage_graph
@@ -31,6 +31,7 @@ __all__ = [
     "symbolic_cost",
     "symbolic_peak",
     "terminal_layout",
+    "waits",
     "within",
     "write_layout",
 ]

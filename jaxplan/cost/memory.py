@@ -441,8 +441,8 @@ class Lifetimes:
 
     `held`: of what clusters leave, by tensor (several may share one buffer, each a part of it; and copies in the same layout);
     by tensor and reading cluster: `copied`, of copies that exchanges make, `handed`, of what a view or a loop has of its own where
-    its layout is another, `gathered`, of state that stays while its new value is gathered; `partial`: of partial results, by
-    operator. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are
+    its layout is another, `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new state
+    by its old place; `partial`: of partial results, by operator. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are
     stored alike.
     """
 
@@ -450,19 +450,30 @@ class Lifetimes:
     copied: Mapping[tuple[int, int], Life]
     handed: Mapping[tuple[int, int], Life]
     gathered: Mapping[tuple[int, int], Life]
+    ties: frozenset[tuple[int, int]]
     partial: Mapping[int, Life]
     places: int
     local: Local
     stored: Callable[[int], Hashable]
 
 
-def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool]) -> Lifetimes:
+def waits(modelled: Modelled, choices: np.ndarray) -> bool:
+    """Whether products run later, and what they read lives longer, because a plan gathers state behind which they can hide."""
+    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
+    if not gathered:
+        return False
+    late, prompt = _facts_of(modelled, choices, gathered).more, _facts_of(modelled, choices, {}).more
+    return late.made != prompt.made or late.readers != prompt.readers
+
+
+def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], prompt: bool = False) -> Lifetimes:
     """What lives when, near a plan: `choices` per cluster say what is stored at all, where that depends on them.
 
-    Layouts do not enter otherwise: views are taken to share the buffer of what they view.
+    Layouts do not enter otherwise: views are taken to share the buffer of what they view. `prompt`: as if no state were gathered,
+    so that nothing waits for it.
     """
     graph = modelled.graph
-    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
+    gathered = {} if prompt or modelled.numbers.machine.materialises else _gathered(modelled, choices)
     facts, ties = _facts_of(modelled, choices, gathered), dict(graph.ties)
     places = len(facts.order.sequence) + 2
     replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
@@ -494,8 +505,20 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool]) 
         return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
 
     return Lifetimes(
-        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), partial, places, _sizes(modelled, facts), stored
-    )
+        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, places,
+        _sizes(modelled, facts), stored,
+    )  # fmt: skip
+
+
+def _ties(modelled: Modelled) -> dict[tuple[int, int], int]:
+    """{(new value of state, the cluster of its old value): old value}."""
+    graph = modelled.graph
+    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
+    return {
+        (reading.tensor, reading.reader): olds[reading.tensor]
+        for reading in modelled.readings
+        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT
+    }
 
 
 def _rounded_parts(modelled: Modelled, facts: _Facts) -> dict[int, Life]:
@@ -512,17 +535,12 @@ def _rounded_parts(modelled: Modelled, facts: _Facts) -> dict[int, Life]:
 
 def _kept(modelled: Modelled, facts: _Facts, replaced: Mapping[int, int]) -> dict[tuple[int, int], Life]:
     """Of state that a loop reads, and whose new parts are gathered into its place, a copy stays until they are made."""
-    graph = modelled.graph
     looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
     return {
-        (reading.tensor, reading.reader): Life(0, facts.made.get(reading.tensor, 0))
-        for reading in modelled.readings
-        if facts.fuses and replaced.get(reading.tensor) in looped and _is_input(graph, reading.reader)
+        key: Life(0, facts.made.get(key[0], 0))
+        for key in _ties(modelled)
+        if facts.fuses and replaced.get(key[0]) in looped
     }
-
-
-def _is_input(graph: Graph, cluster: int) -> bool:
-    return graph.operators[graph.clusters[cluster].members[-1]].name == INPUT
 
 
 def _copied(

@@ -23,25 +23,47 @@ from jaxplan.problem import Asked, Meter, Problem, Usage
 
 def within(
     modelled: Modelled, limit: float, like: Sequence[tuple[np.ndarray, Memory]], donated: Sequence[bool],
-    starts: Sequence[np.ndarray] = (),
+    starts: Sequence[np.ndarray] = (), waiting: np.ndarray | None = None,
 ) -> Problem:  # fmt: skip
     """The problem with bytes per device as usages: at most `limit` at every place of the order of operators.
 
     `modelled`: with nothing following. `like`: plans, as choices per cluster, and their memory: usages tell no less than the true
-    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. Raises
-    ValueError where clusters follow.
+    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. `waiting`: a plan
+    in which products wait for state to be gathered; then here nothing does, and gathering any takes as much as waiting takes
+    there. Raises ValueError where clusters follow.
     """
     if modelled.follows:
         raise ValueError("usages are for a problem in which no cluster follows another: model(..., follow=False)")
-    lives = lifetimes(modelled, like[0][0], donated)
+    lives = lifetimes(modelled, like[0][0], donated, waiting is not None)
     problem = replace(modelled.problem, usages=_usages(modelled, lives), limit=limit)
     meter, reserved = Meter(problem), np.full(lives.places, -np.inf)
-    for choices, memory in like:
+    levels = [meter.levels(meter.amounts(choices))[: lives.places] for choices, _ in like]
+    waits = _waiting(modelled, lives, waiting, donated) if waiting is not None else ()
+    for (choices, memory), taken in zip(like, levels, strict=True):
         more = memory.over_all(lives.places)
-        taken = meter.levels(meter.amounts(choices))[: lives.places]
         more[: len(taken)] -= taken
+        rows = [[choices[node][None] for node in usage.nodes] for usage in waits]
+        more -= max([float(usage.amount(*ends)[0, 0]) for usage, ends in zip(waits, rows, strict=True)], default=0.0)
         reserved = np.maximum(reserved, more)
-    return replace(problem, reserved=tuple(reserved.tolist()), starts=(*[choices for choices, _ in like], *starts))
+    starts = (*[choices for choices, _ in like], *starts)
+    return replace(problem, usages=(*problem.usages, *waits), reserved=tuple(reserved.tolist()), starts=starts)
+
+
+def _waiting(modelled: Modelled, lives: Lifetimes, choices: np.ndarray, donated: Sequence[bool]) -> list[Usage]:
+    """For each new value of state, what gathering it takes while products wait behind it, where in `lives` none does: as much
+    more as the plan given takes at the worst step. One is enough for that; all that are gathered are charged."""
+    levels = []
+    for prompt in (False, True):
+        meter = Meter(replace(modelled.problem, usages=_usages(modelled, lifetimes(modelled, choices, donated, prompt))))
+        levels.append(meter.levels(meter.amounts(choices)))
+    steps = min(map(len, levels))
+    more = levels[0][:steps] - levels[1][:steps]
+    found, known = [], dict[int, Waiting]()
+    for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
+        if (reading.tensor, reading.reader) in lives.ties and isinstance(edge.price, ReshardPrice):
+            amount = known.setdefault(id(edge.price), Waiting(edge.price, float(more.max(initial=0.0))))
+            found.append(Usage((edge.tail, edge.head), amount, 0, lives.places))
+    return found
 
 
 def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
@@ -133,3 +155,13 @@ class Copy(NamedTuple):
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]
+
+
+class Waiting(NamedTuple):
+    """`nbytes` per device where an exchange gathers; none where it does not."""
+
+    of: ReshardPrice
+    nbytes: float
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.nbytes * (self.of.family.shares([(self.of, tails, heads)], [GATHERED])[0] > 0)

@@ -238,14 +238,17 @@ def _lowered(parts: _Parts, one: _Met, other: _Met, allowed: float) -> _Met:
     """Take parts of another assignment as long as they lower the peak, until it is within the limit."""
     part, saved, added = parts.differing(one, other)
     taken, level = np.zeros(len(saved), dtype=bool), one.level.copy()
-    while level.max(initial=-math.inf) > allowed:
-        open_ = np.flatnonzero(~taken & np.isfinite(saved))
-        peaks = (level + added[open_]).max(1) if len(open_) else np.zeros(0)
-        if not len(peaks) or peaks.min() >= level.max() * (1 - ROUNDING):
+    barred = ~np.isfinite(saved)
+    while (worst := level.max(initial=-math.inf)) > allowed:
+        less = np.where(taken | barred, math.inf, added[:, level.argmax()])
+        pick = int(less.argmin()) if len(less) else -1
+        if pick < 0 or less[pick] >= -ROUNDING * abs(worst):
             break
-        pick = open_[peaks.argmin()]
-        taken[pick] = True
-        level = level + added[pick]
+        if (level + added[pick]).max() < worst:
+            taken[pick] = True
+            level = level + added[pick]
+        else:
+            barred[pick] = True
     return _with(parts, one, other, part, taken)
 
 
