@@ -471,7 +471,7 @@ def _attempts(
     stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
     if stages is not None:
         graph, numbers = stages.graph, micro_numbers(numbers, stages)
-    met: list[np.ndarray] = []
+    met: dict[tuple[float, int], list[np.ndarray]] = {}
 
     @functools.cache
     def modelled_once(follow: bool) -> Modelled:
@@ -485,12 +485,14 @@ def _attempts(
             return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
         like = [(plan.choices, plan.memory) for plan in limit.like]
         waiting = None if limit.waiting is None else limit.waiting.choices
-        problem = within(modelled, limit.nbytes, like, traced.donated, met, waiting)
+        key = (limit.nbytes, id(limit.waiting))
+        problem = within(modelled, limit.nbytes, like, traced.donated, met.get(key, []), waiting)
         try:
             found = run_search(problem, request.search)
         except OverLimit as error:
             found = error.nearest
-        met[:] = found.notes.get("met", [found.choices])
+        known = found.notes.get("met")
+        met[key] = list(known) if isinstance(known, tuple) else [found.choices]
         return Plan(traced, modelled, found.choices, request.mesh, {}, None, dims, request, pipeline)
 
     return attempt

@@ -24,7 +24,10 @@ Wider = Callable[[SomePlan, float], Sequence[str]]
 
 CORRECTIONS = 4
 """Searches within a limit, at most."""
-NEAR = 0.01
+LOWER, LOWEST, SMALLER = 0.8, 0.98, 0.003
+"""Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second, where
+that gains less than the third."""
+NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
@@ -76,15 +79,12 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
     One search within the limit; where what it found truly takes more or less than it was taken to, once more from there. Where
-    nothing fits, the same with no bytes at all as the limit, which finds the smallest peak whatever the budget. Raises NothingFits.
+    nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
+    NothingFits.
     """
-    tried = _corrected(attempt, plan, budget, budget)
+    tried = _corrected(attempt, plan, budget)
     if not any(one.peak_bytes <= budget for one in tried):
-        least = _corrected(attempt, plan, 0.0, budget)
-        smallest = min(least, key=lambda one: (one.peak_bytes, one.seconds))
-        for other in sorted([*least, plan], key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
-            smallest = _shrunk(smallest, other)
-        tried += [*least, smallest]
+        tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
@@ -93,13 +93,13 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     return _loosened(best, min([plan, *tried], key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
 
 
-def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, limit: float, budget: float) -> list[SomePlan]:
-    """What searches within a limit find, each with the true peak of the one before; with and without products that wait."""
+def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
+    """What searches within a budget find, each with the true peak of the one before; with and without products that wait."""
     tried: list[SomePlan] = []
-    for waiting in (None, plan) if waits(plan.modelled, plan.choices) else (None,):
+    for waiting in _ways(plan):
         like = (plan,)
         for _ in range(CORRECTIONS):
-            found = attempt(Limit(limit, like, waiting))
+            found = attempt(Limit(budget, like, waiting))
             if any((found.choices == one.choices).all() for one in like):
                 break
             tried.append(found)
@@ -108,6 +108,28 @@ def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, limit: float, budget:
                 break
             like = (found,) if fits else (found, *like)
     return tried
+
+
+def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
+    """Plans of ever smaller peaks, the last one within the budget or the smallest there is."""
+    tried, small, step = [plan], plan, LOWER
+    while small.peak_bytes > budget and step < LOWEST:
+        found = [attempt(Limit(step * small.peak_bytes, (small,), waiting)) for waiting in _ways(plan)]
+        best = min(found, key=lambda one: (one.peak_bytes, one.seconds))
+        tried += found
+        if best.peak_bytes > small.peak_bytes * (1 - SMALLER):
+            step = math.sqrt(step)
+        if best.peak_bytes < small.peak_bytes:
+            small = best
+    for other in sorted(tried, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
+        if small.peak_bytes > budget:
+            small = _shrunk(small, other)
+    return [*tried, small]
+
+
+def _ways(plan: SomePlan) -> tuple[SomePlan | None, ...]:
+    """What `Limit.waiting` can be: a plan in which products wait for state that is gathered, if the one without a budget is one."""
+    return (None, plan) if waits(plan.modelled, plan.choices) else (None,)
 
 
 def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:

@@ -38,32 +38,39 @@ def within(
     problem = replace(modelled.problem, usages=_usages(modelled, lives), limit=limit)
     meter, reserved = Meter(problem), np.full(lives.places, -np.inf)
     levels = [meter.levels(meter.amounts(choices))[: lives.places] for choices, _ in like]
-    waits = _waiting(modelled, lives, waiting, donated) if waiting is not None else ()
+    waits, late = _waiting(modelled, lives, waiting, donated) if waiting is not None else ([], np.zeros(lives.places))
     for (choices, memory), taken in zip(like, levels, strict=True):
         more = memory.over_all(lives.places)
         more[: len(taken)] -= taken
-        rows = [[choices[node][None] for node in usage.nodes] for usage in waits]
-        more -= max([float(usage.amount(*ends)[0, 0]) for usage, ends in zip(waits, rows, strict=True)], default=0.0)
+        ends = [[choices[node][None] for node in usage.nodes] for usage in waits]
+        if any(float(usage.amount(*rows)[0, 0]) for usage, rows in zip(waits, ends, strict=True)):
+            more -= late
         reserved = np.maximum(reserved, more)
     starts = (*[choices for choices, _ in like], *starts)
     return replace(problem, usages=(*problem.usages, *waits), reserved=tuple(reserved.tolist()), starts=starts)
 
 
-def _waiting(modelled: Modelled, lives: Lifetimes, choices: np.ndarray, donated: Sequence[bool]) -> list[Usage]:
-    """For each new value of state, what gathering it takes while products wait behind it, where in `lives` none does: as much
-    more as the plan given takes at the worst step. One is enough for that; all that are gathered are charged."""
-    levels = []
-    for prompt in (False, True):
+def _waiting(
+    modelled: Modelled, lives: Lifetimes, choices: np.ndarray, donated: Sequence[bool]
+) -> tuple[list[Usage], np.ndarray]:
+    """(for each new value of state, what gathering it takes while products wait behind it, where in `lives` none does; that at
+    every place): as much more as the plan given takes. One gathering is enough for that; all of them are charged."""
+    late = np.zeros(lives.places)
+    for prompt, sign in ((False, 1.0), (True, -1.0)):
         meter = Meter(replace(modelled.problem, usages=_usages(modelled, lifetimes(modelled, choices, donated, prompt))))
-        levels.append(meter.levels(meter.amounts(choices)))
-    steps = min(map(len, levels))
-    more = levels[0][:steps] - levels[1][:steps]
-    found, known = [], dict[int, Waiting]()
+        level = meter.levels(meter.amounts(choices))[: lives.places]
+        late[: len(level)] += sign * level
+    late = np.maximum(late, 0.0)
+    begins = np.flatnonzero(np.diff(late, prepend=0.0))
+    found, known = [], dict[Hashable, Waiting]()
     for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
         if (reading.tensor, reading.reader) in lives.ties and isinstance(edge.price, ReshardPrice):
-            amount = known.setdefault(id(edge.price), Waiting(edge.price, float(more.max(initial=0.0))))
-            found.append(Usage((edge.tail, edge.head), amount, 0, lives.places))
-    return found
+            for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), lives.places], strict=True):
+                nbytes = float(late[begin])
+                if nbytes > 0:
+                    amount = known.setdefault((id(edge.price), nbytes), Waiting(edge.price, nbytes))
+                    found.append(Usage((edge.tail, edge.head), amount, begin, end))
+    return found, late
 
 
 def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:

@@ -227,8 +227,7 @@ def _put_together(parts: _Parts, met: Sequence[_Met], multipliers: np.ndarray, a
             if best.peak > allowed:
                 best = _lowered(parts, best, other, allowed)
         for other in sorted(met, key=lambda one: (one.seconds, one.peak)):
-            if best.peak <= allowed:
-                best = _cheaper(parts, best, other, multipliers, allowed)
+            best = _cheaper(parts, best, other, multipliers, max(allowed, best.peak))
         if best is before:
             break
     return best
