@@ -31,6 +31,8 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
+WORTH = 1e-4
+"""Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
 OTHERS = 3
@@ -138,7 +140,7 @@ def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
     gains = []
     for part in _parts(tight, loose):
         gain = tight.seconds - modelled.seconds(_swapped(tight.choices, loose.choices, part))
-        if gain > 0:
+        if gain > WORTH * tight.seconds:
             gains.append((-gain, part))
     best = tight
     for _, part in sorted(gains)[:MOST_PARTS]:

@@ -460,7 +460,7 @@ class Lifetimes:
 def waits(modelled: Modelled, choices: np.ndarray) -> bool:
     """Whether products run later, and what they read lives longer, because a plan gathers state behind which they can hide."""
     gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
-    if not gathered:
+    if not gathered or not any(op.name == BOUNDARY for op in modelled.graph.operators):  # they run behind a later loop
         return False
     late, prompt = _facts_of(modelled, choices, gathered).more, _facts_of(modelled, choices, {}).more
     return late.made != prompt.made or late.readers != prompt.readers
