@@ -25,8 +25,8 @@ Wider = Callable[[SomePlan, float], Sequence[str]]
 CORRECTIONS = 4
 """Searches within a limit, at most."""
 LOWER, LOWEST, SMALLER = 0.8, 0.98, 0.003
-"""Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second, where
-that gains less than the third."""
+"""Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second,
+where that gains less than the third."""
 NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
@@ -69,8 +69,8 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
 @dataclass(frozen=True)
 class Limit(Generic[SomePlan]):
     """Bytes per device that a plan may take. `like`: plans whose true peaks are known, from which those of others are estimated,
-    rather too high; the first says what is stored. `waiting`: a plan in which products wait for state that is gathered, where others are looked for in
-    which none do."""
+    rather too high; the first says what is stored. `waiting`: a plan in which products wait for state that is gathered, where
+    others are looked for in which none do."""
 
     nbytes: float
     like: tuple[SomePlan, ...]
@@ -130,7 +130,7 @@ def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> lis
 
 
 def _ways(plan: SomePlan) -> tuple[SomePlan | None, ...]:
-    """What `Limit.waiting` can be: a plan in which products wait for state that is gathered, if the one without a budget is one."""
+    """What `Limit.waiting` can be: none, and the plan without a budget if products wait in it for state that is gathered."""
     return (None, plan) if waits(plan.modelled, plan.choices) else (None,)
 
 

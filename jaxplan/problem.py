@@ -117,8 +117,8 @@ class Problem:
             known = all(0 <= node < len(self.nodes) for node in usage.nodes) and 1 <= len(usage.nodes) <= 2
             if not (known and 0 <= usage.begin <= usage.end):
                 raise ValueError(
-                    f"usage of nodes {usage.nodes} over [{usage.begin}, {usage.end}): one or two nodes of 0..{len(self.nodes) - 1}, "
-                    "and an interval that begins at 0 or later and does not end before it begins"
+                    f"usage of nodes {usage.nodes} over [{usage.begin}, {usage.end}): one or two nodes of "
+                    f"0..{len(self.nodes) - 1}, and an interval that begins at 0 or later and does not end before it begins"
                 )
         if math.isnan(self.limit) or self.limit < 0:
             raise ValueError(f"limit {self.limit} is no amount")

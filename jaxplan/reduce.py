@@ -209,7 +209,7 @@ class ChargedPricer(Pricer):
     def _written(self, rows: Sequence[np.ndarray], fixed: Sequence[Hashable]) -> Tables:
         tables = super()._written(rows, fixed)
         costs, pairs = list(tables.costs), dict(tables.pairs)
-        keys = [(id(usage.amount), *[fixed[node] for node in usage.nodes]) for usage, _ in self._charged]
+        keys: list[Hashable] = [(id(usage.amount), *[fixed[node] for node in usage.nodes]) for usage, _ in self._charged]
         missing = {key: usage for key, (usage, _) in zip(keys, self._charged, strict=True) if key not in self._taken}
         self._ask(missing, rows)
         for key, (usage, price) in zip(keys, self._charged, strict=True):

@@ -9,8 +9,8 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -82,9 +82,9 @@ def memory(
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
     graph, machine = modelled.graph, modelled.numbers.machine
-    gathered = {} if machine.materialises else _gathered(modelled, choices)
-    facts = _facts_of(modelled, choices, gathered)
-    local = _sizes(modelled, facts)
+    gathered = {} if machine.materialises else gathered_state(modelled, choices)
+    facts = facts_of(modelled, choices, gathered)
+    local = local_sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
     own: dict[int, float] = {}
@@ -99,7 +99,7 @@ def memory(
         layout = layouts.get(tensor)
         return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
 
-    held, _ = _held(graph, facts, layouts, own, replaced, local)
+    held, _ = held_buffers(graph, facts, layouts, own, replaced, local)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
@@ -133,7 +133,7 @@ def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buf
     return Buffer(tensor, kind, nbytes, 0, 0, _axes(layout))
 
 
-def _sizes(modelled: Modelled, facts: _Facts) -> Local:
+def local_sizes(modelled: Modelled, facts: Facts) -> Local:
     """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
     graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
 
@@ -151,11 +151,11 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
 
 def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
     """The operators in the order in which memory takes them to run: their numbers in the graph."""
-    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
-    return _facts_of(modelled, choices, gathered).order.sequence
+    gathered = {} if modelled.numbers.machine.materialises else gathered_state(modelled, choices)
+    return facts_of(modelled, choices, gathered).order.sequence
 
 
-def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> _Facts:
+def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
     if modelled.numbers.machine.materialises:
         return _facts(modelled.graph, True, frozenset(), frozenset())
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
@@ -166,7 +166,7 @@ def _axes(layout: Layout | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
 
     order: Order
@@ -190,7 +190,7 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
     return frozenset(found)
 
 
-def _gathered(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
+def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
     """{new value: old value} of state whose parts are gathered at the end of a call."""
     graph, found = modelled.graph, dict[int, int]()
     olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
@@ -222,7 +222,7 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 @lru_cache(maxsize=16)
 def _facts(
     graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[int] = frozenset()
-) -> _Facts:
+) -> Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
@@ -239,7 +239,7 @@ def _facts(
         at, late = (frozenset(places[i] for i in found if i in places) for found in (scattered, hidden))
         found = stored(graph, operators, at, late, loops)
         made.update(found.made)
-        return _Facts(order, operators, made, found.readers, found.computed, places, True, found)
+        return Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
     leaving, fused = {t for t in graph.outputs if t >= 0}, set()
     for operator in operators:
@@ -249,7 +249,7 @@ def _facts(
             where = {cluster.get(order.sequence[reader]) for reader in found}
             if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
                 fused.add(tensor)
-    return _Facts(order, operators, made, readers, frozenset(fused), places)
+    return Facts(order, operators, made, readers, frozenset(fused), places)
 
 
 def _in_a_loop(operator: Operator) -> bool:
@@ -257,7 +257,7 @@ def _in_a_loop(operator: Operator) -> bool:
     return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
 
 
-class _Roots:
+class Roots:
     """Which tensors share a buffer."""
 
     def __init__(self) -> None:
@@ -275,18 +275,18 @@ class _Roots:
             self._into[tensor] = other
 
 
-def _held(
+def held_buffers(
     graph: Graph,
-    facts: _Facts,
+    facts: Facts,
     layouts: Mapping[int, Layout],
     own: Mapping[int, float],
     replaced: Mapping[int, int],
     local: Local,
-) -> tuple[list[Buffer], _Roots]:
+) -> tuple[list[Buffer], Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
     order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
-    roots, inputs = _Roots(), set(graph.inputs)
+    roots, inputs = Roots(), set(graph.inputs)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     nbytes: dict[int, float] = {}
@@ -353,7 +353,7 @@ def _held(
     ], roots  # fmt: skip
 
 
-def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
+def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
     """New values of donated state that are written where the old ones are: not what a loop stacks while it still reads those."""
     if not facts.fuses:
         return list(replaced)
@@ -362,7 +362,7 @@ def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
     return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
 
 
-def _rounded_before(modelled: Modelled, facts: _Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
     """What a loop only multiplies by is rounded whole before it, where products round."""
     graph, machine, found = modelled.graph, modelled.numbers.machine, []
     moved = _moved(graph, facts, layouts)
@@ -388,7 +388,7 @@ def _as_sliced(graph: Graph, boundary: Operator, layouts: Mapping[int, Layout]) 
     return tuple([old if 0 <= old < rounds else new + rounds if new >= 0 else -1 for old, new in zip(before, after, strict=True)])
 
 
-def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
+def _moved(graph: Graph, facts: Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
     """Tensors handed on in a layout of larger parts, and how often the part that a round of a loop sees is there. Axes along the
     rounds themselves (the stages of a pipeline) split no round's part."""
     found = {}
@@ -397,17 +397,17 @@ def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[i
             before, after = (layouts.get(t) or () for t in (operator.operands[0], operator.results[0]))
             rounds = len(graph.tensors[operator.operands[0]].shape) - len(graph.tensors[operator.results[0]].shape)
             if set(_axes(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
-                found[operator.results[0]] = _rounds_of(graph, operator)
+                found[operator.results[0]] = rounds_of(graph, operator)
     return found
 
 
-def _rounds_of(graph: Graph, operator: Operator) -> float:
+def rounds_of(graph: Graph, operator: Operator) -> float:
     """How many parts of its size what is handed on is taken from."""
     whole, part = graph.tensors[operator.operands[0]], graph.tensors[operator.results[0]]
     return whole.nbytes / part.nbytes if part.nbytes else 1.0
 
 
-def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Buffer]:
+def _far(buffers: Sequence[Buffer], facts: Facts, near_bytes: float) -> list[Buffer]:
     """What finds no place in memory on the chip: there lies what lives shortest and beside no loop, as far as it fits. Outputs
     are no temporaries."""
     heap = [b for b in buffers if b.kind != OUTPUT]
@@ -426,151 +426,7 @@ def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Bu
     return far
 
 
-@dataclass(frozen=True)
-class Life:
-    """Bytes that choices decide on live from place `first` to place `last` of the order: `share` of those of a tensor."""
-
-    first: int
-    last: int
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Lifetimes:
-    """When bytes live that choices decide on.
-
-    `held`: of what clusters leave, by tensor (several may share one buffer, each a part of it; and copies in the same layout);
-    by tensor and reading cluster: `copied`, of copies that exchanges make, `handed`, of what a view or a loop has of its own where
-    its layout is another, `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new state
-    by its old place; `partial`: of partial results, by operator. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is equal are
-    stored alike.
-    """
-
-    held: Mapping[int, Sequence[Life]]
-    copied: Mapping[tuple[int, int], Life]
-    handed: Mapping[tuple[int, int], Life]
-    gathered: Mapping[tuple[int, int], Life]
-    ties: frozenset[tuple[int, int]]
-    partial: Mapping[int, Life]
-    places: int
-    local: Local
-    stored: Callable[[int], Hashable]
-
-
-def waits(modelled: Modelled, choices: np.ndarray) -> bool:
-    """Whether products run later, and what they read lives longer, because a plan gathers state behind which they can hide."""
-    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
-    if not gathered or not any(op.name == BOUNDARY for op in modelled.graph.operators):  # they run behind a later loop
-        return False
-    late, prompt = _facts_of(modelled, choices, gathered).more, _facts_of(modelled, choices, {}).more
-    return late.made != prompt.made or late.readers != prompt.readers
-
-
-def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], prompt: bool = False) -> Lifetimes:
-    """What lives when, near a plan: `choices` per cluster say what is stored at all, where that depends on them.
-
-    Layouts do not enter otherwise: views are taken to share the buffer of what they view. `prompt`: as if no state were gathered,
-    so that nothing waits for it.
-    """
-    graph = modelled.graph
-    gathered = {} if prompt or modelled.numbers.machine.materialises else _gathered(modelled, choices)
-    facts, ties = _facts_of(modelled, choices, gathered), dict(graph.ties)
-    places = len(facts.order.sequence) + 2
-    replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
-    own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
-    tensors = [write.tensor for cluster in graph.clusters for write in cluster.writes]
-    buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
-    lives = {b.tensor: Life(0, places - 1) if b.kind == OUTPUT else Life(b.first, b.last) for b in buffers}
-    sharing: dict[int, list[int]] = {}
-    held = {tensor: [Life(0, places - 1)] for tensor in graph.inputs}
-    partial = {}
-    for cluster in graph.clusters:
-        for combine in cluster.combines if cluster.times else ():
-            if combine.operator in facts.place:
-                at = facts.place[combine.operator]
-                partial[combine.operator] = Life(at, max(at, facts.more.waits.get(combine.result.tensor, at)))
-        if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
-            for write in cluster.writes:
-                if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
-                    sharing.setdefault(roots.of(write.tensor), []).append(write.tensor)
-    for root, found in sharing.items():
-        held.update({tensor: [replace(lives[root], share=1.0 / len(found))] for tensor in found})
-    for tensor, first, last in (*facts.more.copies, *[(tensor, at, at) for tensor, at in facts.more.turned]):
-        held.setdefault(tensor, []).append(Life(first, last))
-    for result, life in _rounded_parts(modelled, facts).items():
-        held.setdefault(result, []).append(life)
-
-    def stored(tensor: int) -> Hashable:
-        about = graph.tensors[tensor]
-        return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
-
-    return Lifetimes(
-        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, places,
-        _sizes(modelled, facts), stored,
-    )  # fmt: skip
-
-
-def _ties(modelled: Modelled) -> dict[tuple[int, int], int]:
-    """{(new value of state, the cluster of its old value): old value}."""
-    graph = modelled.graph
-    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
-    return {
-        (reading.tensor, reading.reader): olds[reading.tensor]
-        for reading in modelled.readings
-        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT
-    }
-
-
-def _rounded_parts(modelled: Modelled, facts: _Facts) -> dict[int, Life]:
-    """{what a round of a loop sees of a stack that is rounded before it: all rounds' parts, as long as the loop runs}."""
-    graph, machine, found = modelled.graph, modelled.numbers.machine, dict[int, Life]()
-    for op in facts.operators if facts.fuses else ():
-        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
-            source, result, loop = op.operands[0], op.results[0], op.path[:-2]
-            narrow = result in facts.more.narrow and source not in facts.more.narrow
-            if narrow and machine.rounded_share(graph.tensors[source].dtype) < 1:
-                found[result] = Life(facts.order.begins[loop], facts.order.ends[loop], _rounds_of(graph, op))
-    return found
-
-
-def _kept(modelled: Modelled, facts: _Facts, replaced: Mapping[int, int]) -> dict[tuple[int, int], Life]:
-    """Of state that a loop reads, and whose new parts are gathered into its place, a copy stays until they are made."""
-    looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
-    return {
-        key: Life(0, facts.made.get(key[0], 0))
-        for key in _ties(modelled)
-        if facts.fuses and replaced.get(key[0]) in looped
-    }
-
-
-def _copied(
-    modelled: Modelled, facts: _Facts
-) -> tuple[dict[tuple[int, int], Life], dict[tuple[int, int], Life]]:
-    """Of each tensor and cluster that would read it in a layout of its own: (copies that exchanges make, from the first to the
-    last user; buffers of views and of what enters a loop)."""
-    graph = modelled.graph
-    copied, handed = dict[tuple[int, int], Life](), dict[tuple[int, int], Life]()
-    stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
-    for reading in modelled.readings:
-        members = graph.clusters[reading.reader].members
-        if graph.operators[members[-1]].name == BOUNDARY:
-            stacks.setdefault(reading.tensor, []).extend(_users(graph, facts, reading.tensor, members))
-    for reading in modelled.readings:
-        members = graph.clusters[reading.reader].members
-        last, key = graph.operators[members[-1]], (reading.tensor, reading.reader)
-        users = _users(graph, facts, reading.tensor, members)
-        if not reading.times:
-            continue
-        if last.name == VIEW or (last.name == BOUNDARY and last.path[-2] == "in" and not users):
-            users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
-            handed[key] = Life(min(users), max(users))
-        elif users:
-            users = stacks[reading.tensor] if last.name == BOUNDARY else users
-            copied[key] = Life(min(users), max(users))
-    return copied, handed
-
-
-def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:
+def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) -> list[int]:
     """Places at which a cluster reads a tensor in a layout of its own. A stack that a loop slices is brought there whole, before
     the loop begins; what enters a loop otherwise is a value inside it already."""
     op = graph.operators[members[-1]]
@@ -582,7 +438,7 @@ def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> 
     return [facts.order.begins[loop], facts.order.ends[loop]]
 
 
-def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:
+def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
@@ -592,7 +448,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
         members = graph.clusters[reading.reader].members
         if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
-        users = _users(graph, facts, reading.tensor, members)
+        users = users_of(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)

@@ -245,11 +245,12 @@ class Reshards:
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
         share = 1 / shards(self._layouts[target], self.numbers.sizes)
         kinds = {step.kind for step in steps}
-        self._shares[:, source, target] = share * (source != target), share * bool(kinds - {"slice"}), share * ("all_gather" in kinds)
+        made = (source != target, bool(kinds - {"slice"}), "all_gather" in kinds)
+        self._shares[:, source, target] = [share * kind for kind in made]
 
     def shares(self, asked: Sequence[Asked], makes: Sequence[int]) -> list[np.ndarray]:
-        """For each (edge price, tails, heads), the share of a tensor that a device holds in the layout of the head; 0 where `makes`
-        says that nothing is made: it is `MOVED`, `SENT` or `GATHERED`."""
+        """For each (edge price, tails, heads), the share of a tensor that a device holds in the layout of the head; 0 where
+        nothing of what `makes` says is made: `MOVED`, `SENT` or `GATHERED`."""
         tails = self.numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
         heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
         found, first, second = [], 0, 0

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.memory import Lifetimes, Local, Memory, lifetimes
+from jaxplan.cost.lifetimes import Lifetimes, lifetimes
+from jaxplan.cost.memory import Local, Memory
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
 from jaxplan.cost.prices import GATHERED, MOVED, SENT, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Combine
@@ -28,8 +29,8 @@ def within(
     """The problem with bytes per device as usages: at most `limit` at every place of the order of operators.
 
     `modelled`: with nothing following. `like`: plans, as choices per cluster, and their memory: usages tell no less than the true
-    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. `waiting`: a plan
-    in which products wait for state to be gathered; then here nothing does, and gathering any takes as much as waiting takes
+    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. `waiting`: a
+    plan in which products wait for state to be gathered; then here nothing does, and gathering any takes as much as waiting takes
     there. Raises ValueError where clusters follow.
     """
     if modelled.follows:

@@ -94,4 +94,6 @@ def _checked(problem: Problem, found: Assignment, name: str) -> Assignment:
     return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "OverLimit", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws"]
+__all__ = [
+    "SEARCHES", "Assignment", "OverLimit", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws",
+]  # fmt: skip

@@ -105,7 +105,8 @@ def integer_program(
     constraints = [LinearConstraint(matrix, right, right)]
     if limits is not None and len(limits[1]):
         unit = max(1e-30, float(np.abs(limits[1]).max()), float(abs(limits[0]).max()))
-        constraints.append(LinearConstraint(limits[0] / unit, -np.inf, limits[1] / unit))
+        most: Any = limits[1] / unit
+        constraints.append(LinearConstraint(limits[0] / unit, -np.inf, most))
     solved = milp(
         objective, integrality=integral, bounds=Bounds(0, upper), constraints=constraints,
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
