@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_search import random_tables
 
-from jaxplan.problem import Assignment, Peak, Problem, Usage, evaluate, from_tables, peak, within_limit
+from jaxplan.problem import Assignment, Meter, Peak, Problem, Usage, evaluate, from_tables, peak, within_limit
 from jaxplan.reduce import fold
-from jaxplan.search import alpa, brute, certify, search
+from jaxplan.search import OverLimit, alpa, brute, certify, search
 
 
 def taking(vector):
@@ -98,8 +98,8 @@ def test_an_assignment_over_the_limit_is_caught_with_the_interval_and_the_shorta
     def wasteful(problem):
         return Assignment(greedy, 0.0)
 
-    with pytest.raises(ValueError, match=r"'wasteful' .* uses \S+ in \[\d+, \d+\), \S+ more than the limit .* brute honour"):
-        search(problem, wasteful)
+    with pytest.raises(OverLimit, match=r"'wasteful' found no .* limit of \S+ the nearest uses \S+ in \[\d+, \d+\), \S+ more"):
+        search(replace(problem, limit=0.0), wasteful)
     proven = certify(problem, brute(problem))
     assert within_limit(problem, proven.choices) and proven.bound <= brute(problem).seconds
 
@@ -113,3 +113,94 @@ def test_usages_that_make_no_sense_are_said():
         Problem(("choice",), node, (), limit=-1)
     with pytest.raises(ValueError, match="limit nan is no amount"):
         Problem(("choice",), node, (), limit=float("nan"))
+
+
+def entangled(seed, share=0.7):
+    """(a problem with usages of pairs and something reserved, (options) -> what is taken at every step)."""
+    rng = np.random.default_rng(seed)
+    problem, found = limited(seed, nodes=5)
+    counts = [node.options[0] for node in problem.nodes]
+    usages, pairs = list(problem.usages), []
+    for _ in range(4):
+        i, j = map(int, rng.permutation(5)[:2])
+        begin = int(rng.integers(0, 8))
+        pairs.append((i, j, begin, begin + 4, rng.integers(0, 8, (counts[i], counts[j])).astype(float)))
+        usages.append(Usage((i, j), pair_of(pairs[-1][4]), begin, begin + 4))
+    reserved = rng.integers(-2, 3, 12).astype(float)
+
+    def levels(options):
+        total = np.zeros(16)
+        total[:12] = reserved
+        for i, begin, end, vector in found:
+            total[begin:end] += vector[options[i]]
+        for i, j, begin, end, table in pairs:
+            total[begin:end] += table[options[i], options[j]]
+        return total
+
+    whole = replace(problem, usages=tuple(usages), reserved=tuple(reserved.tolist()))
+    return replace(whole, limit=share * peak(whole, brute(replace(whole, limit=np.inf)).choices).usage), levels
+
+
+def pair_of(table):
+    return lambda tails, heads: table[np.ix_(tails[:, 0], heads[:, 0])]
+
+
+def every(problem):
+    return itertools.product(*[range(node.options[0]) for node in problem.nodes])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pairs_and_what_is_reserved_count(seed):
+    problem, levels = entangled(seed)
+    meter, best = Meter(problem), np.inf
+    for options in every(problem):
+        choices = np.array(options)[:, None]
+        assert meter.levels(meter.amounts(choices)) == pytest.approx(levels(options)[: meter.steps])
+        if levels(options)[: meter.steps].max() <= problem.limit:
+            best = min(best, evaluate(problem, choices))
+    if not np.isfinite(best):
+        for method in ("brute", "alpa", "hsm2dl"):
+            with pytest.raises(ValueError, match="within"):
+                search(problem, method)
+        return
+    for method in ("brute", "alpa", lambda problem: alpa(problem, rounds=None)):
+        assert search(problem, method).seconds == pytest.approx(best)
+    found = search(problem, "hsm2dl")
+    assert levels(found.choices[:, 0])[: meter.steps].max() <= problem.limit * (1 + 1e-9) and found.seconds >= best * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("method", ["hsm2dl", "tofu", "trws"])
+def test_the_other_searches_stay_within_the_limit_and_come_near(method):
+    """Multipliers and moves prove nothing: on the 24 problems, 13 of which have an answer, one is 6.8% dearer than it has to be."""
+    over = []
+    for seed in range(24):
+        problem, found = limited(seed)
+        best = cheapest_within(problem, found)
+        if best is None:
+            with pytest.raises(OverLimit) as caught:
+                search(problem, method)
+            assert not within_limit(problem, caught.value.nearest.choices)
+            continue
+        answer = search(problem, method)
+        assert used(found, answer.choices[:, 0]) <= problem.limit and answer.seconds >= best * (1 - 1e-9)
+        over.append(answer.seconds / best - 1)
+    assert len(over) == 13 and sum(one > 1e-9 for one in over) <= 1 and max(over) <= 0.068
+
+
+def test_a_callable_that_knows_no_limit_is_asked_at_prices():
+    problem, found = limited(1)
+    asked = []
+
+    def greedy(problem):
+        asked.append(problem)
+        return brute(replace(problem, usages=(), reserved=(), limit=np.inf))
+
+    answer = search(problem, greedy)
+    assert within_limit(problem, answer.choices) and answer.seconds == pytest.approx(cheapest_within(problem, found))
+    assert asked[0] is problem and len(asked) > 1 and all(not one.usages for one in asked[1:])
+
+
+def test_a_known_assignment_that_fits_is_not_lost():
+    problem, _ = limited(3)
+    best = brute(problem)
+    assert search(replace(problem, starts=(best.choices,)), "hsm2dl").seconds == pytest.approx(best.seconds)

@@ -21,6 +21,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices
+from jaxplan.search.swaps import swapped
 
 Inner = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 """From what a unit of each usage costs, (usages,), and assignments that are known, (nodes, axes), to the best at these prices."""
@@ -93,6 +94,8 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
                 break
             dear = height * unit
     best = _put_together(parts, met, multipliers, allowed)
+    mended = swapped(problem, best.choices, allowed)
+    best = best if (mended == best.choices).all() else parts.meet(mended)
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)
     if best.peak > allowed:
