@@ -94,8 +94,8 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
                 break
             dear = height * unit
     best = _put_together(parts, met, multipliers, allowed)
-    mended = swapped(problem, best.choices, allowed)
-    best = best if (mended == best.choices).all() else parts.meet(mended)
+    mended = [parts.meet(choices) for choices in swapped(problem, [best.choices, *[one.choices for one in met]], allowed)]
+    best = min([best, *mended], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)
     if best.peak > allowed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,38 +12,46 @@ import numpy as np
 from jaxplan.problem import Meter, Problem
 from jaxplan.reduce import ILLEGAL, Pricer
 
-AFFORDABLE = 20_000_000
+AFFORDABLE = 2_000_000
 """Numbers that one round may take; problems that take more are left as they are."""
-ROUNDS = 50
+LOOKS = 8_000
+"""Pairs of nodes looked at, in all rounds together."""
+TINY = 1e-30
+"""Seconds that count as none."""
 LEAST = 1e-9
 """An improvement below this fraction is none."""
 
 
-def swapped(problem: Problem, choices: np.ndarray, allowed: float) -> np.ndarray:
-    """An assignment, (nodes, axes), at least as good: its peak is lower while that is above `allowed`, then its price. Each round
-    takes the best change of any one or two nodes, among all their joint choices, until there is none."""
+def swapped(problem: Problem, starts: Sequence[np.ndarray], allowed: float) -> list[np.ndarray]:
+    """From each assignment, (nodes, axes), where changes lead: they lower the peak while that is above `allowed`, then the price.
+    Each round takes the best change of any one or two nodes, among all their joint choices, until there is none. Nothing where
+    that takes too much."""
     counts = np.array([np.prod(node.options) for node in problem.nodes], dtype=float)
     if len(counts) < 1 or not len(problem.usages):
-        return choices
+        return []
     meter = Meter(problem)
     events = np.unique(np.concatenate([meter.begins, meter.ends, *([np.arange(meter.steps)] if problem.reserved else [])]))
     events = events[events < meter.steps]
     if counts.sum() ** 2 / 2 * len(events) > AFFORDABLE:
-        return choices
-    state = _State(problem, choices, meter.levels(np.zeros(len(problem.usages)))[events], events)
-    for _ in range(ROUNDS):
-        if not state.improve(allowed):
-            break
-    return state.choices()
+        return []
+    state, found = _State(problem, meter.levels(np.zeros(len(problem.usages)))[events], events), []
+    rounds = LOOKS // max(1, math.comb(len(counts), 2))
+    for start in starts:
+        state.begin(start)
+        while rounds > 0 and state.improve(allowed):
+            rounds -= 1
+        rounds -= 1
+        found.append(state.choices())
+    return found
 
 
 class _State:
     """Prices and usages of a small problem written out, and the option of every node now."""
 
-    def __init__(self, problem: Problem, choices: np.ndarray, reserved: np.ndarray, events: np.ndarray) -> None:
+    def __init__(self, problem: Problem, reserved: np.ndarray, events: np.ndarray) -> None:
         tables, self.rows = Pricer(problem).whole(AFFORDABLE)
         self.costs, self.pairs = tables.costs, dict(tables.pairs)
-        self.now = [int((rows == own).all(1).argmax()) for rows, own in zip(self.rows, choices, strict=True)]
+        self.now: list[int] = []
         self.reserved = reserved
         self.alone = [np.zeros((len(rows), len(events))) for rows in self.rows]
         self.both: dict[tuple[int, int], np.ndarray] = {}
@@ -59,6 +69,10 @@ class _State:
         for i, j in (*self.pairs, *self.both):
             self.near[i].add(j)
             self.near[j].add(i)
+
+    def begin(self, choices: np.ndarray) -> None:
+        """Start anew from an assignment."""
+        self.now = [int((rows == own).all(1).argmax()) for rows, own in zip(self.rows, choices, strict=True)]
 
     def choices(self) -> np.ndarray:
         """(nodes, axes)."""
@@ -85,16 +99,16 @@ class _State:
         was one."""
         level = self.level()
         peak = float(level.max())
-        best, change = (-LEAST * abs(peak), 0.0) if peak > allowed else (0.0, -LEAST * self.seconds()), None
+        best, change = 0.0 if peak > allowed else -LEAST * self.seconds(), None
         for i, j in combinations(range(len(self.now)), 2) if len(self.now) > 1 else [(0, 0)]:
             cost, used = self.together(i, j)
             at = self.now[i], self.now[j] if i != j else 0
             over = np.maximum((level + used - used[at]).max(-1), allowed) - max(peak, allowed)
             gain = np.where((cost < ILLEGAL) & (over <= 0), cost - cost[at], np.inf)
-            lower = np.where(np.isfinite(gain), over, np.inf)
-            order = np.lexsort((gain.ravel(), lower.ravel())) if peak > allowed else [gain.argmin()]
-            pick = np.unravel_index(order[0], gain.shape)
-            found = float(lower[pick]) if peak > allowed else 0.0, float(gain[pick])
+            if peak > allowed:  # what lowers the peak by most per second; what costs nothing first
+                gain = np.where(over < 0, np.where(gain > 0, over / np.maximum(gain, TINY), over / TINY + gain), np.inf)
+            pick = np.unravel_index(gain.argmin(), gain.shape)
+            found = float(gain[pick])
             if found < best:
                 best, change = found, (i, j, pick)
         if change is None:
