@@ -159,6 +159,8 @@ def _copied(
             continue
         if last.name == VIEW or (last.name == BOUNDARY and last.path[-2] == "in" and not users):
             users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
+            if last.name == BOUNDARY:  # every round reads it
+                users += [facts.order.begins[last.path[:-2]], facts.order.ends[last.path[:-2]]]
             handed[key] = Life(min(users), max(users))
         elif users:
             users = stacks[reading.tensor] if last.name == BOUNDARY else users
