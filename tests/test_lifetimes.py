@@ -16,7 +16,7 @@ import jaxplan
 from jaxplan.cost import model, within
 from jaxplan.examples import programs
 from jaxplan.problem import Meter, peak, within_limit
-from jaxplan.search import alpa, search
+from jaxplan.search import OverLimit, alpa, search
 
 
 def train_step(state, x):
@@ -76,25 +76,28 @@ def test_usages_tell_the_true_peak_of_the_plan_they_were_made_from(name, machine
     assert level[: len(plan.memory.over)] == pytest.approx(plan.memory.over + plan.memory.arguments + plan.memory.outputs)
 
 
-@pytest.mark.parametrize("machine", ["h100", "cpu"])
-@pytest.mark.parametrize("sizes", [(4,), (2, 2)], ids=str)
-@pytest.mark.parametrize("name", sorted(SMALL))
-def test_the_default_search_is_near_the_integer_program_within_a_limit(name, sizes, machine):
+CASES = [(name, sizes, "h100") for name in sorted(SMALL) for sizes in ((4,), (2, 2))] + [("product", (2, 2), "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "machine"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == (2, 2))) for case in CASES]
+)
+def test_the_default_search_finds_what_the_integer_program_does_within_a_limit(name, sizes, machine):
     plan = free_plan(name, sizes, machine)
     fitted = 0
-    for share in (0.9, 0.7, 0.5):
+    for share in (0.9, 0.7, 0.5, 0.35):
         problem = limited(plan, share * plan.peak_bytes)
         try:
-            best = alpa(problem, rounds=None, time_limit=20)
+            best = alpa(problem, rounds=None, time_limit=60)
         except ValueError:
-            with pytest.raises(ValueError, match="within"):
+            with pytest.raises(OverLimit, match="within"):
                 search(problem)
             continue
         found = search(problem)
         assert within_limit(problem, found.choices) and found.bound is None
-        assert best.seconds * (1 - 1e-6) <= found.seconds <= 1.01 * best.seconds
+        assert found.seconds == pytest.approx(best.seconds, rel=1e-5)
         fitted += 1
-    assert fitted or (name, machine) == ("product", "h100")
+    assert fitted >= 2
 
 
 @pytest.mark.parametrize("method", ["tofu", "joint", lambda problem: search(problem, "hsm2dl")], ids=["tofu", "joint", "callable"])

@@ -170,9 +170,9 @@ def test_pairs_and_what_is_reserved_count(seed):
 
 
 @pytest.mark.parametrize("method", ["hsm2dl", "tofu", "trws"])
-def test_the_other_searches_stay_within_the_limit_and_come_near(method):
-    """Multipliers and moves prove nothing: on the 24 problems, 13 of which have an answer, one is 6.8% dearer than it has to be."""
-    over = []
+def test_the_other_searches_find_the_cheapest_within_the_limit_too(method):
+    """Multipliers and moves prove nothing, but do for problems as small as these; 13 of 24 have an answer."""
+    answered = 0
     for seed in range(24):
         problem, found = limited(seed)
         best = cheapest_within(problem, found)
@@ -182,9 +182,9 @@ def test_the_other_searches_stay_within_the_limit_and_come_near(method):
             assert not within_limit(problem, caught.value.nearest.choices)
             continue
         answer = search(problem, method)
-        assert used(found, answer.choices[:, 0]) <= problem.limit and answer.seconds >= best * (1 - 1e-9)
-        over.append(answer.seconds / best - 1)
-    assert len(over) == 13 and sum(one > 1e-9 for one in over) <= 1 and max(over) <= 0.068
+        assert used(found, answer.choices[:, 0]) <= problem.limit and answer.seconds == pytest.approx(best)
+        answered += 1
+    assert answered == 13
 
 
 def test_a_callable_that_knows_no_limit_is_asked_at_prices():
