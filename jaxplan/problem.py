@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -105,6 +105,8 @@ class Problem:
     limit: float = math.inf
     reserved: tuple[float, ...] = ()
     starts: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    structure: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was worked out from who is connected to whom, in how many options and of which kinds; prices apart."""
 
     def __post_init__(self) -> None:
         for node in self.nodes:
@@ -128,6 +130,23 @@ class Problem:
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
         if self.alike and len(self.alike) != len(self.axes):
             raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
+
+
+    def within(
+        self, limit: float, usages: tuple[Usage, ...], reserved: tuple[float, ...] = (), starts: tuple[np.ndarray, ...] = ()
+    ) -> Problem:
+        """The same problem with a limit on what choices take."""
+        problem = replace(self, usages=usages, limit=limit, reserved=reserved, starts=starts)
+        object.__setattr__(problem, "structure", self.structure)
+        return problem
+
+    def repriced(
+        self, nodes: tuple[Node, ...], edges: tuple[Edge, ...], axis_order: tuple[int, ...], alike: tuple[Hashable, ...]
+    ) -> Problem:
+        """The same problem with other prices: nodes and edges are these but for their `price`, and of the same kinds."""
+        problem = replace(self, nodes=nodes, edges=edges, axis_order=axis_order, alike=alike)
+        object.__setattr__(problem, "structure", self.structure)
+        return problem
 
 
 @dataclass(frozen=True)
@@ -193,6 +212,12 @@ def within_limit(problem: Problem, choices: np.ndarray) -> bool:
     return problem.limit == math.inf or peak(problem, choices).usage <= problem.limit * (1 + ROUNDING)
 
 
+def taken(usage: Usage, rows: np.ndarray) -> np.ndarray:
+    """(m,) units for options of a usage's only node, (m, axes)."""
+    amount: Any = usage.amount
+    return amount(rows)
+
+
 class Meter:
     """What assignments of a problem take, step by step."""
 
@@ -219,8 +244,7 @@ class Meter:
         usages = self.problem.usages
         found = np.zeros(len(usages))
         for numbers, nodes in self._alone:
-            amount: Any = usages[int(numbers[0])].amount
-            found[numbers] = amount(choices[nodes])
+            found[numbers] = taken(usages[int(numbers[0])], choices[nodes])
         rows = [tuple(row) for row in choices.tolist()] if self._pairs else []
         keys = [(id(usages[n].amount), *[rows[node] for node in usages[n].nodes]) for n in self._pairs]
         asked = {key: usages[n] for key, n in zip(keys, self._pairs, strict=True)}

@@ -3,7 +3,7 @@
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.lifetimes import waits
-from jaxplan.cost.memory import Buffer, Memory, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, hidden_work, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.stages import Stages, Staging, stage_graph
@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "cluster_exchanges",
     "frugal",
+    "hidden_work",
     "memory",
     "model",
     "reshard_steps",

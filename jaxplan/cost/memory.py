@@ -156,9 +156,17 @@ def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
 
 
 def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
+    """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
         return _facts(modelled.graph, True, frozenset(), frozenset())
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
+
+
+def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
+    """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call."""
+    if modelled.numbers.machine.materialises:
+        return frozenset()
+    return _hidden(modelled, choices, gathered_state(modelled, choices))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
@@ -443,9 +451,8 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
     shares: dict[tuple[int, Layout], float] = {}
-    for reading in modelled.readings:
-        source, wanted, ndim = modelled.edge_layouts(choices, reading)
-        members = graph.clusters[reading.reader].members
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        ndim, members = len(reading.read.leads), graph.clusters[reading.reader].members
         if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
         users = users_of(graph, facts, reading.tensor, members)

@@ -36,7 +36,7 @@ def within(
     if modelled.follows:
         raise ValueError("usages are for a problem in which no cluster follows another: model(..., follow=False)")
     lives = lifetimes(modelled, like[0][0], donated, waiting is not None)
-    problem = replace(modelled.problem, usages=_usages(modelled, lives), limit=limit)
+    problem = modelled.problem.within(limit, _usages(modelled, lives))
     meter, reserved = Meter(problem), np.full(lives.places, -np.inf)
     levels = [meter.levels(meter.amounts(choices))[: lives.places] for choices, _ in like]
     waits, late = _waiting(modelled, lives, waiting, donated) if waiting is not None else ([], np.zeros(lives.places))
@@ -48,7 +48,7 @@ def within(
             more -= late
         reserved = np.maximum(reserved, more)
     starts = (*[choices for choices, _ in like], *starts)
-    return replace(problem, usages=(*problem.usages, *waits), reserved=tuple(reserved.tolist()), starts=starts)
+    return modelled.problem.within(limit, (*problem.usages, *waits), tuple(reserved.tolist()), starts)
 
 
 def _waiting(
@@ -99,9 +99,10 @@ def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
         for makes, those in ((SENT, lives.copied), (MOVED, lives.handed), (GATHERED, lives.gathered)):
             life, price = those.get((reading.tensor, reading.reader)), edge.price
             if life is not None and isinstance(price, ReshardPrice):
-                key = ("copy", id(price), makes)
+                nbytes = reading.share * numbers.nbytes(reading.tensor)
+                key = ("copy", id(price), makes, nbytes)
                 if key not in known:
-                    known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, makes)
+                    known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, nbytes, makes)
                 found.append(Usage((edge.tail, edge.head), known[key], life.first, life.last + 1))
     return tuple(found)
 
@@ -150,15 +151,16 @@ class Copies:
         """A matrix of bytes for each (`Copy`, options of the writer, options of the reader)."""
         questions = [(amount.of, tails, heads) for amount, tails, heads in asked]
         shares = self._reshards.shares(questions, [amount.makes for amount, _, _ in asked])
-        return [amount.of.nbytes * share for (amount, _, _), share in zip(asked, shares, strict=True)]
+        return [amount.nbytes * share for (amount, _, _), share in zip(asked, shares, strict=True)]
 
 
 class Copy(NamedTuple):
-    """Bytes per device of a tensor once more, in the layout that a reader wants. `of`: the price of the exchange; `makes`: which
-    exchanges make one."""
+    """Bytes per device of a tensor once more, in the layout that a reader wants. `of`: the price of the exchange; `nbytes`: of
+    the whole tensor; `makes`: which exchanges make one."""
 
     family: Copies
     of: ReshardPrice
+    nbytes: float
     makes: int
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:

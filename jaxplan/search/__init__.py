@@ -16,6 +16,7 @@ from jaxplan.search.hsm2dl import hsm2dl
 from jaxplan.search.joint import joint
 from jaxplan.search.limited import OverLimit, at_prices, limited
 from jaxplan.search.optcnn import optcnn
+from jaxplan.search.stages import piper_stages
 from jaxplan.search.tofu import tofu
 
 SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
@@ -23,13 +24,15 @@ SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
     "joint": joint,
     "optcnn": optcnn,
     "tofu": tofu,
+    "piper": piper_stages,
     "trws": trws,
     "alpa": alpa,
     "brute": brute,
 }
 
-LIMITED = ("alpa", "brute", "hsm2dl")
-"""The searches that look for assignments within a problem's limit themselves; the others are given prices of usages instead."""
+LIMITED = ("piper", "alpa", "brute", "hsm2dl")
+"""The searches that look for assignments within a problem's limit themselves (`piper` where each usage is one node's); the others
+are given prices of usages instead."""
 
 CLAIM = 1e-6
 """By what fraction a solver's bound may exceed the price of its own assignment: HiGHS's tolerance."""
@@ -53,7 +56,8 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
         asked = at_prices(problem, spans)
         return _checked(asked, solve(asked), name).choices
 
-    if problem.limit < math.inf and isinstance(method, str) and method not in LIMITED:
+    alone = not problem.reserved and all(len(usage.nodes) == 1 for usage in problem.usages)
+    if problem.limit < math.inf and isinstance(method, str) and (method not in LIMITED or (method == "piper" and not alone)):
         return _checked(problem, limited(problem, priced, name), name)
     found = _checked(problem, solve(problem), name)
     if within_limit(problem, found.choices):
@@ -95,5 +99,17 @@ def _checked(problem: Problem, found: Assignment, name: str) -> Assignment:
 
 
 __all__ = [
-    "SEARCHES", "Assignment", "OverLimit", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws",
-]  # fmt: skip
+    "SEARCHES",
+    "Assignment",
+    "OverLimit",
+    "alpa",
+    "brute",
+    "certify",
+    "hsm2dl",
+    "joint",
+    "optcnn",
+    "piper_stages",
+    "search",
+    "tofu",
+    "trws",
+]
