@@ -16,14 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.budget import Limit, budget_bytes
 from jaxplan.compare import PlanAudit, compare
-from jaxplan.cost import Modelled, Numbers, frugal, model, within
+from jaxplan.cost import Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
@@ -43,7 +42,7 @@ from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, w
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.resize import Origin, resize
-from jaxplan.search import OverLimit, certify as certified, search as run_search
+from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
@@ -486,7 +485,7 @@ def _attempts(
     stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
     if stages is not None:
         graph, numbers = stages.graph, micro_numbers(numbers, stages)
-    met: dict[tuple[float, int], list[np.ndarray]] = {}
+    met: dict[tuple[float, int], Any] = {}
 
     @functools.cache
     def modelled_once(follow: bool) -> Modelled:
@@ -498,16 +497,10 @@ def _attempts(
             found = run_search(modelled.problem, request.search)
             choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
             return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
-        like = [(plan.choices, plan.memory) for plan in limit.like]
-        waiting = None if limit.waiting is None else limit.waiting.choices
         key = (limit.nbytes, id(limit.waiting))
-        problem = within(modelled, limit.nbytes, like, traced.donated, met.get(key, []), waiting)
-        try:
-            found = run_search(problem, request.search)
-        except OverLimit as error:
-            found = error.nearest
-        known = found.notes.get("met")
-        met[key] = list(known) if isinstance(known, tuple) else [found.choices]
+        problem = limit.problem(modelled, traced.donated, met.get(key, ()))
+        found = nearest(problem, request.search)
+        met[key] = found.notes.get("met", (found.choices,))
         return Plan(traced, modelled, found.choices, request.mesh, {}, None, dims, request, pipeline)
 
     return attempt

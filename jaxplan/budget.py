@@ -10,10 +10,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from jaxplan.cost import waits
+from jaxplan.cost import Modelled, waits, within
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
+from jaxplan.problem import Problem
 from jaxplan.report import show_bytes
 
 SomePlan = TypeVar("SomePlan", bound=Plan)
@@ -24,14 +25,14 @@ Wider = Callable[[SomePlan, float], Sequence[str]]
 
 CORRECTIONS = 4
 """Searches within a limit, at most."""
-LOWER, LOWEST, SMALLER = 0.8, 0.98, 0.003
+LOWER, LOWEST, SMALLER = 0.8, 0.95, 0.003
 """Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second,
 where that gains less than the third."""
 NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-WORTH = 1e-4
+WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
@@ -76,6 +77,12 @@ class Limit(Generic[SomePlan]):
     like: tuple[SomePlan, ...]
     waiting: SomePlan | None = None
 
+    def problem(self, modelled: Modelled, donated: Sequence[bool], starts: Sequence[np.ndarray]) -> Problem:
+        """What a search has to solve. `modelled`: with nothing following; `starts`: choices per cluster that are known."""
+        like = [(plan.choices, plan.memory) for plan in self.like]
+        waiting = None if self.waiting is None else self.waiting.choices
+        return within(modelled, self.nbytes, like, donated, starts, waiting)
+
 
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
@@ -116,7 +123,8 @@ def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> lis
     """Plans of ever smaller peaks, the last one within the budget or the smallest there is."""
     tried, small, step = [plan], plan, LOWER
     while small.peak_bytes > budget and step < LOWEST:
-        found = [attempt(Limit(step * small.peak_bytes, (small,), waiting)) for waiting in _ways(plan)]
+        ways = _ways(plan)[-1:] if not waits(small.modelled, small.choices) else _ways(plan)
+        found = [attempt(Limit(step * small.peak_bytes, (small,), waiting)) for waiting in ways]
         best = min(found, key=lambda one: (one.peak_bytes, one.seconds))
         tried += found
         if best.peak_bytes > small.peak_bytes * (1 - SMALLER):

@@ -114,7 +114,7 @@ def test_without_a_budget_nothing_is_counted(monkeypatch):
     def never(*_args, **_options):
         raise AssertionError("usages without a budget")
 
-    monkeypatch.setattr("jaxplan.api.within", never)
+    monkeypatch.setattr("jaxplan.budget.within", never)
     free_plan("train", (4, 2), "v5e")
 
 

@@ -69,6 +69,14 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     return _checked(problem, limited(replace(problem, starts=starts), priced, name), name)
 
 
+def nearest(problem: Problem, method: str | Callable[[Problem], Assignment] = "hsm2dl") -> Assignment:
+    """The same, but where nothing is found within the limit, what comes nearest to it."""
+    try:
+        return search(problem, method)
+    except OverLimit as error:
+        return error.nearest
+
+
 def _checked(problem: Problem, found: Assignment, name: str) -> Assignment:
     """What a search returned, its price computed again; ValueError if it is no legal assignment of the problem."""
     if not isinstance(found, Assignment):
@@ -107,6 +115,7 @@ __all__ = [
     "certify",
     "hsm2dl",
     "joint",
+    "nearest",
     "optcnn",
     "piper_stages",
     "search",
