@@ -17,7 +17,7 @@ from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
-from jaxplan.machine import Machine
+from jaxplan.machine import Machine, apart_from_links
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
 Leads = tuple[int, ...]
@@ -118,7 +118,8 @@ def model(
     """Build the problem. `pins`: the layouts that input positions must have. `follow`: inputs that
     only one cluster reads lie where that wants them; not so where memory is short: there it is a choice.
     `stages`: a pipeline, for whose micro-batches `graph` and `numbers` are."""
-    kin = (numbers.axis_names, numbers.sizes, numbers.machine.local, tuple(sorted((pins or {}).items())), follow)
+    alone, laid = apart_from_links(numbers.machine), tuple(sorted((pins or {}).items()))
+    kin = (numbers.axis_names, numbers.sizes, alone, laid, follow)
     if stages is None:  # those are made for one question
         known = graph.remembered("model", kin, lambda: _modelled(graph, numbers, pins, follow, None, kin), MOST_MODELS)
         return known if known.numbers is numbers else _repriced(known, numbers)
