@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.budget import budget_bytes
+from jaxplan.budget import Limit, budget_bytes
 from jaxplan.compare import PlanAudit, compare
-from jaxplan.cost import BytePrices, Modelled, Numbers, frugal, model
+from jaxplan.cost import Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
@@ -42,7 +42,7 @@ from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, w
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.resize import Origin, resize
-from jaxplan.search import certify as certified, search as run_search
+from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
@@ -433,7 +433,7 @@ def load_plan(
         modelled = model(graph, numbers, layouts, stages=cut)
         choices = files.choices_of(saved, modelled)
         if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
-            modelled = model(graph, numbers, layouts, bytes_cost=BytePrices(), stages=cut)
+            modelled = model(graph, numbers, layouts, follow=False, stages=cut)
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
@@ -479,30 +479,34 @@ def _solve(
 def _attempts(
     traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Mapping[tuple[int, int], str],
     pipeline: Pipeline | None = None,
-) -> Callable[[BytePrices | None], Plan]:  # fmt: skip
-    """From what bytes are charged to the best plan, with a given pipeline."""
+) -> Callable[[Limit[Plan] | None], Plan]:  # fmt: skip
+    """From a limit on bytes to the best plan, with a given pipeline."""
     pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
     stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
     if stages is not None:
         graph, numbers = stages.graph, micro_numbers(numbers, stages)
+    met: dict[tuple[float, int], Any] = {}
 
     @functools.cache
-    def plain(follow: bool) -> Modelled:
-        return model(graph, numbers, pins, bytes_cost=None if follow else BytePrices(), stages=stages)
+    def modelled_once(follow: bool) -> Modelled:
+        return model(graph, numbers, pins, follow=follow, stages=stages)
 
-    def attempt(bytes_cost: BytePrices | None) -> Plan:
-        unpriced = plain(bytes_cost is None)
-        modelled = unpriced if bytes_cost is None else model(graph, numbers, pins, bytes_cost=bytes_cost, stages=stages)
-        found = run_search(modelled.problem, request.search)
-        choices, bound = found.choices, None  # a bound on priced bytes is none on seconds
-        if bytes_cost is None:
-            choices, bound = frugal(modelled, choices, found.seconds), found.bound
-        return Plan(traced, unpriced, modelled.complete(choices), request.mesh, {}, bound, dims, request, pipeline)
+    def attempt(limit: Limit[Plan] | None) -> Plan:
+        modelled = modelled_once(limit is None)
+        if limit is None:
+            found = run_search(modelled.problem, request.search)
+            choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
+            return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
+        key = (limit.nbytes, id(limit.waiting))
+        problem = limit.problem(modelled, traced.donated, met.get(key, ()))
+        found = nearest(problem, request.search)
+        met[key] = found.notes.get("met", (found.choices,))
+        return Plan(traced, modelled, found.choices, request.mesh, {}, None, dims, request, pipeline)
 
     return attempt
 
 
-def _more_devices(plan: Plan, charged: BytePrices, budget: float) -> list[str]:
+def _more_devices(plan: Plan, budget: float) -> list[str]:
     """What twice the devices along an axis would do to a peak; those first that lower it most."""
     found = []
     for axis, size in plan.axis_sizes.items():
@@ -514,9 +518,10 @@ def _more_devices(plan: Plan, charged: BytePrices, budget: float) -> list[str]:
         numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine)
         try:
             attempt = _attempts(plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
+            free = attempt(None)
         except ValueError:  # a pin that so many devices do not divide
             continue
-        peak = attempt(charged).peak_bytes
+        peak = free.peak_bytes if free.peak_bytes <= budget else attempt(Limit(budget, (free,))).peak_bytes
         if peak < plan.peak_bytes:
             reached = show_bytes(peak) + (", which fits" if peak <= budget else "")
             found.append((peak, f"{2 * size} devices along {axis!r} ({reached})"))

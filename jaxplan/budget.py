@@ -1,32 +1,40 @@
-"""Room `budget`: the cheapest plan that stays within so many bytes per device; bytes are given a price, and it is bisected."""
+"""Room `budget`: the cheapest plan that stays within so many bytes per device; memory is a limit of the search, corrected."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from jaxplan.cost import BytePrices, byte_shares
+from jaxplan.cost import Modelled, waits, within
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
+from jaxplan.problem import Problem
 from jaxplan.report import show_bytes
 
 SomePlan = TypeVar("SomePlan", bound=Plan)
-Attempt = Callable[[BytePrices | None], SomePlan]
-"""From what bytes are charged to the best plan."""
-Wider = Callable[[SomePlan, BytePrices, float], Sequence[str]]
-"""From a plan, what its bytes were charged, and a budget to what more devices would do."""
+Attempt = Callable[["Limit[SomePlan] | None"], SomePlan]
+"""From a limit on bytes, or none, to the best plan; to the smallest found where none is within the limit."""
+Wider = Callable[[SomePlan, float], Sequence[str]]
+"""From a plan and a budget to what more devices would do."""
 
-LOWEST, STEP, POWERS = 1e-3, 1.15, 127
-"""Prices tried: `LOWEST` times a plan's own seconds per byte, times powers of `STEP` up to `POWERS`."""
-ROUNDS = 4
-"""How often moments are added to what is charged."""
-MOST_PARTS = 64
+CORRECTIONS = 4
+"""Searches within a limit, at most."""
+LOWER, LOWEST, SMALLER = 0.8, 0.95, 0.003
+"""Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second,
+where that gains less than the third."""
+NEAR = 0.003
+"""A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
+NEARLY_FREE = 1e-5
+"""Nor is one that fits and is slower by no more than this fraction than without a budget."""
+WORTH = 1e-5
+"""Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
+MOST_PARTS = 8
 """Parts of another plan that are tried in one."""
 OTHERS = 3
 """Plans whose parts are tried where nothing fits."""
@@ -59,50 +67,79 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
     return float(budget)
 
 
+@dataclass(frozen=True)
+class Limit(Generic[SomePlan]):
+    """Bytes per device that a plan may take. `like`: plans whose true peaks are known, from which those of others are estimated,
+    rather too high; the first says what is stored. `waiting`: a plan in which products wait for state that is gathered, where
+    others are looked for in which none do."""
+
+    nbytes: float
+    like: tuple[SomePlan, ...]
+    waiting: SomePlan | None = None
+
+    def problem(self, modelled: Modelled, donated: Sequence[bool], starts: Sequence[np.ndarray]) -> Problem:
+        """What a search has to solve. `modelled`: with nothing following; `starts`: choices per cluster that are known."""
+        like = [(plan.choices, plan.memory) for plan in self.like]
+        waiting = None if self.waiting is None else self.waiting.choices
+        return within(modelled, self.nbytes, like, donated, starts, waiting)
+
+
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    What lives at the peak is charged, at the lowest price that makes it fit; where then another moment is the worst, that one is
-    charged as well, and so on. Raises NothingFits.
+    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there. Where
+    nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
+    NothingFits.
     """
-    unit = plan.seconds / max(plan.peak_bytes, 1.0)
-    moments = [plan.memory.moment]
-    fitting: list[SomePlan] = []
-    large: list[SomePlan] = [plan]
-    smallest, charged = plan, BytePrices()
-    for _ in range(ROUNDS):
-        weights = {place: moments.count(place) / len(moments) for place in moments}
-        shares = byte_shares(plan.modelled, plan.layouts, plan.traced.donated, weights)
-        seen = []
-        low, high = 0, POWERS + 1
-        while low < high:  # from the highest price on: whether anything fits is what has to be known first
-            power = high - 1 if not seen else (low + high) // 2
-            prices = shares.scaled(unit * LOWEST * STEP**power)
-            tried = attempt(prices)
-            seen.append(tried)
-            if tried.peak_bytes < smallest.peak_bytes or not charged.held:
-                charged = prices
-            smallest = min(smallest, tried, key=lambda one: one.peak_bytes)
-            if tried.peak_bytes <= budget:
-                high = power
-            elif len(seen) == 1:
-                break
-            else:
-                low = power + 1
-        fitting += [one for one in seen if one.peak_bytes <= budget]
-        large += [one for one in seen if one.peak_bytes > budget]
-        fresh = [one.memory.moment for one in seen if one.memory.moment not in moments]
-        if not fresh:
-            break
-        moments += list(dict.fromkeys(fresh))
+    tried = _corrected(attempt, plan, budget)
+    if not any(one.peak_bytes <= budget for one in tried):
+        tried = _descended(attempt, plan, budget)
+    fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
-        for other in sorted(large, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
-            smallest = _shrunk(smallest, other)
-        fitting += [smallest] if smallest.peak_bytes <= budget else []
-    if not fitting:
-        raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, charged, budget)), smallest.peak_bytes)
+        smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
+        raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
     best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
-    return _loosened(best, min(large, key=lambda one: (one.peak_bytes, one.seconds)), budget)
+    return _loosened(best, min([plan, *tried], key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
+
+
+def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
+    """What searches within a budget find, each with the true peak of the one before; with and without products that wait."""
+    tried: list[SomePlan] = []
+    for waiting in _ways(plan):
+        like = (plan,)
+        for _ in range(CORRECTIONS):
+            found = attempt(Limit(budget, like, waiting))
+            if any((found.choices == one.choices).all() for one in like):
+                break
+            tried.append(found)
+            fits = found.peak_bytes <= budget
+            if fits and (found.peak_bytes >= (1 - NEAR) * budget or found.seconds <= (1 + NEARLY_FREE) * plan.seconds):
+                break
+            like = (found,) if fits else (found, *like)
+    return tried
+
+
+def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
+    """Plans of ever smaller peaks, the last one within the budget or the smallest there is."""
+    tried, small, step = [plan], plan, LOWER
+    while small.peak_bytes > budget and step < LOWEST:
+        ways = _ways(plan)[-1:] if not waits(small.modelled, small.choices) else _ways(plan)
+        found = [attempt(Limit(step * small.peak_bytes, (small,), waiting)) for waiting in ways]
+        best = min(found, key=lambda one: (one.peak_bytes, one.seconds))
+        tried += found
+        if best.peak_bytes > small.peak_bytes * (1 - SMALLER):
+            step = math.sqrt(step)
+        if best.peak_bytes < small.peak_bytes:
+            small = best
+    for other in sorted(tried, key=lambda one: (one.peak_bytes, one.seconds))[:OTHERS]:
+        if small.peak_bytes > budget:
+            small = _shrunk(small, other)
+    return [*tried, small]
+
+
+def _ways(plan: SomePlan) -> tuple[SomePlan | None, ...]:
+    """What `Limit.waiting` can be: none, and the plan without a budget if products wait in it for state that is gathered."""
+    return (None, plan) if waits(plan.modelled, plan.choices) else (None,)
 
 
 def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
@@ -111,7 +148,7 @@ def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
     gains = []
     for part in _parts(tight, loose):
         gain = tight.seconds - modelled.seconds(_swapped(tight.choices, loose.choices, part))
-        if gain > 0:
+        if gain > WORTH * tight.seconds:
             gains.append((-gain, part))
     best = tight
     for _, part in sorted(gains)[:MOST_PARTS]:

@@ -62,11 +62,15 @@ class Edge(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a node's choice takes of something that is short (bytes, say) from `begin` until before `end`, in whole steps of some
-    order. `amount`: (m, axes) options -> (m,) units, not negative. A node may have several."""
+    """What choices take of something that is short (bytes, say) from `begin` until before `end`, in whole steps of some order.
 
-    node: int
-    amount: NodePrice
+    `nodes`: whose choices: one node, or two that take it together. `amount`: of one, (m, axes) options -> (m,) units; of two,
+    (m, axes) and (n, axes) options -> (m, n); not negative. A node may have several. Usages that share an `amount` are asked
+    together, and as with edge prices `amount` may have a `family`.
+    """
+
+    nodes: tuple[int, ...]
+    amount: NodePrice | EdgePrice
     begin: int
     end: int
 
@@ -83,11 +87,13 @@ class Peak(NamedTuple):
 class Problem:
     """Minimise the sum of all node and edge prices. `axes`: one name per column of a choice.
 
-    `usages`, `limit`: what choices take over their lifetimes may at no time add up to more than the limit.
+    `usages`, `limit`: what choices take over their lifetimes may at no time add up to more than the limit; `reserved`: what is
+    taken at step 0, 1, ... whatever is chosen (nothing after the last; may be negative, to correct what usages overestimate).
 
     `axis_order`: the axes from the costliest link to the cheapest, as column indices (a hint for searches).
     `alike`: a label per axis; axes of one label may change places in any assignment without changing its price by more than
     the order in which they share a dimension does (a hint too); () where nothing is known.
+    `starts`: assignments, (nodes, axes), that are known already (a hint for searches within a limit).
     """
 
     axes: tuple[str, ...]
@@ -97,6 +103,8 @@ class Problem:
     alike: tuple[Hashable, ...] = ()
     usages: tuple[Usage, ...] = ()
     limit: float = math.inf
+    reserved: tuple[float, ...] = ()
+    starts: tuple[np.ndarray, ...] = field(default=(), compare=False)
     structure: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What was worked out from who is connected to whom, in how many options and of which kinds; prices apart."""
 
@@ -108,18 +116,29 @@ class Problem:
             if not (0 <= edge.tail < len(self.nodes) and 0 <= edge.head < len(self.nodes)):
                 raise ValueError(f"edge ({edge.tail}, {edge.head}) names a node outside 0..{len(self.nodes) - 1}")
         for usage in self.usages:
-            if not (0 <= usage.node < len(self.nodes) and usage.begin <= usage.end):
+            known = all(0 <= node < len(self.nodes) for node in usage.nodes) and 1 <= len(usage.nodes) <= 2
+            if not (known and 0 <= usage.begin <= usage.end):
                 raise ValueError(
-                    f"usage of node {usage.node} over [{usage.begin}, {usage.end}): nodes are 0..{len(self.nodes) - 1}, and an "
-                    "interval does not end before it begins"
+                    f"usage of nodes {usage.nodes} over [{usage.begin}, {usage.end}): one or two nodes of "
+                    f"0..{len(self.nodes) - 1}, and an interval that begins at 0 or later and does not end before it begins"
                 )
         if math.isnan(self.limit) or self.limit < 0:
             raise ValueError(f"limit {self.limit} is no amount")
+        if any(start.shape != (len(self.nodes), len(self.axes)) for start in self.starts):
+            raise ValueError(f"every start must have the shape {(len(self.nodes), len(self.axes))}")
         if self.axis_order and sorted(self.axis_order) != list(range(len(self.axes))):
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
         if self.alike and len(self.alike) != len(self.axes):
             raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
 
+
+    def within(
+        self, limit: float, usages: tuple[Usage, ...], reserved: tuple[float, ...] = (), starts: tuple[np.ndarray, ...] = ()
+    ) -> Problem:
+        """The same problem with a limit on what choices take."""
+        problem = replace(self, usages=usages, limit=limit, reserved=reserved, starts=starts)
+        object.__setattr__(problem, "structure", self.structure)
+        return problem
 
     def repriced(
         self, nodes: tuple[Node, ...], edges: tuple[Edge, ...], axis_order: tuple[int, ...], alike: tuple[Hashable, ...]
@@ -185,11 +204,7 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
 
 def peak(problem: Problem, choices: np.ndarray) -> Peak:
     """Where the usages of one assignment, (nodes, axes), are highest. Feasible if that is within `problem.limit`."""
-    times, level = usage_levels(problem, [float(u.amount(choices[u.node][None])[0]) for u in problem.usages])
-    if not len(level):
-        return Peak(0, 0, 0.0)
-    worst = int(level.argmax())
-    return Peak(int(times[worst]), int(times[worst + 1]), float(level[worst]))
+    return Meter(problem).peak(choices)
 
 
 def within_limit(problem: Problem, choices: np.ndarray) -> bool:
@@ -197,14 +212,71 @@ def within_limit(problem: Problem, choices: np.ndarray) -> bool:
     return problem.limit == math.inf or peak(problem, choices).usage <= problem.limit * (1 + ROUNDING)
 
 
-def usage_levels(problem: Problem, amounts: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(times at which usages begin or end, what they add up to between these): `amounts` has one number per usage."""
-    begins, ends = (np.array([getattr(u, end) for u in problem.usages], dtype=np.int64) for end in ("begin", "end"))
-    times = np.unique(np.concatenate([begins, ends]))
-    change = np.zeros(len(times))
-    np.add.at(change, np.searchsorted(times, begins), amounts)
-    np.add.at(change, np.searchsorted(times, ends), -np.asarray(amounts, dtype=float))
-    return times, np.cumsum(change)[:-1]
+def taken(usage: Usage, rows: np.ndarray) -> np.ndarray:
+    """(m,) units for options of a usage's only node, (m, axes)."""
+    amount: Any = usage.amount
+    return amount(rows)
+
+
+class Meter:
+    """What assignments of a problem take, step by step."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        usages = problem.usages
+        self.begins = np.array([usage.begin for usage in usages], dtype=np.int64)
+        self.ends = np.array([usage.end for usage in usages], dtype=np.int64)
+        self.steps = max([len(problem.reserved), *[usage.end for usage in usages]], default=0)
+        """All is empty from this step on."""
+        self._reserved = np.zeros(self.steps)
+        self._reserved[: len(problem.reserved)] = problem.reserved
+        alone: dict[int, list[int]] = {}
+        self._pairs = []
+        for number, usage in enumerate(usages):
+            if len(usage.nodes) == 1:
+                alone.setdefault(id(usage.amount), []).append(number)
+            else:
+                self._pairs.append(number)
+        self._alone = [(np.array(found), np.array([usages[n].nodes[0] for n in found])) for found in alone.values()]
+
+    def amounts(self, choices: np.ndarray) -> np.ndarray:
+        """(usages,) units that an assignment, (nodes, axes), takes."""
+        usages = self.problem.usages
+        found = np.zeros(len(usages))
+        for numbers, nodes in self._alone:
+            found[numbers] = taken(usages[int(numbers[0])], choices[nodes])
+        rows = [tuple(row) for row in choices.tolist()] if self._pairs else []
+        keys = [(id(usages[n].amount), *[rows[node] for node in usages[n].nodes]) for n in self._pairs]
+        asked = {key: usages[n] for key, n in zip(keys, self._pairs, strict=True)}
+        ends = [(u.amount, choices[u.nodes[0]][None], choices[u.nodes[-1]][None]) for u in asked.values()]
+        known = {key: float(matrix[0, 0]) for key, matrix in zip(asked, edge_prices(ends), strict=True)}
+        found[self._pairs] = [known[key] for key in keys]
+        return found
+
+    def levels(self, amounts: np.ndarray) -> np.ndarray:
+        """(steps,) what amounts per usage, (usages,), add up to at every step, with what is reserved."""
+        change = np.zeros(self.steps + 1)
+        np.add.at(change, self.begins, amounts)
+        np.add.at(change, self.ends, -amounts)
+        return np.cumsum(change)[:-1] + self._reserved
+
+    def spans(self, prices: np.ndarray) -> np.ndarray:
+        """(usages,) what a unit costs over each lifetime, where it costs `prices`, (steps,), at every step."""
+        total = np.concatenate([[0.0], np.cumsum(prices)])
+        return total[self.ends] - total[self.begins]
+
+    def peak(self, choices: np.ndarray) -> Peak:
+        """Where an assignment takes most."""
+        level = self.levels(self.amounts(choices))
+        if not len(level):
+            return Peak(0, 0, 0.0)
+        worst = int(level.argmax())
+        change = np.unique([*self.begins, *self.ends, *(range(self.steps + 1) if self.problem.reserved else ())])
+        return Peak(
+            int(change[np.searchsorted(change, worst, side="right") - 1]),
+            int(change[np.searchsorted(change, worst, side="right")]),
+            float(level[worst]),
+        )
 
 
 def from_tables(

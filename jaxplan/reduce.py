@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from jaxplan.problem import Problem, all_rows, edge_prices
+from jaxplan.problem import Meter, Problem, Usage, all_rows, edge_prices, evaluate, taken
 
 ILLEGAL = 1e30
 """Stands for infinity where differences are taken (seconds; no real price comes near)."""
@@ -35,8 +35,8 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
         known = problem.structure["fold", rounds] = _folding(problem, rounds)
     nodes = tuple([problem.nodes[first]._replace(times=times) for first, times in known.nodes])
     edges = tuple([problem.edges[n]._replace(tail=tail, head=head, times=times) for n, tail, head, times in known.edges])
-    usages = tuple([usage._replace(node=known.colours[usage.node]) for usage in problem.usages])
-    folded = replace(problem, nodes=nodes, edges=edges, usages=usages)
+    usages = tuple([usage._replace(nodes=tuple([known.colours[node] for node in usage.nodes])) for usage in problem.usages])
+    folded = replace(problem, nodes=nodes, edges=edges, usages=usages, starts=())
     object.__setattr__(folded, "structure", known.structure)
     return folded, lambda choices: choices[known.index]
 
@@ -157,6 +157,10 @@ class Pricer:
         """Each node free among some choices, (count, axes)."""
         return self._written(candidates, [rows.tobytes() for rows in candidates])
 
+    def price(self, choices: np.ndarray) -> float:
+        """The price of an assignment, (nodes, axes), as the tables count."""
+        return evaluate(self.problem, choices)
+
     def whole(self, limit: int = 10**7) -> tuple[Tables, list[np.ndarray]]:
         """Every joint choice of every node, and the choices themselves; refuses above `limit` table entries."""
         counts = [int(np.prod(node.options)) for node in self.problem.nodes]
@@ -196,6 +200,58 @@ class Pricer:
                 where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
                 pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(costs), pairs)
+
+
+class ChargedPricer(Pricer):
+    """A pricer in whose tables usages are paid for too, so much per unit: a price of usages is a multiplier of their limit."""
+
+    def __init__(self, problem: Problem, known: Pricer | None = None) -> None:
+        super().__init__(problem, known)
+        groups: dict[Hashable, int] = {}
+        self._of = np.array(
+            [groups.setdefault((usage.nodes, id(usage.amount)), len(groups)) for usage in problem.usages], dtype=np.int64
+        )
+        self._groups: list[Usage] = [problem.usages[n] for n in np.unique(self._of, return_index=True)[1].tolist()]
+        self._charged: list[tuple[Usage, float]] = []
+        self._taken: dict[Hashable, np.ndarray] = known._taken if isinstance(known, ChargedPricer) else {}
+        self._paid: np.ndarray = np.zeros(0)
+        self._meter = Meter(problem)
+
+    def charge(self, spans: np.ndarray) -> None:
+        """From now on a unit of each usage costs so many seconds: (usages,), see `Meter.spans`."""
+        paid = np.bincount(self._of, spans, len(self._groups))
+        self._charged = [(usage, price) for usage, price in zip(self._groups, paid.tolist(), strict=True) if price > 0]
+        self._paid = spans
+
+    def price(self, choices: np.ndarray) -> float:
+        return evaluate(self.problem, choices) + float(self._paid @ self._meter.amounts(choices))
+
+    def _written(self, rows: Sequence[np.ndarray], fixed: Sequence[Hashable]) -> Tables:
+        tables = super()._written(rows, fixed)
+        costs, pairs = list(tables.costs), dict(tables.pairs)
+        keys: list[Hashable] = [(id(usage.amount), *[fixed[node] for node in usage.nodes]) for usage, _ in self._charged]
+        missing = {key: usage for key, (usage, _) in zip(keys, self._charged, strict=True) if key not in self._taken}
+        self._ask(missing, rows)
+        for key, (usage, price) in zip(keys, self._charged, strict=True):
+            paid = price * self._taken[key]
+            i, j = usage.nodes[0], usage.nodes[-1]
+            if len(usage.nodes) == 1:
+                costs[i] = costs[i] + paid
+            elif i == j:
+                costs[i] = costs[i] + paid.diagonal()
+            else:
+                where, paid = ((i, j), paid) if i < j else ((j, i), paid.T)
+                pairs[where] = pairs[where] + paid if where in pairs else paid
+        return Tables(tuple(costs), pairs)
+
+    def _ask(self, missing: Mapping[Hashable, Usage], rows: Sequence[np.ndarray]) -> None:
+        """Remember amounts for whole arrays of choices."""
+        pairs = {key: usage for key, usage in missing.items() if len(usage.nodes) == 2}
+        found = edge_prices([(usage.amount, rows[usage.nodes[0]], rows[usage.nodes[-1]]) for usage in pairs.values()])
+        self._taken.update(zip(pairs, found, strict=True))
+        for key, usage in missing.items():
+            if len(usage.nodes) == 1:
+                self._taken[key] = taken(usage, rows[usage.nodes[0]])
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

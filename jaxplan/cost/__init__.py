@@ -2,17 +2,17 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, byte_shares, hidden_work, memory, running_order
+from jaxplan.cost.lifetimes import waits
+from jaxplan.cost.memory import Buffer, Memory, hidden_work, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
-from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
+from jaxplan.cost.usages import within
 
 __all__ = [
     "Buffer",
-    "BytePrices",
     "Exchange",
     "Memory",
     "Modelled",
@@ -22,7 +22,6 @@ __all__ = [
     "Stages",
     "Staging",
     "Step",
-    "byte_shares",
     "cluster_exchanges",
     "frugal",
     "hidden_work",
@@ -34,5 +33,7 @@ __all__ = [
     "symbolic_cost",
     "symbolic_peak",
     "terminal_layout",
+    "waits",
+    "within",
     "write_layout",
 ]

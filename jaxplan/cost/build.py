@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from jaxplan import _jax
 from jaxplan.cost.fusing import reads_rounded, rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
-from jaxplan.cost.prices import BytePrices, ClusterPrice, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
 from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
@@ -114,21 +113,21 @@ class Modelled:
 
 def model(
     graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None = None, *,
-    bytes_cost: BytePrices | None = None, stages: Stages | None = None,
+    follow: bool = True, stages: Stages | None = None,
 ) -> Modelled:  # fmt: skip
-    """Build the problem. `pins`: the layouts that input positions must have. `bytes_cost`: what bytes are
-    charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice.
+    """Build the problem. `pins`: the layouts that input positions must have. `follow`: inputs that
+    only one cluster reads lie where that wants them; not so where memory is short: there it is a choice.
     `stages`: a pipeline, for whose micro-batches `graph` and `numbers` are."""
     alone, laid = apart_from_links(numbers.machine), tuple(sorted((pins or {}).items()))
-    kin = (numbers.axis_names, numbers.sizes, alone, laid, bytes_cost is None)
-    if bytes_cost is None and stages is None:  # other models are made for one question
-        known = graph.remembered("model", kin, lambda: _modelled(graph, numbers, pins, None, None, kin), MOST_MODELS)
+    kin = (numbers.axis_names, numbers.sizes, alone, laid, follow)
+    if stages is None:  # those are made for one question
+        known = graph.remembered("model", kin, lambda: _modelled(graph, numbers, pins, follow, None, kin), MOST_MODELS)
         return known if known.numbers is numbers else _repriced(known, numbers)
-    return _modelled(graph, numbers, pins, bytes_cost, stages, kin)
+    return _modelled(graph, numbers, pins, follow, stages, kin)
 
 
 def _modelled(
-    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None, bytes_cost: BytePrices | None, stages: Stages | None,
+    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None, follow: bool, stages: Stages | None,
     kin: Hashable,
 ) -> Modelled:  # fmt: skip
     setting = Setting(len(numbers.sizes), numbers.slow_first)
@@ -147,20 +146,19 @@ def _modelled(
         if pin is not None:
             pinned_clusters.add(index)
         only = stages.options.get(index) if stages else None
-        charged = bytes_cost.of(cluster) if bytes_cost else _free(len(cluster.writes), len(cluster.combines))
         made_like = (cluster.alike, name, pin, only)  # clusters made alike are of one kind; made otherwise, they may be too
         if cluster.alike < 0 or made_like not in made:
             made[made_like] = (_cluster_kind(cluster, numbers, name, pin), only)
-        kind = (made[made_like], charged)
+        kind = made[made_like]
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
             options = options if stages is None or only is None else _along_stages(options, stages.asked.axis, only)
             options = interned.setdefault(options, options)
-            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, *charged))
+            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines))
         numbered.append(kinds[kind])
     rounding = (tuple(numbers.machine.matmul_reads.items()), numbers.machine.sends_rounded is False)
     readings = graph.remembered("readings", rounding, lambda: _readings(graph, writers, numbers.machine))
-    follows = {} if bytes_cost is not None else _followers(graph, readings, pinned_clusters)
+    follows = _followers(graph, readings, pinned_clusters) if follow else {}
     place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
     nodes = []
     for index in place:
@@ -176,10 +174,9 @@ def _modelled(
         writer, reader = numbered[reading.writer][1], numbered[reading.reader][1]
         written = reshards.terminal(writer.options, reading.write.leads, written=True)
         read = reshards.terminal(reader.options, reading.read.leads, written=False)
-        copied = bytes_cost.copied.get((reading.tensor, reading.reader), 0.0) if bytes_cost else 0.0
-        key = (nbytes := reading.sent * numbers.nbytes(reading.tensor), written, read, copied)
+        key = (nbytes := reading.sent * numbers.nbytes(reading.tensor), written, read)
         if key not in edge_prices:
-            edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
+            edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
     alike = _alike(numbers, stages) if not pins else ()
@@ -217,11 +214,6 @@ def _repriced(known: Modelled, numbers: Numbers) -> Modelled:
     alike = _alike(numbers, None) if problem.alike else ()
     problem = problem.repriced(nodes, edges, numbers.slow_first, alike)
     return replace(known, numbers=numbers, setting=setting, problem=problem)
-
-
-@lru_cache(maxsize=256)
-def _free(writes: int, combines: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return (0.0,) * writes, (0.0,) * combines
 
 
 def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[int, tuple[int, Leads]]:

@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,7 +20,6 @@ from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
-from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
 from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
@@ -68,6 +67,14 @@ class Memory:
         """All of it."""
         return self.arguments + self.outputs + self.temporaries
 
+    def over_all(self, places: int) -> np.ndarray:
+        """(places,) all that is taken at each place of the order, arguments and outputs included: what lives, stretched so that
+        the most is the peak (a heap may reach higher than what lives in it)."""
+        most = float(self.over.max(initial=0.0))
+        found = np.full(places, self.arguments + self.outputs)
+        found[: len(self.over)] += self.over[:places] * (self.temporaries / most if most else 1.0)
+        return found
+
 
 def memory(
     modelled: Modelled,
@@ -79,9 +86,9 @@ def memory(
 ) -> Memory:
     """Of a plan. `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
     graph, machine = modelled.graph, modelled.numbers.machine
-    gathered = {} if machine.materialises else _gathered(modelled, choices)
-    facts = _facts_of(modelled, choices, gathered)
-    local = _sizes(modelled, facts)
+    gathered = {} if machine.materialises else gathered_state(modelled, choices)
+    facts = facts_of(modelled, choices, gathered)
+    local = local_sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
     own: dict[int, float] = {}
@@ -96,7 +103,7 @@ def memory(
         layout = layouts.get(tensor)
         return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
 
-    held, _ = _held(graph, facts, layouts, own, replaced, local)
+    held, _ = held_buffers(graph, facts, layouts, own, replaced, local)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
@@ -137,7 +144,7 @@ def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buf
     return Buffer(tensor, kind, nbytes, 0, 0, _axes(layout))
 
 
-def _sizes(modelled: Modelled, facts: _Facts) -> Local:
+def local_sizes(modelled: Modelled, facts: Facts) -> Local:
     """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
     graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
 
@@ -155,11 +162,12 @@ def _sizes(modelled: Modelled, facts: _Facts) -> Local:
 
 def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
     """The operators in the order in which memory takes them to run: their numbers in the graph."""
-    gathered = {} if modelled.numbers.machine.materialises else _gathered(modelled, choices)
-    return _facts_of(modelled, choices, gathered).order.sequence
+    gathered = {} if modelled.numbers.machine.materialises else gathered_state(modelled, choices)
+    return facts_of(modelled, choices, gathered).order.sequence
 
 
-def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> _Facts:
+def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
+    """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
         return _facts(modelled.graph, True, frozenset(), frozenset())
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
@@ -169,7 +177,7 @@ def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int,
     """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call, and how far."""
     if modelled.numbers.machine.materialises:
         return frozenset()
-    return _hidden(modelled, choices, _gathered(modelled, choices))
+    return _hidden(modelled, choices, gathered_state(modelled, choices))
 
 
 def _axes(layout: Layout | None) -> tuple[int, ...]:
@@ -177,7 +185,7 @@ def _axes(layout: Layout | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
 
     order: Order
@@ -201,7 +209,7 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
     return frozenset(found)
 
 
-def _gathered(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
+def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
     """{new value: old value} of state whose parts are gathered at the end of a call."""
     graph, found = modelled.graph, dict[int, int]()
     olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
@@ -235,7 +243,7 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 @lru_cache(maxsize=16)
 def _facts(
     graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset()
-) -> _Facts:
+) -> Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
@@ -252,7 +260,7 @@ def _facts(
         at = frozenset(places[i] for i in scattered if i in places)
         found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops)
         made.update(found.made)
-        return _Facts(order, operators, made, found.readers, found.computed, places, True, found)
+        return Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
     leaving, fused = {t for t in graph.outputs if t >= 0}, set()
     for operator in operators:
@@ -262,7 +270,7 @@ def _facts(
             where = {cluster.get(order.sequence[reader]) for reader in found}
             if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
                 fused.add(tensor)
-    return _Facts(order, operators, made, readers, frozenset(fused), places)
+    return Facts(order, operators, made, readers, frozenset(fused), places)
 
 
 def _in_a_loop(operator: Operator) -> bool:
@@ -270,7 +278,7 @@ def _in_a_loop(operator: Operator) -> bool:
     return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
 
 
-class _Roots:
+class Roots:
     """Which tensors share a buffer."""
 
     def __init__(self) -> None:
@@ -288,18 +296,18 @@ class _Roots:
             self._into[tensor] = other
 
 
-def _held(
+def held_buffers(
     graph: Graph,
-    facts: _Facts,
+    facts: Facts,
     layouts: Mapping[int, Layout],
     own: Mapping[int, float],
     replaced: Mapping[int, int],
     local: Local,
-) -> tuple[list[Buffer], _Roots]:
+) -> tuple[list[Buffer], Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
     order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
-    roots, inputs = _Roots(), set(graph.inputs)
+    roots, inputs = Roots(), set(graph.inputs)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     nbytes: dict[int, float] = {}
@@ -366,7 +374,7 @@ def _held(
     ], roots  # fmt: skip
 
 
-def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
+def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
     """New values of donated state that are written where the old ones are: not what a loop stacks while it still reads those."""
     if not facts.fuses:
         return list(replaced)
@@ -375,7 +383,7 @@ def _in_place(facts: _Facts, replaced: Mapping[int, int]) -> list[int]:
     return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
 
 
-def _rounded_before(modelled: Modelled, facts: _Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
     """What a loop only multiplies by is rounded whole before it, where products round."""
     graph, machine, found = modelled.graph, modelled.numbers.machine, []
     moved = _moved(graph, facts, layouts)
@@ -401,7 +409,7 @@ def _as_sliced(graph: Graph, boundary: Operator, layouts: Mapping[int, Layout]) 
     return tuple([old if 0 <= old < rounds else new + rounds if new >= 0 else -1 for old, new in zip(before, after, strict=True)])
 
 
-def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
+def _moved(graph: Graph, facts: Facts, layouts: Mapping[int, Layout]) -> dict[int, float]:
     """Tensors handed on in a layout of larger parts, and how often the part that a round of a loop sees is there. Axes along the
     rounds themselves (the stages of a pipeline) split no round's part."""
     found = {}
@@ -410,17 +418,17 @@ def _moved(graph: Graph, facts: _Facts, layouts: Mapping[int, Layout]) -> dict[i
             before, after = (layouts.get(t) or () for t in (operator.operands[0], operator.results[0]))
             rounds = len(graph.tensors[operator.operands[0]].shape) - len(graph.tensors[operator.results[0]].shape)
             if set(_axes(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
-                found[operator.results[0]] = _rounds_of(graph, operator)
+                found[operator.results[0]] = rounds_of(graph, operator)
     return found
 
 
-def _rounds_of(graph: Graph, operator: Operator) -> float:
+def rounds_of(graph: Graph, operator: Operator) -> float:
     """How many parts of its size what is handed on is taken from."""
     whole, part = graph.tensors[operator.operands[0]], graph.tensors[operator.results[0]]
     return whole.nbytes / part.nbytes if part.nbytes else 1.0
 
 
-def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Buffer]:
+def _far(buffers: Sequence[Buffer], facts: Facts, near_bytes: float) -> list[Buffer]:
     """What finds no place in memory on the chip: there lies what lives shortest and beside no loop, as far as it fits. Outputs
     are no temporaries."""
     heap = [b for b in buffers if b.kind != OUTPUT]
@@ -439,57 +447,7 @@ def _far(buffers: Sequence[Buffer], facts: _Facts, near_bytes: float) -> list[Bu
     return far
 
 
-def byte_shares(
-    modelled: Modelled, tensors: Iterable[int], donated: Sequence[bool], moments: Mapping[int, float]
-) -> BytePrices:
-    """By what share of `moments` each byte lives: the weights with which a price of peak bytes falls on single tensors.
-
-    `tensors`: those that clusters leave; `moments`: {place in the order: weight}, together 1. Layouts do not enter: views are
-    taken to share the buffer of what they view. What runs several times in a call is charged once.
-    """
-    graph = modelled.graph
-    facts, ties = _facts(graph, modelled.numbers.machine.materialises), dict(graph.ties)
-    replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
-    own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
-    buffers, roots = _held(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
-
-    def share(first: int, last: int) -> float:
-        return sum(weight for place, weight in moments.items() if first <= place <= last)
-
-    lives = {b.tensor: 1.0 if b.kind == OUTPUT else share(b.first, b.last) for b in buffers}
-    sharing: dict[int, list[tuple[int, float]]] = {}
-    held = dict.fromkeys(graph.inputs, 1.0)
-    partial = {}
-    for cluster in graph.clusters:
-        for combine in cluster.combines if cluster.times else ():
-            if combine.operator in facts.place:
-                partial[combine.operator] = share(*[facts.place[combine.operator]] * 2) / cluster.times
-        if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
-            for write in cluster.writes:
-                if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
-                    sharing.setdefault(roots.of(write.tensor), []).append((write.tensor, cluster.times))
-    for root, found in sharing.items():
-        held.update({tensor: lives[root] / len(found) / times for tensor, times in found})
-    copied = {}
-    stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
-    for reading in modelled.readings:
-        members = graph.clusters[reading.reader].members
-        if graph.operators[members[-1]].name == BOUNDARY:
-            stacks.setdefault(reading.tensor, []).extend(_users(graph, facts, reading.tensor, members))
-    for reading in modelled.readings:
-        members = graph.clusters[reading.reader].members
-        last = graph.operators[members[-1]]
-        users = _users(graph, facts, reading.tensor, members)
-        if last.name == VIEW:
-            users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
-        elif last.name == BOUNDARY and users:
-            users = stacks[reading.tensor]
-        if users and reading.times:
-            copied[reading.tensor, reading.reader] = share(min(users), max(users)) / reading.times
-    return BytePrices(held, copied, partial)
-
-
-def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> list[int]:
+def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) -> list[int]:
     """Places at which a cluster reads a tensor in a layout of its own. A stack that a loop slices is brought there whole, before
     the loop begins; what enters a loop otherwise is a value inside it already."""
     op = graph.operators[members[-1]]
@@ -501,7 +459,7 @@ def _users(graph: Graph, facts: _Facts, tensor: int, members: Sequence[int]) -> 
     return [facts.order.begins[loop], facts.order.ends[loop]]
 
 
-def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: Local) -> list[Buffer]:
+def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
@@ -510,7 +468,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
         ndim, members = len(reading.read.leads), graph.clusters[reading.reader].members
         if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
-        users = _users(graph, facts, reading.tensor, members)
+        users = users_of(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)

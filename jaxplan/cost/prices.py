@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,30 +32,10 @@ from jaxplan.graph import Cluster
 from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, all_rows
 
-
-@dataclass(frozen=True)
-class BytePrices:
-    """Seconds charged per byte per device, the multipliers of a memory constraint: of what clusters leave (`held`, by tensor), of
-    copies in another layout (`copied`, by tensor and reading cluster) and of partial results (`partial`, by operator)."""
-
-    held: Mapping[int, float] = field(default_factory=dict)
-    copied: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    partial: Mapping[int, float] = field(default_factory=dict)
-
-    def scaled(self, factor: float) -> BytePrices:
-        """All of them, so many times."""
-        held = {tensor: factor * price for tensor, price in self.held.items()}
-        copied = {key: factor * price for key, price in self.copied.items()}
-        return BytePrices(held, copied, {operator: factor * price for operator, price in self.partial.items()})
-
-    def of(self, cluster: Cluster) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What a cluster pays: (per write, per combined result)."""
-        held = tuple([self.held.get(write.tensor, 0.0) for write in cluster.writes])
-        return held, tuple([self.partial.get(combine.operator, 0.0) for combine in cluster.combines])
-
-
 LARGE = 100
 """Entries of a matrix of prices, in the mean, from which on each is written out by itself."""
+MOVED, SENT, GATHERED = 0, 1, 2
+"""What a reshard makes: a tensor in another layout at all, one that an exchange has made, one that was gathered."""
 DENSE = 1024
 """Choices up to which the local work of a cluster is computed for all of them at once."""
 
@@ -95,19 +74,15 @@ def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
 class ClusterPrice:
     """Seconds of a cluster for rows of option numbers; infinity where two axes together do not divide a factor."""
 
-    def __init__(
-        self, cluster: Cluster, options: AxisOptions, combines: Combines, held: Sequence[float], partial: Sequence[float]
-    ) -> None:
-        """`held`, `partial`: seconds per byte of each write, and of each combined result before it is; see `BytePrices`."""
+    def __init__(self, cluster: Cluster, options: AxisOptions, combines: Combines) -> None:
         self.cluster, self.options, self.numbers = cluster, options, combines.numbers
         self.combines = combines
-        self._held = [(write, price) for write, price in zip(cluster.writes, held, strict=True) if price]
         self._strides = np.cumprod([1, *[len(axis) for axis in options[:0:-1]]])[::-1]
         self._local: np.ndarray | None = None
         self._exchanged: dict[tuple[int, ...], float] = {}
         self._parts = [
-            (self.numbers.nbytes(combine.result.tensor), price, [[combine_part(combine, o) for o in axis] for axis in options])
-            for combine, price in zip(cluster.combines, partial, strict=True)
+            (self.numbers.nbytes(combine.result.tensor), [[combine_part(combine, o) for o in axis] for axis in options])
+            for combine in cluster.combines
             if combine.result.tensor >= 0
         ]
 
@@ -134,9 +109,7 @@ class ClusterPrice:
         cluster, numbers = self.cluster, self.numbers
         terminals = (*cluster.reads, *cluster.writes) if cluster.moves_bytes else ()
         carried = [piece.factors for piece in cluster.work] + [terminal.leads for terminal in terminals]
-        written = [write.leads for write, _ in self._held]
         split = np.ones((len(carried), len(rows)))
-        held = np.ones((len(written), len(rows)))
         given = np.ones((len(cluster.units), len(rows)), dtype=np.int64)
         for axis, (options, size) in enumerate(zip(self.options, numbers.sizes, strict=True)):
             if size == 1:
@@ -144,8 +117,7 @@ class ClusterPrice:
             column = rows[:, axis]
             splits = [[size if o.factor >= 0 and o.factor in factors else 1 for o in options] for factors in carried]
             gives = [[size if f in (o.factor, o.scatter) else 1 for o in options] for f in range(len(cluster.units))]
-            holds = [[size if write_layout(leads, (o,))[0] >= 0 else 1 for o in options] for leads in written]
-            for table, factors in ((split, splits), (given, gives), (held, holds)):
+            for table, factors in ((split, splits), (given, gives)):
                 if factors:
                     table *= np.array(factors)[:, column]
         pieces = len(cluster.work)
@@ -155,9 +127,6 @@ class ClusterPrice:
         arithmetic = (np.array(rates)[:, None] / split[:pieces]).sum(0)
         moved = (np.array(nbytes)[:, None] / split[pieces:]).sum(0)
         seconds = work_seconds(arithmetic, moved, 1, numbers.seconds_per_byte, np.maximum)
-        if written:
-            whole = np.array([price * numbers.nbytes(write.tensor) for write, price in self._held])
-            seconds = seconds + (whole[:, None] / held).sum(0)
         units = np.array(cluster.units, dtype=np.int64)[:, None]
         legal = (units % given == 0).all(0)
         for one, other in cluster.apart:
@@ -169,11 +138,9 @@ class ClusterPrice:
         value = self._exchanged.get(row)
         if value is None:
             value = 0.0
-            for nbytes, price, table in self._parts:
+            for nbytes, table in self._parts:
                 parts = tuple([axis[i] for axis, i in zip(table, row, strict=True)])
                 value += self.combines.seconds(parts, nbytes)
-                if price:
-                    value += price * nbytes * self.combines.share(parts)
             options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
             if self.cluster.halos:
                 for _, axis, slab in halo_bytes(self.cluster, options, self.combines.setting, self.numbers):
@@ -198,7 +165,8 @@ class Reshards:
         self._weights = self._base ** np.arange(setting.axes)
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
-        self._per_byte = self._fixed = self._copied = np.full((0, 0), np.nan)
+        self._per_byte = self._fixed = np.full((0, 0), np.nan)
+        self._shares = np.full((3, 0, 0), np.nan)
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -242,9 +210,6 @@ class Reshards:
             per_byte = self._per_byte[source, target]
         nbytes = np.array([price.nbytes for price, _, _ in asked])
         seconds = np.repeat(nbytes, sizes) * per_byte + self._fixed[source, target]
-        copied = np.array([price.copied for price, _, _ in asked])
-        if copied.any():
-            seconds += np.repeat(copied * nbytes, sizes) * self._copied[source, target]
         ends = first.tolist()
         return [
             seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
@@ -266,8 +231,6 @@ class Reshards:
                     self._tabulate(*pair)
                 per_byte = self._per_byte[place]
             seconds = price.nbytes * per_byte + self._fixed[place]
-            if price.copied:
-                seconds += price.copied * price.nbytes * self._copied[place]
             found.append(seconds)
         return found
 
@@ -286,31 +249,51 @@ class Reshards:
             for code in sorted(set(codes[places < 0].tolist())):
                 self._place[code] = len(self._layouts)
                 self._layouts.append(tuple(code // weight % self._base - 1 for weight in self._weights.tolist()))
-            grown = np.full((3, len(self._layouts), len(self._layouts)), np.nan)
+            grown = np.full((5, len(self._layouts), len(self._layouts)), np.nan)
             known = len(self._per_byte)
-            grown[:, :known, :known] = self._per_byte, self._fixed, self._copied
-            self._per_byte, self._fixed, self._copied = grown
+            grown[:, :known, :known] = self._per_byte, self._fixed, *self._shares
+            self._per_byte, self._fixed, self._shares = grown[0], grown[1], grown[2:]
             places = self._place[codes]
         return places
 
     def _tabulate(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base - 1, self.setting.slow_first)
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
-        copies = any(step.kind != "slice" for step in steps)
-        self._copied[source, target] = 1 / shards(self._layouts[target], self.numbers.sizes) if copies else 0.0
+        share = 1 / shards(self._layouts[target], self.numbers.sizes)
+        kinds = {step.kind for step in steps}
+        made = (source != target, bool(kinds - {"slice"}), "all_gather" in kinds)
+        self._shares[:, source, target] = [share * kind for kind in made]
+
+    def shares(self, asked: Sequence[Asked], makes: Sequence[int]) -> list[np.ndarray]:
+        """For each (edge price, tails, heads), the share of a tensor that a device holds in the layout of the head; 0 where
+        nothing of what `makes` says is made: `MOVED`, `SENT` or `GATHERED`."""
+        tails = self.numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
+        heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
+        found, first, second = [], 0, 0
+        for (_, many, few), make in zip(asked, makes, strict=True):
+            source, target = tails[first : first + len(many)], heads[second : second + len(few)]
+            first, second = first + len(many), second + len(few)
+            place = np.ix_(source, target)
+            missing = np.isnan(self._shares[make][place])
+            if missing.any():
+                rows, columns = np.nonzero(missing)
+                for pair in set(zip(source[rows].tolist(), target[columns].tolist(), strict=True)):
+                    self._tabulate(*pair)
+            found.append(self._shares[make][place])
+        return found
 
 
 class ReshardPrice:
     """Seconds of one reshard for rows of the writer's and the reader's option numbers."""
 
-    def __init__(self, family: Reshards, tail: int, head: int, nbytes: float, copied: float) -> None:
-        """`tail`, `head`: the terminals as `family` numbers them; `copied`: seconds per byte of a copy in another layout."""
-        self.family, self.tail, self.head, self.nbytes, self.copied = family, tail, head, nbytes, copied
+    def __init__(self, family: Reshards, tail: int, head: int, nbytes: float) -> None:
+        """`tail`, `head`: the terminals as `family` numbers them."""
+        self.family, self.tail, self.head, self.nbytes = family, tail, head, nbytes
         self.ends = (id(family), tail), (id(family), head)
 
     def again(self, family: Reshards) -> ReshardPrice:
         """The same reshard, of edges that were taken over by `Reshards.again`."""
-        return ReshardPrice(family, self.tail, self.head, self.nbytes, self.copied)
+        return ReshardPrice(family, self.tail, self.head, self.nbytes)
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from jaxplan.problem import Assignment, Problem, evaluate, usage_levels
+from jaxplan.problem import Assignment, Meter, Problem, evaluate
 from jaxplan.reduce import ILLEGAL, Pricer, Tables, fold
 from jaxplan.search.moves import FINE_ROUNDS
 
@@ -39,8 +39,12 @@ def alpa(problem: Problem, *, time_limit: float = TIME_LIMIT, rounds: int | None
     kept = [np.flatnonzero(cost < ILLEGAL) for cost in tables.costs]
     if any(len(options) == 0 for options in kept):
         raise ValueError("no legal assignment: some node has no legal choice")
-    limits = _usage_rows(folded, rows, kept) if folded.limit < math.inf else None
-    options, bound, status = integer_program(tables, kept, time_limit, None, limits, folded.limit)
+    for usage in folded.usages if folded.limit < math.inf else ():
+        i, j = min(usage.nodes), max(usage.nodes)
+        if i != j and (i, j) not in tables.pairs:
+            tables.pairs[i, j] = np.zeros((len(rows[i]), len(rows[j])))
+    limits = _usage_rows(folded, tables, rows, kept) if folded.limit < math.inf else None
+    options, bound, status = integer_program(tables, kept, time_limit, None, limits)
     if options is None:
         raise ValueError(f"the integer program found no assignment within {time_limit:g} s: {status}")
     choices = expand(np.array([row[option] for row, option in zip(rows, options, strict=True)]))
@@ -55,13 +59,12 @@ def integer_program(
     kept: list[np.ndarray],
     time_limit: float,
     scale: float | None = None,
-    limits: np.ndarray | None = None,
-    limit: float = math.inf,
+    limits: tuple[sparse.csr_matrix, np.ndarray] | None = None,
 ) -> tuple[np.ndarray | None, float, str]:
     """(an option per variable or None, lower bound or -infinity, the solver's words), each variable choosing among `kept`.
 
     `scale`: seconds that count as 1 for the solver, whose tolerances are absolute and are taken off the bound; None: what the
-    nodes cost at least. `limits`: (times, options kept of all variables) what each takes at a time, at most `limit` together.
+    nodes cost at least. `limits`: (what each column takes, a row per time; what they may take together).
     """
     start = np.cumsum([0, *[len(options) for options in kept]])
     costs = [cost[options] for cost, options in zip(tables.costs, kept, strict=True)]
@@ -100,10 +103,10 @@ def integer_program(
     integral = np.zeros(width)
     integral[: start[-1]] = 1
     constraints = [LinearConstraint(matrix, right, right)]
-    if limits is not None and len(limits):
-        nothing = sparse.csr_matrix((len(limits), width - limits.shape[1]))
-        wide = sparse.hstack([sparse.csr_matrix(limits / (limit or 1.0)), nothing])
-        constraints.append(LinearConstraint(sparse.csr_matrix(wide), -np.inf, float(limit > 0)))
+    if limits is not None and len(limits[1]):
+        unit = max(1e-30, float(np.abs(limits[1]).max()), float(abs(limits[0]).max()))
+        most: Any = limits[1] / unit
+        constraints.append(LinearConstraint(limits[0] / unit, -np.inf, most))
     solved = milp(
         objective, integrality=integral, bounds=Bounds(0, upper), constraints=constraints,
         options={"time_limit": time_limit, "mip_rel_gap": 1e-9},
@@ -116,15 +119,36 @@ def integer_program(
     return np.array(chosen), bound, solved.message
 
 
-def _usage_rows(problem: Problem, rows: list[np.ndarray], kept: list[np.ndarray]) -> np.ndarray:
-    """(times, options kept of all nodes): what each option takes at every time at which the limit could be passed."""
+def _usage_rows(
+    problem: Problem, tables: Tables, rows: list[np.ndarray], kept: list[np.ndarray]
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """(what each option kept, and each pair of them, takes at every step at which the limit could be passed, what is left then),
+    as the columns of the integer program stand."""
     start = np.cumsum([0, *[len(options) for options in kept]])
-    amounts = [usage.amount(rows[usage.node][kept[usage.node]]) for usage in problem.usages]
-    times, most = usage_levels(problem, [float(amount.max()) for amount in amounts])
-    tight = [time for time, level in zip(times.tolist(), most.tolist()) if level > problem.limit]
-    found = np.zeros((len(tight), int(start[-1])))
-    for usage, amount in zip(problem.usages, amounts, strict=True):
-        for line, time in enumerate(tight):
-            if usage.begin <= time < usage.end:
-                found[line, start[usage.node] : start[usage.node + 1]] += amount
-    return found
+    widths = [len(kept[i]) * len(kept[j]) for i, j in tables.pairs]
+    first = dict(zip(tables.pairs, (start[-1] + np.cumsum([0, *widths])).tolist()))
+    columns: list[np.ndarray] = []
+    taken: list[np.ndarray] = []
+    for usage in problem.usages:
+        amount: Any = usage.amount
+        table = amount(*[rows[node][kept[node]] for node in usage.nodes])
+        i, j = usage.nodes[0], usage.nodes[-1]
+        if i == j:
+            table, at = (table.diagonal() if table.ndim == 2 else table), int(start[i])
+        else:
+            table, at = (table, first[i, j]) if i < j else (table.T, first[j, i])
+        taken.append(table.ravel())
+        columns.append(at + np.arange(table.size))
+    meter = Meter(problem)
+    most = meter.levels(np.array([float(amount.max()) for amount in taken]))
+    nothing = meter.levels(np.zeros(len(taken)))
+    tight = np.flatnonzero(most > problem.limit)
+    found = []
+    for step in tight.tolist():
+        alive = [n for n, usage in enumerate(problem.usages) if usage.begin <= step < usage.end]
+        row = np.zeros(int(start[-1]) + sum(widths))
+        for n in alive:
+            row[columns[n]] += taken[n]
+        found.append(sparse.csr_matrix(row))
+    left = problem.limit - nothing[tight]
+    return (sparse.csr_matrix(sparse.vstack(found)) if found else sparse.csr_matrix((0, int(start[-1]) + sum(widths)))), left

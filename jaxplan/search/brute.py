@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def brute(problem: Problem) -> Assignment:
         price += cost[grids[i]]
     for (i, j), matrix in tables.pairs.items():
         price += matrix[grids[i], grids[j]]
-    if problem.limit < math.inf and problem.usages:
+    if problem.limit < math.inf:
         price[~_within(problem, rows, grids)] = np.inf
         if not np.isfinite(price).any():
             raise ValueError(f"no legal assignment stays within the limit of {problem.limit:g}")
@@ -41,12 +42,18 @@ def brute(problem: Problem) -> Assignment:
 
 
 def _within(problem: Problem, rows: Sequence[np.ndarray], grids: np.ndarray) -> np.ndarray:
-    """(assignments,) whether each stays within the limit, at every time at which something begins."""
+    """(assignments,) whether each stays within the limit, at every step at which something begins or more is reserved."""
     fits = np.ones(grids.shape[1], dtype=bool)
-    for time in {usage.begin for usage in problem.usages}:
-        used = np.zeros(grids.shape[1])
-        for usage in problem.usages:
-            if usage.begin <= time < usage.end:
-                used += usage.amount(rows[usage.node])[grids[usage.node]]
-        fits &= used <= problem.limit * (1 + ROUNDING)
+    reserved = problem.reserved
+    amounts = []
+    for usage in problem.usages:
+        amount: Any = usage.amount
+        table = amount(*[rows[node] for node in usage.nodes])
+        amounts.append(table[tuple([grids[node] for node in usage.nodes])])
+    for step in {usage.begin for usage in problem.usages} | set(range(len(reserved))):
+        used = np.full(grids.shape[1], reserved[step] if step < len(reserved) else 0.0)
+        for usage, amount in zip(problem.usages, amounts, strict=True):
+            if usage.begin <= step < usage.end:
+                used += amount
+        fits &= used <= problem.limit + ROUNDING * abs(problem.limit)
     return fits

@@ -9,8 +9,9 @@ from itertools import combinations, permutations
 import numpy as np
 
 from jaxplan.problem import Assignment, Problem, evaluate
-from jaxplan.reduce import Pricer, Undo, fold
+from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
+from jaxplan.search.limited import limited
 from jaxplan.search.moves import ROUNDS, SMALL, finest, fused, polished
 
 SWEEPS = 6
@@ -20,6 +21,8 @@ fixed. Larger ones have one."""
 BLOCK_LIMIT = 30_000
 """Table entries up to which several axes are re-opened at once."""
 BLOCK_CAP = 1 << 16
+RECURSIONS = 2
+"""Prices of usages at which the recursion starts anew; later ones go on from what is known."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -32,30 +35,25 @@ def hsm2dl(problem: Problem) -> Assignment:
     at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
     Small problems end with one option taken along all axes at once, and with joint moves (`moves.py`); on larger ones
     these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+
+    Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), without joint moves; raises
+    OverLimit where nothing is found within it.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
-    axes = [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
+    if problem.limit < math.inf:
+        return limited(problem, _AtPrices(problem), "hsm2dl")
+    axes = _open_axes(problem)
     folded, expand = fold(problem, 0)
     coarse = len(folded.nodes)
     pricer, elimination = Pricer(folded), elimination_order(folded)
-    nothing = np.zeros((coarse, len(problem.axes)), dtype=np.int64)
-    swaps = _swaps(axes, problem.alike, len(problem.axes))
-    tried: dict[tuple[Hashable, ...], np.ndarray] = {}
-    for order in _orders(axes):
-        labels = tuple([problem.alike[a] if problem.alike else a for a in order])
-        if labels not in tried:
-            tried[labels] = _recursion(pricer, elimination, nothing, order)
-    best = fused(pricer, elimination, [choices[:, columns] for choices in tried.values() for columns in swaps])
+    tried = _recursions(pricer, elimination, axes)
+    best = fused(pricer, elimination, tried)
     fine, unfold = finest(problem)
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
-    for size in range(2, len(axes) + 1):
-        blocks = [block for block in combinations(axes, size) if _entries(folded, block) <= BLOCK_LIMIT]
-        if blocks:
-            best, seconds = _sweep(pricer, elimination, best, blocks, BLOCK_CAP)
+    best, seconds = _settled(pricer, elimination, best, axes)
     if len(folded.nodes) <= SMALL:
         if len(axes) > 1:
             tied = _tied(pricer, elimination, best, axes)
@@ -64,6 +62,58 @@ def hsm2dl(problem: Problem) -> Assignment:
         best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
+
+
+class _AtPrices:
+    """The search where usages cost something: what is known, and at first the recursion, swept axis by axis. Tables of prices
+    and of usages are written out once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._axes = _open_axes(problem)
+        coarse, self._expand = fold(problem, 0)
+        self._coarse, self._coarse_order = ChargedPricer(coarse), elimination_order(coarse)
+        self._fine, self._unfold = finest(problem)
+        self._pricer, self._order = ChargedPricer(self._fine, self._coarse), elimination_order(self._fine)
+        self._fresh = RECURSIONS
+
+    def __call__(self, spans: np.ndarray, known: Sequence[np.ndarray]) -> np.ndarray:
+        self._pricer.charge(spans)
+        proposals = [restricted(self._fine, choices, self._unfold) for choices in known]
+        if self._fresh or not known:
+            self._fresh -= 1
+            self._coarse.charge(spans)
+            tried = _recursions(self._coarse, self._coarse_order, self._axes)
+            best = fused(self._coarse, self._coarse_order, tried)
+            proposals.append(restricted(self._fine, self._expand(best), self._unfold))
+        best = fused(self._pricer, self._order, proposals)
+        return self._unfold(_settled(self._pricer, self._order, best, self._axes)[0])
+
+
+def _open_axes(problem: Problem) -> list[int]:
+    return [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
+
+
+def _recursions(pricer: Pricer, elimination: list[int], axes: list[int]) -> list[np.ndarray]:
+    """What every order of the axes finds, axes that are alike exchanged as well."""
+    problem = pricer.problem
+    nothing = np.zeros((len(problem.nodes), len(problem.axes)), dtype=np.int64)
+    swaps = _swaps(axes, problem.alike, len(problem.axes))
+    tried: dict[tuple[Hashable, ...], np.ndarray] = {}
+    for order in _orders(axes):
+        labels = tuple([problem.alike[a] if problem.alike else a for a in order])
+        if labels not in tried:
+            tried[labels] = _recursion(pricer, elimination, nothing, order)
+    return [choices[:, columns] for choices in tried.values() for columns in swaps]
+
+
+def _settled(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: list[int]) -> tuple[np.ndarray, float]:
+    """Re-open one axis at a time until nothing improves, then several at once where writing out their joint choices is cheap."""
+    best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
+    for size in range(2, len(axes) + 1):
+        blocks = [block for block in combinations(axes, size) if _entries(pricer.problem, block) <= BLOCK_LIMIT]
+        if blocks:
+            best, seconds = _sweep(pricer, elimination, best, blocks, BLOCK_CAP)
+    return best, seconds
 
 
 def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -115,7 +165,7 @@ def _sweep(
 ) -> tuple[np.ndarray, float]:
     """Re-open one block of axes after the other, given the others, until nothing improves."""
     choices, tally = choices.copy(), [0] * len(choices)
-    seconds, idle = evaluate(pricer.problem, choices), 0
+    seconds, idle = pricer.price(choices), 0
     for turn in range(SWEEPS * len(blocks)):
         tables, rows = pricer.along(blocks[turn % len(blocks)], choices)
         now = np.zeros(len(choices), dtype=np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from jaxplan.problem import ROUNDING, Assignment, Problem, evaluate, peak, within_limit
+from jaxplan.problem import ROUNDING, Assignment, Problem, evaluate, peak, taken, within_limit
 from jaxplan.reduce import ILLEGAL, Pricer, Tables, fold
 from jaxplan.search.elimination import min_fill_order, option_weights, solve
 from jaxplan.search.moves import FINE_ROUNDS
@@ -233,7 +233,7 @@ class _Chain:
         events = np.unique([time for usage in self.problem.usages for time in (usage.begin, usage.end)])
         change = np.zeros((int(self.block.max()) + 1, choices.shape[1], len(events)))
         for usage in self.problem.usages:
-            amount, block = usage.amount(choices[usage.node]), self.block[usage.node]
+            amount, block = taken(usage, choices[usage.nodes[0]]), self.block[usage.nodes[0]]
             change[block, :, np.searchsorted(events, usage.begin)] += amount
             change[block, :, np.searchsorted(events, usage.end)] -= amount
         return change.cumsum(2)
@@ -252,7 +252,8 @@ def _charged(
     for usage in problem.usages if price else ():
         alive = sum(usage.begin <= time < usage.end for time in times)
         if alive:
-            charged[usage.node] = charged[usage.node] + price * alive * usage.amount(rows[usage.node])
+            node = usage.nodes[0]
+            charged[node] = charged[node] + price * alive * taken(usage, rows[node])
     return tuple(charged)
 
 

@@ -1,0 +1,168 @@
+"""When bytes live that choices decide on: what `memory.py` finds of one plan, as far as it holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.memory import (
+    OUTPUT,
+    Facts,
+    Local,
+    facts_of,
+    gathered_state,
+    held_buffers,
+    local_sizes,
+    rounds_of,
+    users_of,
+)
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
+
+
+@dataclass(frozen=True)
+class Life:
+    """Bytes that choices decide on live from place `first` to place `last` of the order: `share` of those of a tensor."""
+
+    first: int
+    last: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """When bytes live that choices decide on.
+
+    `held`: of what clusters leave, by tensor (several may share one buffer, each a part of it; and copies in the same layout).
+    By tensor and reading cluster: `copied`, of copies that exchanges make; `handed`, of what a view or a loop has of its own
+    where its layout is another; `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new
+    state by its old place. `partial`: of partial results, by operator. `places`: in all. `local`: bytes per device of a tensor in
+    a layout; `stored`: tensors for which it is equal are stored alike.
+    """
+
+    held: Mapping[int, Sequence[Life]]
+    copied: Mapping[tuple[int, int], Life]
+    handed: Mapping[tuple[int, int], Life]
+    gathered: Mapping[tuple[int, int], Life]
+    ties: frozenset[tuple[int, int]]
+    partial: Mapping[int, Life]
+    places: int
+    local: Local
+    stored: Callable[[int], Hashable]
+
+
+def waits(modelled: Modelled, choices: np.ndarray) -> bool:
+    """Whether products run later, and what they read lives longer, because a plan gathers state behind which they can hide."""
+    gathered = {} if modelled.numbers.machine.materialises else gathered_state(modelled, choices)
+    if not gathered or not any(op.name == BOUNDARY for op in modelled.graph.operators):  # they run behind a later loop
+        return False
+    late, prompt = facts_of(modelled, choices, gathered).more, facts_of(modelled, choices, {}).more
+    return late.made != prompt.made or late.readers != prompt.readers
+
+
+def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], prompt: bool = False) -> Lifetimes:
+    """What lives when, near a plan: `choices` per cluster say what is stored at all, where that depends on them.
+
+    Layouts do not enter otherwise: views are taken to share the buffer of what they view. `prompt`: as if no state were gathered,
+    so that nothing waits for it.
+    """
+    graph = modelled.graph
+    gathered = {} if prompt or modelled.numbers.machine.materialises else gathered_state(modelled, choices)
+    facts, ties = facts_of(modelled, choices, gathered), dict(graph.ties)
+    places = len(facts.order.sequence) + 2
+    replaced = {graph.outputs[position]: graph.inputs[ties[position]] for position in ties if donated[ties[position]]}
+    own = {t: 0.0 for p, t in enumerate(graph.outputs) if t >= 0 and not (p in ties and donated[ties[p]])}
+    tensors = [write.tensor for cluster in graph.clusters for write in cluster.writes]
+    buffers, roots = held_buffers(graph, facts, dict.fromkeys(tensors, ()), own, replaced, lambda tensor, layout: 0.0)
+    lives = {b.tensor: Life(0, places - 1) if b.kind == OUTPUT else Life(b.first, b.last) for b in buffers}
+    sharing: dict[int, list[int]] = {}
+    held = {tensor: [Life(0, places - 1)] for tensor in graph.inputs}
+    partial = {}
+    for cluster in graph.clusters:
+        for combine in cluster.combines if cluster.times else ():
+            if combine.operator in facts.place:
+                at = facts.place[combine.operator]
+                partial[combine.operator] = Life(at, max(at, facts.more.waits.get(combine.result.tensor, at)))
+        if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
+            for write in cluster.writes:
+                if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:
+                    sharing.setdefault(roots.of(write.tensor), []).append(write.tensor)
+    for root, found in sharing.items():
+        held.update({tensor: [replace(lives[root], share=1.0 / len(found))] for tensor in found})
+    for tensor, first, last in (*facts.more.copies, *[(tensor, at, at) for tensor, at in facts.more.turned]):
+        held.setdefault(tensor, []).append(Life(first, last))
+    for result, life in _rounded_parts(modelled, facts).items():
+        held.setdefault(result, []).append(life)
+
+    def stored(tensor: int) -> Hashable:
+        about = graph.tensors[tensor]
+        return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
+
+    return Lifetimes(
+        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, places,
+        local_sizes(modelled, facts), stored,
+    )  # fmt: skip
+
+
+def _ties(modelled: Modelled) -> dict[tuple[int, int], int]:
+    """{(new value of state, the cluster of its old value): old value}."""
+    graph = modelled.graph
+    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
+    return {
+        (reading.tensor, reading.reader): olds[reading.tensor]
+        for reading in modelled.readings
+        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT
+    }
+
+
+def _rounded_parts(modelled: Modelled, facts: Facts) -> dict[int, Life]:
+    """{what a round of a loop sees of a stack that is rounded before it: all rounds' parts, as long as the loop runs}."""
+    graph, machine, found = modelled.graph, modelled.numbers.machine, dict[int, Life]()
+    for op in facts.operators if facts.fuses else ():
+        if op.name == BOUNDARY and op.path[-2] == "in" and op.operands[0] >= 0:
+            source, result, loop = op.operands[0], op.results[0], op.path[:-2]
+            narrow = result in facts.more.narrow and source not in facts.more.narrow
+            if narrow and machine.rounded_share(graph.tensors[source].dtype) < 1:
+                found[result] = Life(facts.order.begins[loop], facts.order.ends[loop], rounds_of(graph, op))
+    return found
+
+
+def _kept(modelled: Modelled, facts: Facts, replaced: Mapping[int, int]) -> dict[tuple[int, int], Life]:
+    """Of state that a loop reads, and whose new parts are gathered into its place, a copy stays until they are made."""
+    looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
+    return {
+        key: Life(0, facts.made.get(key[0], 0))
+        for key in _ties(modelled)
+        if facts.fuses and replaced.get(key[0]) in looped
+    }
+
+
+def _copied(
+    modelled: Modelled, facts: Facts
+) -> tuple[dict[tuple[int, int], Life], dict[tuple[int, int], Life]]:
+    """Of each tensor and cluster that would read it in a layout of its own: (copies that exchanges make, from the first to the
+    last user; buffers of views and of what enters a loop)."""
+    graph = modelled.graph
+    copied, handed = dict[tuple[int, int], Life](), dict[tuple[int, int], Life]()
+    stacks: dict[int, list[int]] = {}  # loops that slice one stack share a copy of it, from the first to the last of them
+    for reading in modelled.readings:
+        members = graph.clusters[reading.reader].members
+        if graph.operators[members[-1]].name == BOUNDARY:
+            stacks.setdefault(reading.tensor, []).extend(users_of(graph, facts, reading.tensor, members))
+    for reading in modelled.readings:
+        members = graph.clusters[reading.reader].members
+        last, key = graph.operators[members[-1]], (reading.tensor, reading.reader)
+        users = users_of(graph, facts, reading.tensor, members)
+        if not reading.times:
+            continue
+        if last.name == VIEW or (last.name == BOUNDARY and last.path[-2] == "in" and not users):
+            users = [facts.made[last.results[0]], *facts.readers.get(last.results[0], ())]
+            if last.name == BOUNDARY:  # every round reads it
+                users += [facts.order.begins[last.path[:-2]], facts.order.ends[last.path[:-2]]]
+            handed[key] = Life(min(users), max(users))
+        elif users:
+            users = stacks[reading.tensor] if last.name == BOUNDARY else users
+            copied[key] = Life(min(users), max(users))
+    return copied, handed

@@ -1,0 +1,177 @@
+"""Memory as a constraint of the problem: what choices take over lifetimes, held against a limit.
+
+A sum over choices cannot tell all that `memory.py` knows (which copies are shared, what lies in an output's buffer or on the
+chip), so it is made to agree where it matters: at one plan, at every place of the order, the difference is reserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.lifetimes import Lifetimes, lifetimes
+from jaxplan.cost.memory import Local, Memory
+from jaxplan.cost.price import AxisOptions, combine_part, write_layout
+from jaxplan.cost.prices import GATHERED, MOVED, SENT, Combines, ReshardPrice, Reshards
+from jaxplan.graph import Combine
+from jaxplan.layout import Layout
+from jaxplan.problem import Asked, Meter, Problem, Usage
+
+
+def within(
+    modelled: Modelled, limit: float, like: Sequence[tuple[np.ndarray, Memory]], donated: Sequence[bool],
+    starts: Sequence[np.ndarray] = (), waiting: np.ndarray | None = None,
+) -> Problem:  # fmt: skip
+    """The problem with bytes per device as usages: at most `limit` at every place of the order of operators.
+
+    `modelled`: with nothing following. `like`: plans, as choices per cluster, and their memory: usages tell no less than the true
+    peak of these, and what is stored at all is as in the first. `starts`: more choices per cluster that are known. `waiting`: a
+    plan in which products wait for state to be gathered; then here nothing does, and gathering any takes as much as waiting takes
+    there. Raises ValueError where clusters follow.
+    """
+    if modelled.follows:
+        raise ValueError("usages are for a problem in which no cluster follows another: model(..., follow=False)")
+    lives = lifetimes(modelled, like[0][0], donated, waiting is not None)
+    problem = modelled.problem.within(limit, _usages(modelled, lives))
+    meter, reserved = Meter(problem), np.full(lives.places, -np.inf)
+    levels = [meter.levels(meter.amounts(choices))[: lives.places] for choices, _ in like]
+    waits, late = _waiting(modelled, lives, waiting, donated) if waiting is not None else ([], np.zeros(lives.places))
+    for (choices, memory), taken in zip(like, levels, strict=True):
+        more = memory.over_all(lives.places)
+        more[: len(taken)] -= taken
+        ends = [[choices[node][None] for node in usage.nodes] for usage in waits]
+        if any(float(usage.amount(*rows)[0, 0]) for usage, rows in zip(waits, ends, strict=True)):
+            more -= late
+        reserved = np.maximum(reserved, more)
+    starts = (*[choices for choices, _ in like], *starts)
+    return modelled.problem.within(limit, (*problem.usages, *waits), tuple(reserved.tolist()), starts)
+
+
+def _waiting(
+    modelled: Modelled, lives: Lifetimes, choices: np.ndarray, donated: Sequence[bool]
+) -> tuple[list[Usage], np.ndarray]:
+    """(for each new value of state, what gathering it takes while products wait behind it, where in `lives` none does; that at
+    every place): as much more as the plan given takes. One gathering is enough for that; all of them are charged."""
+    late = np.zeros(lives.places)
+    for prompt, sign in ((False, 1.0), (True, -1.0)):
+        meter = Meter(replace(modelled.problem, usages=_usages(modelled, lifetimes(modelled, choices, donated, prompt))))
+        level = meter.levels(meter.amounts(choices))[: lives.places]
+        late[: len(level)] += sign * level
+    late = np.maximum(late, 0.0)
+    begins = np.flatnonzero(np.diff(late, prepend=0.0))
+    found, known = [], dict[Hashable, Waiting]()
+    for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
+        if (reading.tensor, reading.reader) in lives.ties and isinstance(edge.price, ReshardPrice):
+            for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), lives.places], strict=True):
+                nbytes = float(late[begin])
+                if nbytes > 0:
+                    amount = known.setdefault((id(edge.price), nbytes), Waiting(edge.price, nbytes))
+                    found.append(Usage((edge.tail, edge.head), amount, begin, end))
+    return found, late
+
+
+def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
+    graph, numbers = modelled.graph, modelled.numbers
+    combines = Combines(modelled.setting, numbers, max([len(tensor.shape) for tensor in graph.tensors], default=0))
+    known: dict[Hashable, Held | Partial | Copy] = {}
+    found = []
+    for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
+        for write in cluster.writes:
+            for life in lives.held.get(write.tensor, ()):
+                key = ("held", id(options), write.leads, life.share, lives.stored(write.tensor))
+                if key not in known:
+                    known[key] = Held(options, write.leads, write.tensor, life.share, lives.local)
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
+        for combine in cluster.combines:
+            life = lives.partial.get(combine.operator)
+            if life is not None and combine.result.tensor >= 0:
+                nbytes = numbers.nbytes(combine.result.tensor)
+                key = ("partial", id(options), combine.over, combine.scatterable, combine.result.leads, nbytes)
+                if key not in known:
+                    known[key] = Partial(options, combine, nbytes, combines)
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
+    copies: dict[int, Copies] = {}
+    for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
+        for makes, those in ((SENT, lives.copied), (MOVED, lives.handed), (GATHERED, lives.gathered)):
+            life, price = those.get((reading.tensor, reading.reader)), edge.price
+            if life is not None and isinstance(price, ReshardPrice):
+                nbytes = reading.share * numbers.nbytes(reading.tensor)
+                key = ("copy", id(price), makes, nbytes)
+                if key not in known:
+                    known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, nbytes, makes)
+                found.append(Usage((edge.tail, edge.head), known[key], life.first, life.last + 1))
+    return tuple(found)
+
+
+class Held:
+    """Bytes per device of what a cluster leaves, for rows of its option numbers."""
+
+    def __init__(self, options: AxisOptions, leads: tuple[int, ...], tensor: int, share: float, local: Local) -> None:
+        """`share`: of the bytes, what counts; `local`: bytes per device of a tensor in a layout."""
+        self._of = [np.array([write_layout(leads, (option,))[0] for option in axis], dtype=np.int64) for axis in options]
+        self._tensor, self._share, self._local = tensor, share, local
+        self._known: dict[Layout, float] = {}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        layouts = list(zip(*[of[rows[:, axis]].tolist() for axis, of in enumerate(self._of)], strict=True))
+        for layout in set(layouts) - self._known.keys():
+            self._known[layout] = self._share * self._local(self._tensor, layout)
+        return np.array([self._known[layout] for layout in layouts])
+
+
+class Partial:
+    """Bytes per device of a partial result before it is combined, for rows of its cluster's option numbers."""
+
+    def __init__(self, options: AxisOptions, combine: Combine, nbytes: float, combines: Combines) -> None:
+        self._parts = [[combine_part(combine, option) for option in axis] for axis in options]
+        self._nbytes, self._combines = nbytes, combines
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        found = []
+        for row in map(tuple, rows.tolist()):
+            if row not in self._known:
+                parts = tuple([axis[option] for axis, option in zip(self._parts, row, strict=True)])
+                self._known[row] = self._nbytes * self._combines.share(parts)
+            found.append(self._known[row])
+        return np.array(found)
+
+
+class Copies:
+    """Bytes per device of copies in other layouts, for many readings in one go."""
+
+    def __init__(self, reshards: Reshards) -> None:
+        self._reshards = reshards
+
+    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A matrix of bytes for each (`Copy`, options of the writer, options of the reader)."""
+        questions = [(amount.of, tails, heads) for amount, tails, heads in asked]
+        shares = self._reshards.shares(questions, [amount.makes for amount, _, _ in asked])
+        return [amount.nbytes * share for (amount, _, _), share in zip(asked, shares, strict=True)]
+
+
+class Copy(NamedTuple):
+    """Bytes per device of a tensor once more, in the layout that a reader wants. `of`: the price of the exchange; `nbytes`: of
+    the whole tensor; `makes`: which exchanges make one."""
+
+    family: Copies
+    of: ReshardPrice
+    nbytes: float
+    makes: int
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.family.prices([(self, tails, heads)])[0]
+
+
+class Waiting(NamedTuple):
+    """`nbytes` per device where an exchange gathers; none where it does not."""
+
+    of: ReshardPrice
+    nbytes: float
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.nbytes * (self.of.family.shares([(self.of, tails, heads)], [GATHERED])[0] > 0)
