@@ -186,13 +186,13 @@ class _Loop:
         def tick(state: Any, t: Any) -> Any:
             arrived, returned, left, totals, finals, added, stores, ys = state
             row, valid = ahead.microbatch(t)
-            out, more, stores = when_kept(valid, forward, row, arrived, stores)
+            out, more, stores = when(valid, forward, row, arrived, keeping=stores)
             totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
             turning = valid & last
             starts, values = when(turning, between, row, out)
             left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in zip(left, values, self.leaving, strict=True)]
             row, valid = back.microbatch(t, self.k - 1)
-            home, more, ys = when_kept(valid, backward, row, starts, returned, stores, ys)
+            home, more, ys = when(valid, backward, row, starts, returned, stores, keeping=ys)
             added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
             roles = [back.chain.carries[k] for k in back.chain.circulating]
             finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
@@ -253,17 +253,23 @@ class _Loop:
         return partial(at, store)
 
 
-def when(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
-    """A function's results, or zeros where it is not to run."""
-    shapes = jax.eval_shape(function, *operands)
-    return jax.lax.cond(condition, function, lambda *_: blanks(shapes), *operands)
+def when(condition: Any, function: Callable[..., Any], *operands: Any, keeping: Any = None) -> Any:
+    """A function's results, or zeros where it is not to run. `keeping`: stores, its last operand and its last result, which stay
+    as they are then.
 
+    XLA refuses branches whose results are constrained to different layouts (jaxlib 0.10, 0.12), and what JAX says of zeros
+    counts as one: behind a barrier neither says anything.
+    """
+    given = operands if keeping is None else (*operands, keeping)
+    shapes = jax.eval_shape(function, *given)
 
-def when_kept(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
-    """The same for a function that changes stores: its last operand and its last result, which stay as they are where it is not
-    to run."""
-    shapes = jax.eval_shape(function, *operands)
-    return jax.lax.cond(condition, function, lambda *given: (*blanks(shapes[:-1]), given[-1]), *operands)
+    def runs(*values: Any) -> Any:
+        return jax.lax.optimization_barrier(function(*values))
+
+    def waits(*values: Any) -> Any:
+        return jax.lax.optimization_barrier(blanks(shapes) if keeping is None else (*blanks(shapes[:-1]), values[-1]))
+
+    return jax.lax.cond(condition, runs, waits, *given)
 
 
 def blanks(shapes: Any) -> Any:
