@@ -90,7 +90,13 @@ class Padding:
 
 
 class Plan(_plan.Plan):
-    """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
+    """Where everything lies, what it costs, and how to run it. `print(plan)` gives a table.
+
+    `mesh`: what it was planned for. `bound`: with `certify=True` the seconds that no plan goes below, else None. `pipeline`: the
+    mesh axis laid along layers, its stages and micro-batches; None without. `dims`: names that the user gave to dimensions.
+    `stages`: {room: seconds} that planning took. `request`: what `make_plan` was asked for. `traced`, `modelled`, `choices`: the
+    program, its model and the option chosen per cluster and mesh axis, from which all else is derived.
+    """
 
     def __str__(self) -> str:
         return describe(self, notes=[str(padding) for padding in self.paddings])
@@ -230,13 +236,14 @@ class Plan(_plan.Plan):
         """
         return export_plan(self, form, of, options, make_plan)
 
-    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
-        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+    def restore(self, directory: str | os.PathLike[str], of: Any = None, *, partial: bool = False) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`. `partial`: leave
+        unread what it holds beside that (an optimizer's state, say).
 
         Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
-        many, or of another shape or dtype: nothing is read then.
+        many (unless partial), or of another shape or dtype: nothing is read then.
         """
-        return restore_state(self, directory, of)
+        return restore_state(self, directory, of, partial)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,

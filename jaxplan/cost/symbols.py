@@ -252,7 +252,7 @@ class Symbols:
         total: Any = 0
         for member in work.members:
             rule = self.graph.operators[member].rule
-            value: Any = sympy.nsimplify(rule.flops) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
+            value: Any = sympy.Integer(int(rule.flops)) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
             for atoms in self.names.operator_factors[member]:
                 value = value * self.names.product(atoms, self._dimension, sizes)
             if self.stages is not None and member in self.stages.divided_operators:
