@@ -84,14 +84,16 @@ def convolutions(layers: int) -> tuple[Any, tuple[Any, ...]]:
 
 
 def staged_rows(
-    schedules: Sequence[str], chosen: Sequence[tuple[tuple[int, ...], int, int]]
+    schedules: Sequence[str], chosen: Sequence[tuple[tuple[int, ...], int, int]], only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
-    """The same for train steps in stages along x."""
+    """The same for train steps in stages along x. `only`: names of programs."""
     for shape, layers, m in chosen:
         kept, remat = (decoder(replace(SMALL, layers=layers, remat=remat)) for remat in (False, True))
         step, args = convolutions(layers)
         cases = {"decoder, kept": (kept.fn, kept.args, (0, 1)), "decoder, remat": (remat.fn, remat.args, (0, 1))}
         for name, (fn, given, donated) in {**cases, "convolutions": (step, args, (0,))}.items():
+            if only is not None and name not in only:
+                continue
             plan = jaxplan.make_plan(
                 fn, *given, mesh=mesh_of(shape), machine=busy_machine(), pipeline="x", microbatches=m, donate_argnums=donated
             )
