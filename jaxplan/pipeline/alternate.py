@@ -156,7 +156,7 @@ class _Loop:
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
-        def forward(row: Any, arrived: Sequence[Any], stores: Sequence[Any], valid: Any) -> Any:
+        def forward(row: Any, valid: Any, arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
             start = ahead.carried(ahead.start(ahead.entering(carries, row), arrived), zeros_ahead)
             reads, slots = ahead.reads(given["xs"], row), [row % self._ring(k) for k in range(len(stores))]
             after, stores = ahead.layers(self.ahead.body_of, row, given["consts"], start, reads, stores, slots, valid)
@@ -175,8 +175,8 @@ class _Loop:
             return starts, [values[v] for v in self.leaving]
 
         def backward(
-            row: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any], ys: Sequence[Any], valid: Any
-        ) -> Any:  # fmt: skip
+            row: Any, valid: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any], ys: Sequence[Any]
+        ) -> Any:
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
                 self._residual(stores[source], row, role, source) if source is not None else partial(layer_of, v, role, row)
@@ -192,7 +192,7 @@ class _Loop:
             starts = blanks(first_starts)
             if go:
                 row, valid = ahead.microbatch(t)
-                out, more, stores = forward(row, arrived, stores, valid)
+                out, more, stores = forward(row, valid, arrived, stores)
                 totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
                 arrived = ahead.held("carry", ahead.chain.circulating, ahead.handed_on(out))
                 if come:
@@ -202,7 +202,7 @@ class _Loop:
                     left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in pairs]
             if come:
                 row, valid = back.microbatch(t, self.k - 1)
-                home, more, ys = backward(row, starts, returned, stores, ys, valid)
+                home, more, ys = backward(row, valid, starts, returned, stores, ys)
                 added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
                 roles = [back.chain.carries[k] for k in back.chain.circulating]
                 finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
@@ -220,11 +220,12 @@ class _Loop:
             [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
             [blank(v.shape, v.dtype, TOTAL) for v in zeros_ahead],
             [self._room(v, r) for v, r in zip(first_starts, roles, strict=True)],
-            [blank(v.shape, v.dtype, TOTAL) for v in zeros_back], self._stores(ahead), back.stores(self.m),
+            [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
+            self._stores(ahead), back.stores(self.m),
         )  # fmt: skip
         turn, ticks = self.k - 1, jnp.arange(self.m + 2 * (self.k - 1), dtype=jnp.int32)
         for go, come, some in ((True, False, ticks[:turn]), (True, True, ticks[turn:-turn]), (False, True, ticks[-turn:])):
-            state, _ = jax.lax.scan(partial(tick, go=go, come=come), state, some)
+            state, _ = jax.lax.scan(lambda state, t, go=go, come=come: tick(state, t, go, come), state, some)
         _, _, left, totals, finals, added, stores, ys = state
         return (
             [from_stage(v, last, self.axis) for v in left], [everywhere(v, self.axis) for v in totals],
