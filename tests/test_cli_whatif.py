@@ -97,6 +97,19 @@ def test_why_not_prints_what_the_plan_answers(plan, capsys, layout):
     assert found["changed"] == {path: [specs(one), specs(two)] for path, (one, two) in want.changed.items()}
 
 
+def test_why_not_of_several_at_once_and_with_names_of_dimensions(plan, capsys):
+    want = plan.why_not({"w/up": P(None, "data"), "w/down": P("model"), "x": P()})
+    more = ["--with", "w/down=model", "--with", "x=-,-"]
+    assert printed(capsys, "why-not", "w/up", "-,data", *PLANNED, *more) == f"{want}\n".replace("x as P()", "x as P(None, None)")
+    assert "Regimes along ROWS" in printed(
+        capsys, "regimes", "ROWS", *PLANNED, "--dims", "x=ROWS WIDE", "--from", "2048", "--to", "8192"
+    )
+    assert "ROWS" in printed(capsys, "explain", "x", *PLANNED, "--dims", "x=ROWS WIDE")
+    saved = [*FUNCTION, "--plan", "plan.json", "--dims", "x=ROWS WIDE"]
+    assert "those of the saved plan stay" in failed(capsys, "explain", "x", *saved)
+    assert "the order is PATH MODULE:FUNCTION" in failed(capsys, "explain", *FUNCTION[:1], "w/up", *PLANNED[1:])
+
+
 def test_a_saved_plan_is_changed_before_it_is_asked(plan, capsys):
     pins = {"x": P("data")}
     want = plan.replan(machine="a100", pins=pins).why_not({"w/up": P("model")})
