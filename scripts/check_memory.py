@@ -98,6 +98,7 @@ def staged_rows(
                 fn, *given, mesh=mesh_of(shape), machine=busy_machine(), pipeline="x", microbatches=m, donate_argnums=donated
             )
             for schedule in schedules:
+                assert plan.pipeline is not None
                 if schedule != plan.pipeline.schedule:
                     jaxpr, counts = plan.traced.jaxpr.jaxpr, {layers: plan.pipeline.chains[0].layers}
                     pipeline = pipeline_of(jaxpr, "x", shape[0], m, layers=counts, schedule=schedule)
