@@ -45,7 +45,8 @@ class Machine:
     and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
     precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two
     dimensions of arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: of the chip's own memory,
-    what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `sends_rounded`: what products read
+    what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `in_order`: buffers are placed in the
+    order in which they come to live, so that gaps between them stay (`cost/heap.py`). `sends_rounded`: what products read
     rounded is rounded before it is sent; None: it is, unless a mesh of CPU devices stands for the machine, which send it whole.
     """
 
@@ -61,6 +62,7 @@ class Machine:
     matmul_reads: Mapping[str, str] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
     near_bytes: float = 0.0
+    in_order: bool = False
     sends_rounded: bool | None = None
 
     def __post_init__(self) -> None:
