@@ -1,9 +1,13 @@
 """Modelled peak memory beside what XLA's CPU compiler allocates, for all example programs.
 
-    python scripts/check_memory.py [--meshes 1 8 4x2 4x4]
+    python scripts/check_memory.py [--meshes 1 8 4x2 4x4] [--only NAME ...]
+    python scripts/check_memory.py --pipelines [--schedules gpipe 1f1b]
 
 Modelled: `plan.memory`. Compiled: arguments + outputs - aliased + temporaries of `memory_analysis()`, bytes per simulated
 device. The machine is v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
+
+`--pipelines`: train steps with their layers in stages instead, the state donated: a decoder with rematerialised layers and with
+kept activations, and layers of convolutions, on meshes of stages, and stages by data.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import argparse
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +24,17 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxplan
 from jaxplan.examples import programs
+from jaxplan.examples.decoder import SMALL, decoder
 from jaxplan.machine import PRESETS, Machine
+from jaxplan.pipeline import pipeline_of
+
+STAGED = [((4,), 4, 2), ((4,), 8, 8), ((2, 2), 8, 2), ((2, 2), 5, 4), ((2, 4), 8, 4), ((4, 2), 8, 8)]
+"""(mesh of stages and data, layers, micro-batches)."""
 
 
 def busy_machine() -> Machine:
@@ -36,9 +46,14 @@ def busy_machine() -> Machine:
     return replace(v5e, name="busy", seconds_per_flop=slow, inner=inner, outer=outer, **kept)
 
 
-def compiled_bytes(plan: Any, args: Any) -> float:
+def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh with axes x, y, z, w over the first devices."""
+    return jax.sharding.Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple("xyzw"[: len(shape)]))
+
+
+def compiled_bytes(plan: Any, args: Any, donated: tuple[int, ...] = ()) -> float:
     """Bytes per device that the compiled program allocates."""
-    found = plan.jit().lower(*args).compile().memory_analysis()
+    found = plan.jit(donate_argnums=donated).lower(*args).compile().memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return float(held + found.temp_size_in_bytes)
 
@@ -48,20 +63,65 @@ def rows(meshes: list[tuple[int, ...]], names: list[str]) -> Iterator[tuple[str,
     for name in names:
         program = programs()[name]
         for shape in meshes:
-            devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
-            mesh = jax.sharding.Mesh(devices, tuple("xyzw"[: len(shape)]))
-            plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine=busy_machine())
+            plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh_of(shape), machine=busy_machine())
             yield name, shape, plan.peak_bytes, compiled_bytes(plan, program.args)
+
+
+def convolutions(layers: int) -> tuple[Any, tuple[Any, ...]]:
+    """(a step of gradient descent on layers of convolutions, shapes of kernels and images)."""
+
+    def loss(kernels: jax.Array, images: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
+            y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            return x + jax.nn.relu(y - jnp.mean(y, axis=(1, 2, 3), keepdims=True)), None
+
+        return jnp.mean(jnp.square(jax.lax.scan(layer, images, kernels)[0]))
+
+    def step(kernels: jax.Array, images: jax.Array) -> jax.Array:
+        return kernels - 0.1 * jax.grad(loss)(kernels, images)
+
+    return step, (jax.ShapeDtypeStruct((layers, 3, 3, 16, 16), "float32"), jax.ShapeDtypeStruct((16, 12, 12, 16), "float32"))
+
+
+def staged_rows(
+    schedules: Sequence[str], chosen: Sequence[tuple[tuple[int, ...], int, int]], only: Sequence[str] | None = None
+) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """The same for train steps in stages along x. `only`: names of programs."""
+    for shape, layers, m in chosen:
+        kept, remat = (decoder(replace(SMALL, layers=layers, remat=remat)) for remat in (False, True))
+        step, args = convolutions(layers)
+        cases = {"decoder, kept": (kept.fn, kept.args, (0, 1)), "decoder, remat": (remat.fn, remat.args, (0, 1))}
+        for name, (fn, given, donated) in {**cases, "convolutions": (step, args, (0,))}.items():
+            if only is not None and name not in only:
+                continue
+            plan = jaxplan.make_plan(
+                fn, *given, mesh=mesh_of(shape), machine=busy_machine(), pipeline="x", microbatches=m, donate_argnums=donated
+            )
+            for schedule in schedules:
+                assert plan.pipeline is not None
+                if schedule != plan.pipeline.schedule:
+                    jaxpr, counts = plan.traced.jaxpr.jaxpr, {layers: plan.pipeline.chains[0].layers}
+                    pipeline = pipeline_of(jaxpr, "x", shape[0], m, layers=counts, schedule=schedule)
+                    plan = replace(plan, pipeline=pipeline)
+                told = f"{name}, {layers} layers, m={m}, {schedule}"
+                yield told, shape, plan.peak_bytes, compiled_bytes(plan, given, donated)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", nargs="+", default=["1", "8", "4x2", "4x4"])
     parser.add_argument("--only", nargs="+", default=sorted(programs()))
+    parser.add_argument("--pipelines", action="store_true", help="train steps with their layers in stages")
+    parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b"])
     options = parser.parse_args()
+    found = (
+        staged_rows(options.schedules, STAGED)
+        if options.pipelines
+        else rows([tuple(map(int, m.split("x"))) for m in options.meshes], options.only)
+    )
     print("| program | mesh | modelled KiB | compiled KiB | modelled / compiled |\n|---|---|---|---|---|")
     ratios = []
-    for name, shape, modelled, compiled in rows([tuple(map(int, m.split("x"))) for m in options.meshes], options.only):
+    for name, shape, modelled, compiled in found:
         ratios.append(modelled / compiled)
         where = "x".join(map(str, shape))
         print(f"| {name} | {where} | {modelled / 1024:.1f} | {compiled / 1024:.1f} | {ratios[-1]:.2f} |", flush=True)

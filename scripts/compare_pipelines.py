@@ -13,8 +13,8 @@ devices along the layers. `one level`: `jaxplan.best_mesh` with no pipeline. `hy
 Planning seconds are processor time, of all meshes together. A mark says that a plan does not fit: it is the best without a
 memory limit.
 
-`--bubble` measures instead: a small decoder in four stages on simulated devices, its processor time for 1 to 16 micro-batches
-beside the modelled step, both as ratios to the last.
+`--bubble` measures instead: a small decoder in four stages on simulated devices, for 1 to 16 micro-batches, beside the modelled
+step and the bubble alone. What can be measured so is told at `bubble`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxplan
+from jaxplan.examples.adamw import adamw_update
 from jaxplan.examples.by_hand import data_parallel, megatron
-from jaxplan.examples.decoder import FULL, SMALL, DecoderConfig, decoder, decoder_train_step
+from jaxplan.examples.decoder import FULL, SMALL, DecoderConfig, decoder, decoder_loss, decoder_train_step
 from jaxplan.machine import machine as find_machine
+from jaxplan.pipeline import pipeline_of
+from jaxplan.pipeline.nouns import SCHEDULES
 
 MODELS = {
     "1.3B": (8, {"layers": 24, "width": 2048, "heads": 32}),
@@ -85,17 +88,17 @@ def pure(name: str, config: DecoderConfig, devices: int, machine: jaxplan.Machin
     mesh = AbstractMesh((devices,), (name,))
     args = decoder(config).args
     options: dict[str, Any] = {"mesh": mesh, "machine": machine, "donate_argnums": (0, 1), "pipeline": None}
-    fn = decoder_train_step(config)
-    if name == "data":
-        fn = by_hand(config, mesh, data_parallel)
-        options["pins"] = {"params": P(), "opt_state": P(), "batch": P(name)}
-    elif name == "tensor":
-        fn = by_hand(config, mesh, megatron)
-        options["pins"] = {"batch": P()}
-    else:
-        options["pipeline"] = name
     start = time.process_time()
     try:
+        fn = decoder_train_step(config)
+        if name == "data":
+            fn = by_hand(config, mesh, data_parallel)
+            options["pins"] = {"params": P(), "opt_state": P(), "batch": P(name)}
+        elif name == "tensor":
+            fn = by_hand(config, mesh, megatron)
+            options["pins"] = {"batch": P()}
+        else:
+            options["pipeline"] = name
         plan = jaxplan.make_plan(fn, *args, memory_budget=math.inf, **options)
     except ValueError as error:
         plan = str(error)
@@ -123,7 +126,8 @@ def table(options: argparse.Namespace) -> None:
         for strategy in ("data", "tensor", "pipeline"):
             plan, took = pure(strategy, config, devices, machine)
             if isinstance(plan, str):
-                print(STEP.format(name, devices, strategy, plan.partition(":")[2].strip()[:32], "-", "-", "-"), flush=True)
+                why = plan.partition(":")[2].strip() or plan
+                print(STEP.format(name, devices, strategy, why[:32], "-", "-", "-"), flush=True)
                 continue
             over = "" if plan.peak_bytes <= limit else " !"
             cells = (f"{plan.seconds:.3f}", f"{plan.peak_bytes / 1e9:.1f}{over}", f"{took:.1f}")
@@ -147,29 +151,67 @@ def table(options: argparse.Namespace) -> None:
             print(f"  Alpa: {ALPA_SECONDS:,.0f} s of compiling and profiling for this model on as many devices")
 
 
+MICROBATCHES = (1, 2, 4, 8, 16)
+STAGES = 4
+USEFUL = "one after the other"
+
+
+def one_after_the_other(config: DecoderConfig, m: int) -> Any:
+    """A step without a pipeline on the same micro-batches: their gradients added up, then one update."""
+
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        def one(total: Any, some: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.grad(decoder_loss)(params, some, config)), None
+
+        cut = jax.tree.map(lambda v: v.reshape(m, v.shape[0] // m, *v.shape[1:]), batch)
+        gradients = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), cut)[0]
+        return adamw_update(config.optimizer, gradients, opt_state, params)
+
+    return jax.jit(step)
+
+
 def bubble(repeat: int) -> None:
-    """Modelled beside measured, for 1 to 16 micro-batches over four stages."""
-    config = replace(SMALL, layers=4, width=64, mlp_width=256, batch=16, sequence=32)
+    """Modelled beside measured, for 1 to 16 micro-batches over four stages.
+
+    Simulated devices share the host's cores, so that wall time says nothing about who waits. What is measured is processor time
+    of the process, over the number of devices: what one device computes in a step. In the bubble stages compute like at all other
+    ticks, on what nobody reads, so that this is the time from the first tick to the last. `useful` is the same micro-batches one
+    after the other on one device, without a pipeline, over the number of stages: what is left without a bubble. Micro-batches of
+    other sizes keep caches busy otherwise; dividing by it leaves the bubble alone.
+    """
+    config = replace(SMALL, layers=8, width=128, mlp_width=512, batch=32, sequence=32, vocabulary=64)
     program = decoder(config)
-    mesh = Mesh(np.array(jax.devices()[:4]), ("stage",))
-    modelled, measured = {}, {}
+    mesh = Mesh(np.array(jax.devices()[:STAGES]), ("stage",))
     args = program.make_args(0)
-    for m in (1, 2, 4, 8, 16):
-        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="cpu", pipeline="stage", microbatches=m)
-        run = plan.jit(donate_argnums=())
-        placed = jax.tree.map(jax.device_put, args, plan.in_shardings)
-        jax.block_until_ready(run(*placed))
-        took = []
-        for _ in range(repeat):
+    modelled, runs = {}, {}
+    for m in MICROBATCHES:
+        asked = {"mesh": mesh, "machine": "cpu", "pipeline": "stage", "microbatches": m}
+        plan = jaxplan.make_plan(program.fn, *program.args, **asked)
+        modelled[m] = plan.seconds
+        for schedule in SCHEDULES:
+            pipeline = pipeline_of(plan.traced.jaxpr.jaxpr, "stage", STAGES, m, schedule=schedule)
+            runs[m, schedule] = replace(plan, pipeline=pipeline).jit(donate_argnums=())
+        runs[m, USEFUL] = one_after_the_other(config, m)
+    given = {key: runs[key](*args)[:2] if key[1] != USEFUL else args[:2] for key in runs}
+    took: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
+    for _ in range(repeat + 1):
+        for key, run in runs.items():
             start = time.process_time()
-            jax.block_until_ready(run(*placed))
-            took.append(time.process_time() - start)
-        modelled[m], measured[m] = plan.seconds, statistics.median(took)
-    print("| micro-batches | bubble | modelled step | measured step | modelled, ratio | measured, ratio |")
-    print("|---|---|---|---|---|---|")
-    for m in modelled:
-        ratios = f"{modelled[m] / modelled[16]:.2f} | {measured[m] / measured[16]:.2f}"
-        print(f"| {m} | {3 / (m + 3):.0%} | {modelled[m] * 1e3:.2f} ms | {measured[m] * 1e3:.1f} ms | {ratios} |")
+            jax.block_until_ready(run(*given[key], args[2]))
+            took[key].append((time.process_time() - start) / STAGES)
+
+    def ratio(one: tuple[int, str], other: tuple[int, str]) -> float:
+        """The median over rounds but the first: both were measured in each."""
+        return statistics.median(a / b for a, b in zip(took[one][1:], took[other][1:], strict=True))
+
+    last = MICROBATCHES[-1]
+    print("| m | (m+k-1)/m | gpipe / useful | 1f1b / useful | modelled | measured | modelled, to m=16 | measured, to m=16 |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for m in MICROBATCHES:
+        own, least, useful = (m, "gpipe"), (last, "gpipe"), (m, USEFUL)
+        alone = f"{(m + STAGES - 1) / m:.2f} | {ratio(own, useful):.2f} | {ratio((m, '1f1b'), useful):.2f}"
+        times = f"{modelled[m] * 1e3:.0f} ms | {statistics.median(took[own][1:]) * 1e3:.0f} ms"
+        print(f"| {m} | {alone} | {times} | {modelled[m] / modelled[last]:.2f} | {ratio(own, least):.2f} |")
 
 
 def main() -> None:

@@ -105,6 +105,7 @@ def memory(
 
     held, _ = held_buffers(graph, facts, layouts, own, replaced, local)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
+    buffers += _added_to(modelled, facts, layouts, local)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
         heap = _outside_outputs(buffers)
@@ -326,18 +327,23 @@ def held_buffers(
             alike = graph.tensors[source].shape == graph.tensors[result].shape
             if alike and layouts.get(source) == layouts.get(result):
                 roots.join(result, source)
+    goes_round: dict[int, int] = {}
+    """Per final value of a carry, the value that goes round: another one where micro-batches of it do, and all are collected."""
     for _, _, (inner, final) in carries:
-        roots.join(inner, final)
+        goes_round[final] = inner if graph.tensors[inner].shape != graph.tensors[final].shape else final
+        if goes_round[final] == final:
+            roots.join(inner, final)
     moved = _moved(graph, facts, layouts)
     arguments = {roots.of(tensor) for tensor in inputs}
     for place, (initial, produced), (inner, final) in carries:
         uses = readers.get(initial, ()) if initial >= 0 else ()
-        if uses and max(uses) <= place and roots.of(initial) not in arguments:
+        apart = goes_round[final] != final
+        if uses and max(uses) <= place and roots.of(initial) not in arguments and not apart:
             roots.join(initial, final)
         if produced in made and operators[made[produced]].rule.fusible:
             old = [r for r in readers.get(inner, ()) if r != place]
             if max(old, default=0) <= made[produced] and inner not in facts.more.shifted.get(produced, ()):
-                roots.join(produced, final)
+                roots.join(produced, goes_round[final])
     for tensor in (*layouts, *own):
         if tensor in facts.fused and tensor not in moved:
             continue
@@ -347,9 +353,13 @@ def held_buffers(
             nbytes[root], split[root] = size, layouts.get(tensor)
         start = made.get(tensor, 0)
         touch(tensor, start, max([start, *readers.get(tensor, ())]))
-    for place, (_, produced), (_, final) in carries:
+    for place, (initial, produced), (_, final) in carries:
         loop = operators[place].path[:-2]
         touch(final, order.begins[loop], order.ends[loop])
+        if goes_round[final] != final:
+            touch(goes_round[final], order.begins[loop], order.ends[loop])
+            if initial >= 0:
+                touch(initial, made.get(initial, 0), order.ends[loop])
         if roots.of(produced) in nbytes:
             touch(produced, made.get(produced, place), order.ends[loop])
     for op in operators:
@@ -396,6 +406,21 @@ def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layo
                 layout = _as_sliced(graph, op, layouts)
                 first, last = facts.order.begins[loop], facts.order.ends[loop]
                 found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, _axes(layout)))
+    return found
+
+
+def _added_to(modelled: Modelled, facts: _Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
+    read it at the beginning of the layer."""
+    if modelled.stages is None or facts.fuses:
+        return []
+    asked, found = modelled.stages.asked, []
+    for op in facts.operators:
+        if op.name == BOUNDARY and op.path[-2] == "out" and op.path[:-2] in asked.loops and op.operands[0] not in asked.rows:
+            layer, loop = op.operands[0], op.path[:-2]
+            layout = layouts.get(layer)
+            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
+            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, _axes(layout)))
     return found
 
 
