@@ -28,7 +28,7 @@ from jaxplan.cost import (
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
-from jaxplan.graph import Cluster, Operator
+from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.pipeline import Pipeline
@@ -340,12 +340,7 @@ class Plan:
     @cached_property
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
-        alike: dict[Any, list[int]] = {}
-        graph = self.modelled.whole
-        for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
-            key = (without_indices(path), graph.tensors[tensor].shape)
-            alike.setdefault(key, []).append(tensor)
-        return DimensionNames(graph, self.dims, list(alike.values()))
+        return dimension_names_of(self.traced, self.modelled.whole, self.dims)
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
@@ -412,6 +407,14 @@ class Plan:
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
+
+
+def dimension_names_of(traced: Traced, graph: Graph, dims: Mapping[tuple[int, int], str]) -> DimensionNames:
+    """The names of a program's dimensions; inputs that differ only by an index in their path share them. `dims`: given ones."""
+    alike: dict[Any, list[int]] = {}
+    for path, tensor in zip(traced.in_paths, graph.inputs, strict=True):
+        alike.setdefault((without_indices(path), graph.tensors[tensor].shape), []).append(tensor)
+    return DimensionNames(graph, dims, list(alike.values()))
 
 
 def without_indices(path: str) -> str:

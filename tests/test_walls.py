@@ -32,6 +32,7 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
+    "asked": (),
     "pins": (),
     "resize": (),
     "regimes": ("report",),
@@ -40,7 +41,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "ledger": (),
     "report": ("ledger",),
     "budget": ("ledger", "report"),
-    "hybrid": ("budget",),
+    "hybrid": ("asked", "budget"),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxplan.cost import Stages, Staging, stage_graph
 from jaxplan.graph import Graph, Operator
@@ -67,7 +67,7 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
         known = len(rows)
         for operators in (bodies, bodies[::-1]):
             for op in operators:
-                _follow(op, rows)
+                follow(op, rows)
     return rows
 
 
@@ -75,17 +75,27 @@ def _is_edge(op: Operator, chain: Chain) -> bool:
     return op.name == BOUNDARY and op.path[:-2] == chain.path
 
 
-def _follow(op: Operator, rows: dict[int, Rows]) -> None:
+def follow(op: Operator, rows: dict[int, Rows]) -> None:
     """What one operator says of its tensors, from those that are known."""
-    terminals = [*zip(op.operands, op.rule.operands, strict=True), *zip(op.results, op.rule.results, strict=True)]
-    walked = next((f for t, dims in terminals if t in rows and (f := _factor(op.rule, dims, rows[t])) is not None), None)
-    if walked is None:
+    found = next(walked(op, rows), None)
+    if found is None:
         return
-    factor, inner = walked
-    for tensor, dims in terminals:
+    factor, inner = found
+    for tensor, dims in _terminals(op):
         for dim, factors in enumerate(dims):
             if tensor >= 0 and tensor not in rows and factor in factors:
                 rows[tensor] = (dim, inner * _after(op.rule, factors, factors.index(factor)))
+
+
+def walked(op: Operator, rows: dict[int, Rows]) -> Iterator[tuple[int, int]]:
+    """Per tensor of an operator whose rows are known, the factor that walks them, and elements of it between two rows."""
+    for tensor, dims in _terminals(op):
+        if tensor in rows and (found := _factor(op.rule, dims, rows[tensor])) is not None:
+            yield found
+
+
+def _terminals(op: Operator) -> list[tuple[int, Sequence[Sequence[int]]]]:
+    return [*zip(op.operands, op.rule.operands, strict=True), *zip(op.results, op.rule.results, strict=True)]
 
 
 def _factor(rule: Rule, dims: Sequence[Sequence[int]], rows: Rows) -> tuple[int, int] | None:
