@@ -188,6 +188,17 @@ class Choosing(Generic[SomePlan]):
         return plan if self.fits(plan) else fit(attempt, plan, self.budget, self.wider)
 
     @cached_property
+    def _plans(self) -> dict[Pipeline | None, tuple[Attempt[SomePlan], SomePlan]]:
+        return {}
+
+    def planned(self, pipeline: Pipeline | None) -> tuple[Attempt[SomePlan], SomePlan]:
+        """How to plan with a pipeline, and the best plan where memory is no concern; searched once."""
+        if pipeline not in self._plans:
+            attempt = self.attempts(pipeline)
+            self._plans[pipeline] = attempt, attempt(None)
+        return self._plans[pipeline]
+
+    @cached_property
     def layered(self) -> tuple[Choosing[SomePlan], list[tuple[Chain, ...]]]:
         """The program that may run in stages, and its chains: this one, or the one with its unrolled layers in loops, if that has
         some and this has none."""
@@ -208,36 +219,41 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
         return _forced(staged, found, asked)
     if microbatches is not None and asked == AUTO:
         check_microbatches(using.layered[1], microbatches)
-    attempt = using.attempts(None)
-    plain = attempt(None)
+    attempt, plain = using.planned(None)
     fits = using.fits(plain)
-    if asked is None or (fits and hopeless(plain, microbatches)):
+    if asked is None:
         return using.fitted(attempt, plain)
-    axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
-    staged, groups = using.layered if axes else (using, [])
-    base = plain
-    if groups and staged is not using:
-        base = staged.attempts(None)(None)
-    elif fits and (not groups or hopeless(plain, microbatches, groups)):
+    if not hopeless(plain, microbatches):
+        tried = _tried(using, plain, microbatches, plain.seconds)
+        better = _squeezed(using, tried, (1 - WORTH) * plain.seconds) if fits or tried.best is not None else None
+        if fits or better is not None:
+            return better or plain
+    elif fits:
         return plain
-    found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
-    found = hopeful(base, found, plain.seconds if fits else math.inf)
-    ceiling = (1 - WORTH) * plain.seconds if fits else math.inf
-    tried = _searched(staged, found, ceiling, MOST_TRIED)
-    if fits or (tried.best is not None and tried.best.seconds < (1 - WORTH) * plain.seconds):
-        return _squeezed(staged, tried, ceiling) or plain
     failures: list[NothingFits] = []
     try:
         plain = using.fitted(attempt, plain)
-        ceiling = (1 - WORTH) * plain.seconds
+        if hopeless(plain, microbatches):
+            return plain
     except NothingFits as error:
         failures.append(error)
-    better = _squeezed(staged, tried, ceiling, failures)
-    if better is not None:
-        return better
-    if failures and not using.fits(plain):
+    seconds = math.inf if failures else plain.seconds
+    tried = _tried(using, plain, microbatches, seconds)
+    better = _squeezed(using, tried, (1 - WORTH) * seconds, failures)
+    if better is None and seconds == math.inf:
         raise min(failures, key=lambda error: error.smallest)
-    return plain
+    return better or plain
+
+
+def _tried(using: Choosing[SomePlan], plain: SomePlan, microbatches: int | None, seconds: float) -> _Tried[SomePlan]:
+    """Pipelines that may be faster than the best plan without one, which takes so many seconds. `plain`: one without."""
+    axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
+    staged, groups = using.layered if axes else (using, [])
+    if not groups or (staged is using and seconds != math.inf and hopeless(plain, microbatches, groups)):
+        return _Tried(None, (), ())
+    found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
+    base = plain if staged is using else staged.planned(None)[1]
+    return _searched(staged, hopeful(base, found, seconds), (1 - WORTH) * seconds, MOST_TRIED)
 
 
 def _forced(using: Choosing[SomePlan], found: Sequence[Candidate], axis: str) -> SomePlan:
@@ -278,11 +294,10 @@ def _searched(
             continue
         tried[key] = tried.get(key, 0) + 1
         try:
-            attempt = using.attempts(confirmed(using.traced, one.pipeline))
+            attempt, plan = using.planned(confirmed(using.traced, one.pipeline))
         except PipelineError as error:  # so many micro-batches, of all things
             refused.append(error)
             continue
-        plan = attempt(None)
         if plan.seconds < ceiling and not using.fits(plan):
             large.append((plan, attempt))
         elif plan.seconds < ceiling:
