@@ -1,8 +1,9 @@
 """The schedule `1f1b`: one loop in which every stage takes one micro-batch forward and one backward at each tick.
 
 At tick t stage s has micro-batch t - s forward and micro-batch t - 2 (k - 1) + s backward, if there are such: at the last stage
-the same one, which turns round there. Between the two a stage keeps its residuals, in a ring of 2 k - 1 slots. What a stage has
-nothing to do for it skips, so that ticks at both ends take less time.
+the same one, which turns round there. Between the two a stage keeps its residuals, in a ring of 2 k - 1 slots. In the first k - 1
+ticks no stage has any backward, and in the last k - 1 none forward: they are loops of their own. So all devices always do the
+same: a collective in a branch that some of them do not take would wait for them for ever.
 """
 
 from __future__ import annotations
@@ -180,39 +181,47 @@ class _Loop:
             after, ys = back.layers(self.back.body_of, row, given["back consts"], back.carried(start, zeros_back), xs)
             return (*back.parted(back.held("carry", range(len(after)), after)), list(ys))
 
-        def tick(state: Any, t: Any) -> Any:
+        def tick(state: Any, t: Any, go: bool, come: bool) -> Any:
+            """All stages at one step. `go`: some have a micro-batch forward; `come`: some have one backward."""
             arrived, returned, left, totals, finals, added, stores, ys = state
-            row, valid = ahead.microbatch(t)
-            out, more, made = when(valid, forward, row, arrived)
-            totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
-            stores = [self._store(k, v, s, row, valid, ahead) for k, (s, v) in enumerate(zip(stores, made, strict=True))]
-            turning = valid & last
-            starts, values = when(turning, between, row, out)
-            left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in zip(left, values, self.leaving, strict=True)]
-            row, valid = back.microbatch(t, self.k - 1)
-            home, more, made = when(valid, backward, row, starts, returned, stores)
-            added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
-            roles = [back.chain.carries[k] for k in back.chain.circulating]
-            finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
-            ys = back.held("out", range(len(ys)), back.kept(ys, made, row, valid))
-            arrived = ahead.held("carry", ahead.chain.circulating, ahead.handed_on(out))
-            returned = back.held("carry", back.chain.circulating, back.handed_on(home))
+            starts = blanks(first_starts)
+            if go:
+                row, valid = ahead.microbatch(t)
+                out, more, made = forward(row, arrived)
+                totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
+                stores = [self._store(k, v, s, row, valid, ahead) for k, (s, v) in enumerate(zip(stores, made, strict=True))]
+                arrived = ahead.held("carry", ahead.chain.circulating, ahead.handed_on(out))
+                if come:
+                    turning = valid & last
+                    starts, values = between(row, out)
+                    pairs = zip(left, values, self.leaving, strict=True)
+                    left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in pairs]
+            if come:
+                row, valid = back.microbatch(t, self.k - 1)
+                home, more, made = backward(row, starts, returned, stores)
+                added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
+                roles = [back.chain.carries[k] for k in back.chain.circulating]
+                finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
+                ys = back.held("out", range(len(ys)), back.kept(ys, made, row, valid))
+                returned = back.held("carry", back.chain.circulating, back.handed_on(home))
             return (arrived, returned, left, totals, finals, added, stores, ys), None
 
         row = jnp.int32(0)
         zeros_ahead = self._zeros(self.ahead)
         zeros_back = self._zeros(self.back)
         entering = ahead.entering(carries, row)
-        starts, values = jax.eval_shape(between, row, entering)
+        first_starts, values = jax.eval_shape(between, row, entering)
         roles = [back.chain.carries[k] for k in back.chain.circulating]
         state = (
-            entering, blanks(starts), [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
+            entering, blanks(first_starts), [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
             [blank(v.shape, v.dtype, TOTAL) for v in zeros_ahead],
-            [self._room(v, r) for v, r in zip(starts, roles, strict=True)], [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
+            [self._room(v, r) for v, r in zip(first_starts, roles, strict=True)], [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
             self._stores(ahead), back.stores(self.m),
         )  # fmt: skip
-        ticks = jnp.arange(self.m + 2 * (self.k - 1), dtype=jnp.int32)
-        (_, _, left, totals, finals, added, stores, ys), _ = jax.lax.scan(tick, state, ticks)
+        turn, ticks = self.k - 1, jnp.arange(self.m + 2 * (self.k - 1), dtype=jnp.int32)
+        for go, come, some in ((True, False, ticks[:turn]), (True, True, ticks[turn:-turn]), (False, True, ticks[-turn:])):
+            state, _ = jax.lax.scan(lambda state, t, go=go, come=come: tick(state, t, go, come), state, some)
+        _, _, left, totals, finals, added, stores, ys = state
         return (
             [from_stage(v, last, self.axis) for v in left], [everywhere(v, self.axis) for v in totals],
             [from_stage(v, first, self.axis) for v in finals], [everywhere(v, self.axis) for v in added], stores, ys,
@@ -252,12 +261,6 @@ class _Loop:
         if self.ahead.chain.ys[number].kind is Kind.CUT:
             return at(store, row % self._ring(number))
         return take_rows(store, role._replace(dim=role.dim + 1), row, self.m) if role.kind is Kind.CUT else store
-
-
-def when(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
-    """A function's results, or zeros where it is not to run."""
-    shapes = jax.eval_shape(function, *operands)
-    return jax.lax.cond(condition, function, lambda *_: blanks(shapes), *operands)
 
 
 def blanks(shapes: Any) -> Any:
