@@ -17,7 +17,19 @@ from jaxplan.budget import Attempt, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
 from jaxplan.cost.formulas import all_to_all_bytes, pipeline_ticks
 from jaxplan.graph import Graph
-from jaxplan.pipeline import Chain, Pipeline, PipelineError, chain_of, even_layers, pipeline_of, scan_at, scans
+from jaxplan.pipeline import (
+    SCHEDULES,
+    Chain,
+    Pipeline,
+    PipelineError,
+    alternating,
+    chain_of,
+    even_layers,
+    pipeline_of,
+    scan_at,
+    scans,
+    turns,
+)  # fmt: skip
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
 from jaxplan.pipeline.repeats import repeats, splits
 from jaxplan.plan import Plan
@@ -38,6 +50,7 @@ MOST_TRIED = 3
 MOST_FITTED = 2
 """Pipelines that are squeezed into a memory budget, each of which takes many searches."""
 SCHEDULE = "gpipe"
+"""That bounds and estimates are made for; where the program allows it, the others are searched as well."""
 MOST_MICROBATCHES = 16
 """Micro-batches per stage, at most: the bubble is 6% then."""
 
@@ -293,15 +306,19 @@ def _searched(
         if one.least >= ceiling or (most is not None and tried.get(key, 0) >= most):
             continue
         tried[key] = tried.get(key, 0) + 1
-        try:
-            attempt, plan = using.planned(confirmed(using.traced, one.pipeline))
-        except PipelineError as error:  # so many micro-batches, of all things
-            refused.append(error)
-            continue
-        if plan.seconds < ceiling and not using.fits(plan):
-            large.append((plan, attempt))
-        elif plan.seconds < ceiling:
-            best, ceiling = plan, plan.seconds
+        for schedule in SCHEDULES:
+            if schedule != SCHEDULE and not turns(one.pipeline.chains):
+                continue
+            try:
+                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule))
+            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
+                refused.append(error)
+                continue
+            attempt, plan = using.planned(pipeline)
+            if plan.seconds < ceiling and not using.fits(plan):
+                large.append((plan, attempt))
+            elif plan.seconds < ceiling:
+                best, ceiling = plan, plan.seconds
     return _Tried(best, tuple(large), tuple(refused))
 
 
@@ -330,7 +347,7 @@ def confirmed(traced: Traced, pipeline: Pipeline) -> Pipeline:
     for chain in pipeline.chains:
         equation = scan_at(traced.jaxpr.jaxpr, chain.path)
         chains.append(chain_of(equation, chain.path, chain.layers, pipeline.microbatches))
-    return replace(pipeline, chains=tuple(chains))
+    return alternating(traced.jaxpr.jaxpr, replace(pipeline, chains=tuple(chains)))
 
 
 def forced_groups(

@@ -213,9 +213,11 @@ class _Loop:
         first_starts, values = jax.eval_shape(between, row, entering)
         roles = [back.chain.carries[k] for k in back.chain.circulating]
         state = (
-            entering, blanks(first_starts), [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
+            entering, blanks(first_starts),
+            [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
             [blank(v.shape, v.dtype, TOTAL) for v in zeros_ahead],
-            [self._room(v, r) for v, r in zip(first_starts, roles, strict=True)], [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
+            [self._room(v, r) for v, r in zip(first_starts, roles, strict=True)],
+            [blank(v.shape, v.dtype, TOTAL) for v in zeros_back],
             self._stores(ahead), back.stores(self.m),
         )  # fmt: skip
         turn, ticks = self.k - 1, jnp.arange(self.m + 2 * (self.k - 1), dtype=jnp.int32)

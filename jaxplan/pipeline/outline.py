@@ -98,7 +98,8 @@ def outline(graph: Graph, numbers: Numbers, chains: Sequence[Chain]) -> Outline:
 
 def micro_numbers(numbers: Numbers, stages: Stages) -> Numbers:
     """The same mesh and machine for the graph of one micro-batch."""
-    return Numbers(stages.graph, dict(zip(numbers.axis_names, numbers.sizes, strict=True)), numbers.machine, stages.ticks)
+    mesh = dict(zip(numbers.axis_names, numbers.sizes, strict=True))
+    return Numbers(stages.graph, mesh, numbers.machine, stages.ticks, stages.asked.microbatches)
 
 
 def _work(cluster: Cluster, numbers: Numbers) -> tuple[float, float]:
