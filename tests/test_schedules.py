@@ -69,7 +69,7 @@ def test_the_schedule_that_costs_less_is_taken_and_the_other_where_only_that_fit
     tight.save(tmp_path / "plan.json")
     loaded = jaxplan.load_plan(tmp_path / "plan.json", step, *given)
     assert loaded.pipeline == tight.pipeline and loaded.seconds == tight.seconds and loaded.in_specs == tight.in_specs
-    light, far = jax.eval_shape(lambda: args(rows=4096, width=64, classes=2)), jaxplan.Link(1e-8, 0.0)
+    light, far = jax.eval_shape(lambda: args(rows=4096, width=64, classes=2)), jaxplan.Link(1e-6, 0.0)
     asked["machine"] = replace(SLOW_WORK, inner=far, outer=far)
     assert jaxplan.make_plan(step, *light, **asked).pipeline.schedule == "1f1b", "what leaves the layers is given to nobody"
 
