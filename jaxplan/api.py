@@ -33,7 +33,7 @@ from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
+from jaxplan.pins import Dims, dimension_names, inputs_at, pinned_layouts, renamed
 from jaxplan.pipeline import Pipeline, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
@@ -93,7 +93,13 @@ class Padding:
 
 
 class Plan(_plan.Plan):
-    """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
+    """Where everything lies, what it costs, and how to run it. `print(plan)` gives a table.
+
+    `mesh`: what it was planned for. `bound`: with `certify=True` the seconds that no plan goes below, else None. `pipeline`: the
+    mesh axis laid along layers, its stages and micro-batches; None without. `dims`: names that the user gave to dimensions.
+    `stages`: {room: seconds} that planning took. `request`: what `make_plan` was asked for. `traced`, `modelled`, `choices`: the
+    program, its model and the option chosen per cluster and mesh axis, from which all else is derived.
+    """
 
     def __str__(self) -> str:
         return describe(self, notes=[str(padding) for padding in self.paddings])
@@ -233,13 +239,14 @@ class Plan(_plan.Plan):
         """
         return export_plan(self, form, of, options, make_plan)
 
-    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
-        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+    def restore(self, directory: str | os.PathLike[str], of: Any = None, *, partial: bool = False) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`. `partial`: leave
+        unread what it holds beside that (an optimizer's state, say).
 
         Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
-        many, or of another shape or dtype: nothing is read then.
+        many (unless partial), or of another shape or dtype: nothing is read then.
         """
-        return restore_state(self, directory, of)
+        return restore_state(self, directory, of, partial)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
@@ -303,7 +310,7 @@ class Plan(_plan.Plan):
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
                 differ = {} if graph is origin.graph else {**request.sizes, **sizes}
                 request = replace(request, sizes=differ, origin=origin if differ else None)
-            return _solve(traced, graph, request, _renamed(self.dims, self.modelled.whole, graph), {})
+            return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
 
     @property
     def program(self) -> tuple[Traced, Graph]:
@@ -317,7 +324,7 @@ class Plan(_plan.Plan):
             return self.request.origin
         (traced, graph), names = self.program, self.names
         if graph is not self.modelled.whole:
-            names = _plan.dimension_names_of(traced, graph, _renamed(self.dims, self.modelled.whole, graph))
+            names = _plan.dimension_names_of(traced, graph, renamed(self.dims, self.modelled.whole, graph))
         return Origin(traced, graph, names, self.request.while_trips)
 
     def _of_the_trace(self, verb: str) -> None:
@@ -419,8 +426,9 @@ def load_plan(
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
+    machine = _as_saved(saved.machine, mesh)
     request = Request(
-        mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
+        mesh, machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
         written, traced = traced, files.program_for(saved, traced)
@@ -445,6 +453,13 @@ def load_plan(
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
 
 
+def _as_saved(machine: Machine, mesh: Any) -> Machine:
+    """A saved plan's machine, which goes on sending as it was planned to where this mesh would change that."""
+    asked = find_machine(replace(machine, sends_rounded=None), mesh)
+    same = (asked.sends_rounded is False) == (machine.sends_rounded is False)
+    return replace(machine, sends_rounded=None if same else machine.sends_rounded is not False)
+
+
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
     """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
@@ -455,16 +470,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-Dims = Mapping[tuple[int, int], str]
-"""{(tensor, dimension): name}."""
-
-
-def _renamed(dims: Dims, graph: Graph, other: Graph) -> Dims:
-    """The same names in another graph of a program with the same inputs."""
-    inputs = dict(zip(graph.inputs, other.inputs, strict=True))
-    return dims if graph is other else {(inputs[tensor], dim): name for (tensor, dim), name in dims.items()}
 
 
 def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float]) -> Plan:
@@ -481,7 +486,7 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
             return None
         loops = build_graph(again, request.while_trips)
         marked = replace(request, unrolled=(traced, graph))
-        return choosing(again, loops, marked, _renamed(dims, graph, loops), lambda: None)
+        return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine)

@@ -215,7 +215,7 @@ class Choosing(Generic[SomePlan]):
     def layered(self) -> tuple[Choosing[SomePlan], list[tuple[Chain, ...]]]:
         """The program that may run in stages, and its chains: this one, or the one with its unrolled layers in loops, if that has
         some and this has none."""
-        groups = chain_groups(self.traced)
+        groups = self.graph.remembered("chains", None, lambda: chain_groups(self.traced))
         rolled = self.rolled() if not groups else None
         return (self, groups) if rolled is None else (rolled, chain_groups(rolled.traced))
 

@@ -13,6 +13,7 @@ from jaxplan.search.certificate import certify, trws
 from jaxplan.search.hsm2dl import hsm2dl
 from jaxplan.search.joint import joint
 from jaxplan.search.optcnn import optcnn
+from jaxplan.search.stages import piper_stages
 from jaxplan.search.tofu import tofu
 
 SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
@@ -20,12 +21,13 @@ SEARCHES: dict[str, Callable[[Problem], Assignment]] = {
     "joint": joint,
     "optcnn": optcnn,
     "tofu": tofu,
+    "piper": piper_stages,
     "trws": trws,
     "alpa": alpa,
     "brute": brute,
 }
 
-LIMITED = ("alpa", "brute")
+LIMITED = ("piper", "alpa", "brute")
 """The searches that look for assignments within a problem's limit; what others find is checked."""
 
 CLAIM = 1e-6
@@ -80,4 +82,17 @@ def search(problem: Problem, method: str | Callable[[Problem], Assignment] = "hs
     return Assignment(choices, seconds, None if found.bound is None else min(found.bound, seconds), found.notes)
 
 
-__all__ = ["SEARCHES", "Assignment", "alpa", "brute", "certify", "hsm2dl", "joint", "optcnn", "search", "tofu", "trws"]
+__all__ = [
+    "SEARCHES",
+    "Assignment",
+    "alpa",
+    "brute",
+    "certify",
+    "hsm2dl",
+    "joint",
+    "optcnn",
+    "piper_stages",
+    "search",
+    "tofu",
+    "trws",
+]

@@ -32,18 +32,18 @@ def tofu(problem: Problem, *, cap: int = CAP) -> Assignment:
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
     folded, expand = fold(problem, 0)
-    pricer, line = Pricer(folded), _line(folded)
+    pricer, order = Pricer(folded), line(folded)
     choices = np.zeros((len(folded.nodes), len(problem.axes)), dtype=np.int64)
     levels = [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
     exact_levels = 0
     for axis in levels:
-        choices[:, axis], exact = solve(pricer.along((axis,), choices)[0], line, cap=cap)
+        choices[:, axis], exact = solve(pricer.along((axis,), choices)[0], order, cap=cap)
         exact_levels += exact
     whole = expand(choices)
     return Assignment(whole, evaluate(problem, whole), None, {"levels": len(levels), "exact_levels": exact_levels})
 
 
-def _line(problem: Problem) -> list[int]:
+def line(problem: Problem) -> list[int]:
     """The nodes in an order where neighbours are near each other (Cuthill and McKee 1969)."""
     tails, heads = (np.array([edge[end] for edge in problem.edges], dtype=np.int64) for end in (0, 1))
     count = len(problem.nodes)
