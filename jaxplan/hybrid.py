@@ -315,9 +315,10 @@ def _searched(
                 refused.append(error)
                 continue
             attempt, plan = using.planned(pipeline)
-            if plan.seconds < ceiling and not using.fits(plan):
+            limit = ceiling if schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
+            if plan.seconds < limit and not using.fits(plan):
                 large.append((plan, attempt))
-            elif plan.seconds < ceiling:
+            elif plan.seconds < limit:
                 best, ceiling = plan, plan.seconds
     return _Tried(best, tuple(large), tuple(refused))
 
