@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
+from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline
 from jaxplan.budget import Limit, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
@@ -27,13 +28,13 @@ from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
-from jaxplan.hybrid import AUTO, Choosing, check_asked, choose
+from jaxplan.hybrid import Choosing, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import dimension_names, inputs_at, pinned_layouts
-from jaxplan.pipeline import Pipeline
+from jaxplan.pins import Dims, dimension_names, inputs_at, pinned_layouts, renamed
+from jaxplan.pipeline import Pipeline, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.plots import plot_memory
@@ -55,6 +56,7 @@ class Request:
     """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
 
     `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
+    `unrolled`: the program as traced, and its graph, where the plan is of one with its layers put into loops.
     """
 
     mesh: Any
@@ -69,6 +71,7 @@ class Request:
     microbatches: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     origin: Origin | None = None
+    unrolled: tuple[Traced, Graph] | None = None
 
 
 MOST_PADDINGS = 4
@@ -296,25 +299,33 @@ class Plan(_plan.Plan):
         if unknown:
             raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
         sizes = changes.pop("sizes", None)
-        request = replace(self.request, **changes)
-        _check_certify(request.certify)
+        request = replace(self.request, unrolled=None, **changes)
+        check_certify(request.certify)
         check_mesh(request.mesh)
-        check_asked(request.pipeline, request.microbatches, bool(request.sizes))
+        check_pipeline(request.pipeline, request.microbatches)
         with _collector_paused():
-            traced, graph = self.traced, self.modelled.whole
+            traced, graph = self.program
             if sizes is not None:
                 origin = self.origin
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
                 differ = {} if graph is origin.graph else {**request.sizes, **sizes}
                 request = replace(request, sizes=differ, origin=origin if differ else None)
-            return _solve(traced, graph, request, self.dims, {})
+            return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
+
+    @property
+    def program(self) -> tuple[Traced, Graph]:
+        """The program as it was traced, and its graph: unrolled layers, which a pipeline may have rolled up, as they were."""
+        return self.request.unrolled or (self.traced, self.modelled.whole)
 
     @functools.cached_property
     def origin(self) -> Origin:
-        """The program as it was traced."""
+        """The program as it was traced for the sizes it was traced for."""
         if self.request.origin is not None:
             return self.request.origin
-        return Origin(self.traced, self.modelled.whole, self.names, self.request.while_trips)
+        (traced, graph), names = self.program, self.names
+        if graph is not self.modelled.whole:
+            names = _plan.dimension_names_of(traced, graph, renamed(self.dims, self.modelled.whole, graph))
+        return Origin(traced, graph, names, self.request.while_trips)
 
     def _of_the_trace(self, verb: str) -> None:
         """Raise ValueError if this plan is for other sizes than the program was traced for."""
@@ -363,7 +374,7 @@ def make_plan(
     """
     if not 0 <= while_trips < math.inf:
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
-    _check_certify(certify)
+    check_certify(certify)
     check_mesh(mesh)
     _check_keywords(fn, kwargs)
     start = time.perf_counter()
@@ -375,7 +386,7 @@ def make_plan(
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     insisted = dict(pins) if isinstance(pins, Mapping) else pins or {}
     request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
-    check_asked(request.pipeline, request.microbatches, bool(request.sizes))
+    check_pipeline(request.pipeline, request.microbatches)
     with _collector_paused():
         graph = build_graph(traced, while_trips)
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
@@ -420,10 +431,13 @@ def load_plan(
         mesh, machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
-        traced = files.program_for(saved, traced)
+        written, traced = traced, files.program_for(saved, traced)
         files.check_program(saved, traced)
         if donate_argnums is None and donate_argnames is None and not any(traced.donated):
-            traced = replace(traced, donated=files.donated_of(saved, traced))
+            donated = files.donated_of(saved, traced)
+            written, traced = replace(written, donated=donated), replace(traced, donated=donated)
+        if written.jaxpr is not traced.jaxpr:
+            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips)))
         graph = build_graph(traced, asked.while_trips)
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
         pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
@@ -458,16 +472,27 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _solve(
-    traced: Traced, graph: Graph, request: Request, dims: Mapping[tuple[int, int], str], stages: Mapping[str, float]
-) -> Plan:
+def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float]) -> Plan:
     """Model, search, and fit into memory."""
     start = time.perf_counter()
-    numbers = Numbers(graph, dict(request.mesh.shape), find_machine(request.machine, request.mesh))
-    budget = budget_bytes(request.memory_budget, numbers.machine)
-    attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
+    machine = find_machine(request.machine, request.mesh)
+    budget = budget_bytes(request.memory_budget, machine)
     asked = None if request.sizes else request.pipeline
-    plan = choose(Choosing(traced, graph, numbers, attempts, budget, _more_devices), asked, request.microbatches)
+
+    def rolled() -> Choosing[Plan] | None:
+        again = traced if request.sizes else rerolled(traced)
+        if again is traced:
+            return None
+        loops = build_graph(again, request.while_trips)
+        marked = replace(request, unrolled=(traced, graph))
+        return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
+
+    def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
+        numbers = Numbers(graph, dict(request.mesh.shape), machine)
+        attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
+        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled)
+
+    plan = choose(choosing(traced, graph, request, dims, rolled), asked, request.microbatches)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
@@ -477,7 +502,7 @@ def _solve(
 
 
 def _attempts(
-    traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Mapping[tuple[int, int], str],
+    traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Dims,
     pipeline: Pipeline | None = None,
 ) -> Callable[[Limit[Plan] | None], Plan]:  # fmt: skip
     """From a limit on bytes to the best plan, with a given pipeline."""
@@ -545,22 +570,6 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     return plan
 
 
-def check_mesh(mesh: Any) -> None:
-    """Raise TypeError unless it is a mesh, ValueError if an axis of it is of type Manual."""
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise TypeError(
-            f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {type(mesh).__name__}: write jax.make_mesh((4, 2), "
-            "('data', 'model')), or without devices AbstractMesh((4, 2), ('data', 'model'))"
-        )
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    manual = [name for name, kind in kinds if kind == jax.sharding.AxisType.Manual]
-    if manual:
-        raise ValueError(
-            f"mesh axis {manual[0]!r} is of type Manual, which means inside of a shard_map over it: nothing is left to plan "
-            "along it. Give a mesh whose axes are Auto or Explicit; a shard_map inside the planned function is kept as it is"
-        )
-
-
 def keywords() -> list[str]:
     """The keywords of `make_plan` that say how to plan; all others are the planned function's."""
     return [p.name for p in inspect.signature(make_plan).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "mesh"]
@@ -583,12 +592,6 @@ def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name not in parameters:
             raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
-
-
-def _check_certify(certify: bool | float) -> None:
-    """Raise ValueError unless it is a bool, or seconds."""
-    if not isinstance(certify, (bool, int, float)) or not 0 <= certify < math.inf:
-        raise ValueError(f"certify must be True, False, or seconds for an integer program, got {certify!r}")
 
 
 def _request_pins(plan: Plan) -> dict[int, Layout]:

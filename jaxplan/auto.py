@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from jaxplan.api import Plan, check_mesh, keywords, make_plan, meant
+from jaxplan.api import Plan, keywords, make_plan, meant
 from jaxplan.apply import PlannedFunction
+from jaxplan.asked import check_mesh
 from jaxplan.trace import static_values
 
 

@@ -9,20 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import Generic, TypeVar
 
+from jaxplan.asked import AUTO
 from jaxplan.budget import Attempt, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
-from jaxplan.cost.formulas import pipeline_ticks
+from jaxplan.cost.formulas import all_to_all_bytes, pipeline_ticks
 from jaxplan.graph import Graph
-from jaxplan.pipeline import Chain, Pipeline, PipelineError, chain_of, even_layers, pipeline_of, scan_at, scans
+from jaxplan.pipeline import (
+    SCHEDULES,
+    Chain,
+    Pipeline,
+    PipelineError,
+    alternating,
+    chain_of,
+    even_layers,
+    pipeline_of,
+    scan_at,
+    scans,
+    turns,
+)  # fmt: skip
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
+from jaxplan.pipeline.repeats import repeats, splits
 from jaxplan.plan import Plan
 from jaxplan.trace import Traced
 
 SomePlan = TypeVar("SomePlan", bound=Plan)
 
-AUTO = "auto"
 WORTH = 0.03
 """By what share of the time of the best plan without a pipeline one has to be faster to be taken where nobody asked for it, and
 memory allows either."""
@@ -36,6 +50,7 @@ MOST_TRIED = 3
 MOST_FITTED = 2
 """Pipelines that are squeezed into a memory budget, each of which takes many searches."""
 SCHEDULE = "gpipe"
+"""That bounds and estimates are made for; where the program allows it, the others are searched as well."""
 MOST_MICROBATCHES = 16
 """Micro-batches per stage, at most: the bubble is 6% then."""
 
@@ -76,17 +91,13 @@ def chain_groups(traced: Traced) -> list[tuple[Chain, ...]]:
 
 def candidates(
     graph: Graph, numbers: Numbers, groups: Sequence[Sequence[Chain]], axes: Sequence[int], microbatches: int | None,
-    forced: bool = False,
 ) -> list[Candidate]:  # fmt: skip
-    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together. Stages
-    with unequal numbers of layers, which send whole parameters to and fro, are for who asks for the axis (`forced`)."""
+    """All pipelines over the given axes, the one that may be fastest first. `groups`: chains that are laid out together."""
     found = []
     for chains in groups:
         shortest = min([chain.length for chain in chains])
         rows = math.gcd(*[chain.rows for chain in chains])
         stages = [axis for axis in axes if 1 < numbers.sizes[axis] <= shortest]
-        if not forced:
-            stages = [axis for axis in stages if not any(chain.length % numbers.sizes[axis] for chain in chains)]
         if not stages:
             continue
         about = outline(graph, numbers, chains)
@@ -111,7 +122,7 @@ def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Cha
     modelled, numbers = plan.modelled, plan.modelled.numbers
     inside = scanned(modelled.graph)
     if not inside or groups == []:
-        return True
+        return not _unrolled_may_pay(plan, microbatches)
     if slow_axes(numbers):
         return False
     used = spent(modelled, plan.choices, inside)
@@ -124,27 +135,54 @@ def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Cha
     return True
 
 
-def hopeful(plan: Plan, found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that may be faster than a plan without a pipeline: by the bound, and unless its link is slow by the estimate."""
+def _unrolled_may_pay(plan: Plan, microbatches: int | None) -> bool:
+    """The same of layers that are written out one after another, by the graph alone: whether it is worth the time to put them
+    into a loop."""
+    modelled, numbers = plan.modelled, plan.modelled.numbers
+    axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
+    found = repeats(modelled.graph) if axes else None
+    if found is None or slow_axes(numbers):
+        return found is not None
+    used, about = spent(modelled, plan.choices, found.inside), modelled.graph.tensors[found.carried]
+    for axis in axes:
+        size, (g, latency) = numbers.sizes[axis], numbers.link(axis)
+        others = math.prod(numbers.sizes) // size
+        stacking = all_to_all_bytes(size, found.stacked / others) * g if size <= found.count else math.inf
+        for dim, alike in found.rows:
+            parts = splits(modelled, plan.layouts, alike, axis)
+            for m in counts(about.shape[dim] // parts, size, microbatches):
+                ticks = pipeline_ticks(m, size)
+                handed = 2 * ticks * (about.nbytes / m / others * g + latency)
+                stretch = ticks / m * (-(-found.count // size) / found.count) * size
+                if used.stretched(axis, size, stretch) + handed + stacking < (HOPEFUL - 1) * plan.seconds:
+                    return True
+    return False
+
+
+def hopeful(plan: Plan, found: Sequence[Candidate], seconds: float) -> list[Candidate]:
+    """Those that may be faster than the best plan without a pipeline, which takes so many seconds (infinite where none fits): by
+    the bound, and unless its link is slow by the estimate; most promising first. `plan`: one without a pipeline, of the program
+    that the candidates are for."""
     numbers, slow = plan.modelled.numbers, slow_axes(plan.modelled.numbers)
     used: dict[int, tuple[Spent, tuple[bool, ...]]] = {}
-
-    def promises(one: Candidate) -> bool:
-        about, count = one.outline, one.pipeline.microbatches
-        if one.axis in slow:
-            return True
-        if id(about) not in used:
-            inside = about.probe.inside
-            used[id(about)] = spent(plan.modelled, plan.choices, inside), batch_axes(plan.modelled, plan.choices, about)
-        return expected(plan.seconds, *used[id(about)], about, numbers, one.axis, count) < HOPEFUL * plan.seconds
-
-    return [one for one in found if one.least < (1 - WORTH) * plan.seconds and promises(one)]
+    start, left = min(plan.seconds, seconds), list[tuple[float, Candidate]]()
+    for one in found:
+        about = one.outline
+        if one.least < (1 - WORTH) * seconds:
+            if id(about) not in used:
+                inside = about.probe.inside
+                used[id(about)] = spent(plan.modelled, plan.choices, inside), batch_axes(plan.modelled, plan.choices, about)
+            about_to_take = expected(start, *used[id(about)], about, numbers, one.axis, one.pipeline.microbatches)
+            if one.axis in slow or seconds == math.inf or about_to_take < HOPEFUL * seconds:
+                left.append((max(about_to_take, one.least), one))
+    return [one for _, one in sorted(left, key=lambda pair: (pair[0], pair[1].least))]
 
 
 @dataclass(frozen=True)
 class Choosing(Generic[SomePlan]):
     """What it takes to plan: the program, its graph on a mesh, `attempts` (from a pipeline, or None, to what bytes are charged to
-    the best plan), and `budget` in bytes per device."""
+    the best plan), and `budget` in bytes per device. `rolled`: gives the same of the program with its unrolled layers put into
+    loops, or None where it has none."""
 
     traced: Traced
     graph: Graph
@@ -152,6 +190,7 @@ class Choosing(Generic[SomePlan]):
     attempts: Callable[[Pipeline | None], Attempt[SomePlan]]
     budget: float
     wider: Wider[SomePlan]
+    rolled: Callable[[], Choosing[SomePlan] | None]
 
     def fits(self, plan: SomePlan) -> bool:
         """Whether a plan stays within the budget. Its peak is not asked for where there is none."""
@@ -161,47 +200,73 @@ class Choosing(Generic[SomePlan]):
         """The best plan that stays within the budget. `plan`: the best without one. Raises NothingFits."""
         return plan if self.fits(plan) else fit(attempt, plan, self.budget, self.wider)
 
+    @cached_property
+    def _plans(self) -> dict[Pipeline | None, tuple[Attempt[SomePlan], SomePlan]]:
+        return {}
+
+    def planned(self, pipeline: Pipeline | None) -> tuple[Attempt[SomePlan], SomePlan]:
+        """How to plan with a pipeline, and the best plan where memory is no concern; searched once."""
+        if pipeline not in self._plans:
+            attempt = self.attempts(pipeline)
+            self._plans[pipeline] = attempt, attempt(None)
+        return self._plans[pipeline]
+
+    @cached_property
+    def layered(self) -> tuple[Choosing[SomePlan], list[tuple[Chain, ...]]]:
+        """The program that may run in stages, and its chains: this one, or the one with its unrolled layers in loops, if that has
+        some and this has none."""
+        groups = self.graph.remembered("chains", None, lambda: chain_groups(self.traced))
+        rolled = self.rolled() if not groups else None
+        return (self, groups) if rolled is None else (rolled, chain_groups(rolled.traced))
+
 
 def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | None) -> SomePlan:
     """The best plan, with a pipeline or without. `asked`: "auto", the axis to lay along the layers, or None for no pipeline.
 
     Raises ValueError where what was asked for cannot be, saying why; NothingFits.
     """
-    graph, numbers = using.graph, using.numbers
+    numbers = using.numbers
     if asked is not None and asked != AUTO:
-        groups = forced_groups(using.traced, numbers, asked, microbatches)
-        found = candidates(graph, numbers, groups, [numbers.axis_names.index(asked)], microbatches, True)
-        return _forced(using, found, asked)
+        staged, groups = forced_groups(using, asked, microbatches)
+        found = candidates(staged.graph, staged.numbers, groups, [numbers.axis_names.index(asked)], microbatches)
+        return _forced(staged, found, asked)
     if microbatches is not None and asked == AUTO:
-        check_microbatches(chain_groups(using.traced), microbatches)
-    attempt = using.attempts(None)
-    plain = attempt(None)
+        check_microbatches(using.layered[1], microbatches)
+    attempt, plain = using.planned(None)
     fits = using.fits(plain)
-    if asked is None or (fits and hopeless(plain, microbatches)):
+    if asked is None:
         return using.fitted(attempt, plain)
-    axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
-    groups = graph.remembered("chains", None, lambda: chain_groups(using.traced)) if axes and scanned(graph) else []
-    if fits and hopeless(plain, microbatches, groups):
+    if not hopeless(plain, microbatches):
+        tried = _tried(using, plain, microbatches, plain.seconds)
+        better = _squeezed(using, tried, (1 - WORTH) * plain.seconds) if fits or tried.best is not None else None
+        if fits or better is not None:
+            return better or plain
+    elif fits:
         return plain
-    found = candidates(graph, numbers, groups, axes, microbatches)
-    if fits:
-        found = hopeful(plain, found)
-    ceiling = (1 - WORTH) * plain.seconds if fits else math.inf
-    tried = _searched(using, found, ceiling, MOST_TRIED)
-    if fits or (tried.best is not None and tried.best.seconds < (1 - WORTH) * plain.seconds):
-        return _squeezed(using, tried, ceiling) or plain
     failures: list[NothingFits] = []
     try:
         plain = using.fitted(attempt, plain)
-        ceiling = (1 - WORTH) * plain.seconds
+        if hopeless(plain, microbatches):
+            return plain
     except NothingFits as error:
         failures.append(error)
-    better = _squeezed(using, tried, ceiling, failures)
-    if better is not None:
-        return better
-    if failures and not using.fits(plain):
+    seconds = math.inf if failures else plain.seconds
+    tried = _tried(using, plain, microbatches, seconds)
+    better = _squeezed(using, tried, (1 - WORTH) * seconds, failures)
+    if better is None and seconds == math.inf:
         raise min(failures, key=lambda error: error.smallest)
-    return plain
+    return better or plain
+
+
+def _tried(using: Choosing[SomePlan], plain: SomePlan, microbatches: int | None, seconds: float) -> _Tried[SomePlan]:
+    """Pipelines that may be faster than the best plan without one, which takes so many seconds. `plain`: one without."""
+    axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
+    staged, groups = using.layered if axes else (using, [])
+    if not groups or (staged is using and seconds != math.inf and hopeless(plain, microbatches, groups)):
+        return _Tried(None, (), ())
+    found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
+    base = plain if staged is using else staged.planned(None)[1]
+    return _searched(staged, hopeful(base, found, seconds), (1 - WORTH) * seconds, MOST_TRIED)
 
 
 def _forced(using: Choosing[SomePlan], found: Sequence[Candidate], axis: str) -> SomePlan:
@@ -241,16 +306,20 @@ def _searched(
         if one.least >= ceiling or (most is not None and tried.get(key, 0) >= most):
             continue
         tried[key] = tried.get(key, 0) + 1
-        try:
-            attempt = using.attempts(confirmed(using.traced, one.pipeline))
-        except PipelineError as error:  # so many micro-batches, of all things
-            refused.append(error)
-            continue
-        plan = attempt(None)
-        if plan.seconds < ceiling and not using.fits(plan):
-            large.append((plan, attempt))
-        elif plan.seconds < ceiling:
-            best, ceiling = plan, plan.seconds
+        for schedule in SCHEDULES:
+            if schedule != SCHEDULE and not turns(one.pipeline.chains):
+                continue
+            try:
+                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule))
+            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
+                refused.append(error)
+                continue
+            attempt, plan = using.planned(pipeline)
+            limit = ceiling if schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
+            if plan.seconds < limit and not using.fits(plan):
+                large.append((plan, attempt))
+            elif plan.seconds < limit:
+                best, ceiling = plan, plan.seconds
     return _Tried(best, tuple(large), tuple(refused))
 
 
@@ -258,10 +327,10 @@ def _squeezed(
     using: Choosing[SomePlan], tried: _Tried[SomePlan], ceiling: float, failures: list[NothingFits] | None = None
 ) -> SomePlan | None:
     """The fastest plan that takes less than `ceiling` seconds and fits, some that do not fit made to: that takes many searches
-    each, so it is done to the few fastest. What cannot be made to fit is added to `failures`."""
+    each, so it is done to few: the fastest for what they hold. What cannot be made to fit is added to `failures`."""
     best = tried.best if tried.best is not None and tried.best.seconds < ceiling else None
     ceiling = best.seconds if best is not None else ceiling
-    for plan, attempt in sorted(tried.large, key=lambda pair: pair[0].seconds)[:MOST_FITTED]:
+    for plan, attempt in sorted(tried.large, key=lambda pair: pair[0].seconds * pair[0].peak_bytes)[:MOST_FITTED]:
         if plan.seconds < ceiling:
             try:
                 plan = using.fitted(attempt, plan)
@@ -279,26 +348,15 @@ def confirmed(traced: Traced, pipeline: Pipeline) -> Pipeline:
     for chain in pipeline.chains:
         equation = scan_at(traced.jaxpr.jaxpr, chain.path)
         chains.append(chain_of(equation, chain.path, chain.layers, pipeline.microbatches))
-    return replace(pipeline, chains=tuple(chains))
-
-
-def check_asked(asked: Any, count: Any, resized: bool) -> None:
-    """Raise ValueError unless they say what to lay along layers (`pipeline`), and in how many micro-batches (`microbatches`).
-    `resized`: the plan is for other sizes than the program was traced for."""
-    if asked is not None and not isinstance(asked, str):
-        raise ValueError(f"pipeline must be 'auto', None, or the name of a mesh axis, got {asked!r}")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-        raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
-    if count is not None and asked is None:
-        raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
-    if resized and asked not in (None, AUTO):
-        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
+    return alternating(traced.jaxpr.jaxpr, replace(pipeline, chains=tuple(chains)))
 
 
 def forced_groups(
-    traced: Traced, numbers: Numbers, axis: str, microbatches: int | None
-) -> list[tuple[Chain, ...]]:
-    """The chains for an axis that was asked for by name. Raises ValueError where no pipeline can lie along it, saying why."""
+    using: Choosing[SomePlan], axis: str, microbatches: int | None
+) -> tuple[Choosing[SomePlan], list[tuple[Chain, ...]]]:
+    """The program that runs in stages, and its chains, for an axis that was asked for by name. Raises ValueError where no
+    pipeline can lie along it, saying why."""
+    numbers = using.numbers
     if axis not in numbers.axis_names:
         raise ValueError(
             f"pipeline={axis!r}: the mesh has the axes {tuple(numbers.axis_names)}; name one of them, or write 'auto' or None"
@@ -306,14 +364,14 @@ def forced_groups(
     size = numbers.sizes[numbers.axis_names.index(axis)]
     if size < 2:
         raise ValueError(f"pipeline={axis!r}: the axis has size {size}, which makes a single stage; take an axis of at least 2")
-    groups = chain_groups(traced)
+    staged, groups = using.layered
     if not groups:
         try:
-            pipeline_of(traced.jaxpr.jaxpr, axis, 2, microbatches or 2)
+            pipeline_of(staged.traced.jaxpr.jaxpr, axis, 2, microbatches or 2)
         except ValueError as error:
             raise PipelineError(
-                f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers that hands rows of a "
-                "batch from one layer to the next"
+                f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers, or along layers that are "
+                "written out and repeat operator by operator; each hands rows of a batch to the next"
             ) from None
     longest = max(min(chain.length for chain in chains) for chains in groups)
     if size > longest:
@@ -322,7 +380,7 @@ def forced_groups(
             f"most {longest}"
         )
     check_microbatches(groups, microbatches)
-    return groups
+    return staged, groups
 
 
 def check_microbatches(groups: Sequence[Sequence[Chain]], microbatches: int | None) -> None:

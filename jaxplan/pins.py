@@ -76,6 +76,16 @@ def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_sh
     return tuple(layout)
 
 
+Dims = Mapping[tuple[int, int], str]
+"""{(tensor, dimension): name}."""
+
+
+def renamed(dims: Dims, graph: Graph, other: Graph) -> Dims:
+    """The same names in another graph of a program with the same inputs."""
+    inputs = dict(zip(graph.inputs, other.inputs, strict=True))
+    return dims if graph is other else {(inputs[tensor], dim): name for (tensor, dim), name in dims.items()}
+
+
 def dimension_names(
     traced: Traced, graph: Graph, dims: Mapping[str, str] | Sequence[str | None] | None
 ) -> dict[tuple[int, int], str]:

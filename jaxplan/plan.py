@@ -29,8 +29,9 @@ from jaxplan.cost import (
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
-from jaxplan.graph import Cluster, Operator
+from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.graph.nouns import EVERY_TICK, LEFT, ONCE
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
@@ -279,10 +280,11 @@ class Plan:
             ))  # fmt: skip
         for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
             about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
-            ticks = self.modelled.numbers.ticks if handed.every_tick else cluster.times
-            what = "next stage" if handed.every_tick else "stages of unequal length"
+            ticks = self.modelled.numbers.ticks if handed.every_tick else 1.0
+            what = {EVERY_TICK: "next stage", ONCE: "stages of unequal length", LEFT: op.name}[handed.how]
+            kind = "all_reduce" if handed.how == LEFT else "permute"
             found.append(PlannedExchange(
-                "permute", (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
+                kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
         return found
 
@@ -350,11 +352,7 @@ class Plan:
     @cached_property
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
-        groups: dict[Any, list[int]] = {}
-        graph = self.modelled.whole
-        for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
-            groups.setdefault((alike(path), graph.tensors[tensor].shape), []).append(tensor)
-        return DimensionNames(graph, self.dims, list(groups.values()))
+        return dimension_names_of(self.traced, self.modelled.whole, self.dims)
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
@@ -429,6 +427,14 @@ class Plan:
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
+
+
+def dimension_names_of(traced: Traced, graph: Graph, dims: Mapping[tuple[int, int], str]) -> DimensionNames:
+    """The names of a program's dimensions; inputs that differ only by an index in their path share them. `dims`: given ones."""
+    groups: dict[Any, list[int]] = {}
+    for path, tensor in zip(traced.in_paths, graph.inputs, strict=True):
+        groups.setdefault((alike(path), graph.tensors[tensor].shape), []).append(tensor)
+    return DimensionNames(graph, dims, list(groups.values()))
 
 
 def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:

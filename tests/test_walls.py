@@ -34,6 +34,7 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
 
 LEAVES: Mapping[str, tuple[str, ...]] = {
     "agree": ("files",),
+    "asked": (),
     "pins": (),
     "resize": (),
     "regimes": ("report",),
@@ -42,7 +43,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "ledger": (),
     "report": ("ledger",),
     "budget": ("ledger", "report"),
-    "hybrid": ("budget",),
+    "hybrid": ("asked", "budget"),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),

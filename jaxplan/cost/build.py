@@ -346,7 +346,7 @@ def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple([(w.flops, w.factors, w.dtype) for w in cluster.work])
     apart = cluster.apart
-    handed = tuple([(h.operand.leads, h.factor, h.every_tick, nbytes(h.operand.tensor)) for h in cluster.handed])
+    handed = tuple([(h.operand.leads, h.factor, h.how, nbytes(h.operand.tensor)) for h in cluster.handed])
     return (
         name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin, handed,
     )  # fmt: skip

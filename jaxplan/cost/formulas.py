@@ -49,3 +49,9 @@ def pipeline_ticks(microbatches: Value, stages: Value) -> Value:
 def bubble_share(microbatches: Value, stages: Value) -> Value:
     """The share of the ticks at which a device of a pipeline has nothing to do: (k - 1) / (m + k - 1)."""
     return (stages - 1) / pipeline_ticks(microbatches, stages)
+
+
+def ring_slots(microbatches: Value, stages: Value) -> Value:
+    """Micro-batches of which a stage keeps residuals where it alternates between forward and backward: from a micro-batch's way
+    through the first stage to its return there 2 k - 1 enter, the first and the last included; never more than there are."""
+    return min(microbatches, 2 * stages - 1)

@@ -409,7 +409,7 @@ def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layo
     return found
 
 
-def _added_to(modelled: Modelled, facts: _Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+def _added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
     """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
     read it at the beginning of the layer."""
     if modelled.stages is None or facts.fuses:

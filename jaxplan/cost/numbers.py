@@ -13,9 +13,11 @@ class Numbers:
 
     larger = staticmethod(max)
 
-    def __init__(self, graph: Graph, mesh_shape: dict[str, int], machine: Machine, ticks: float = 1.0) -> None:
-        """`ticks`: of the pipeline that the graph is cut for, if it is."""
-        self.graph, self.machine, self.ticks = graph, machine, ticks
+    def __init__(
+        self, graph: Graph, mesh_shape: dict[str, int], machine: Machine, ticks: float = 1.0, microbatches: int = 1
+    ) -> None:
+        """`ticks`, `microbatches`: of the pipeline that the graph is cut for, if it is."""
+        self.graph, self.machine, self.ticks, self.microbatches = graph, machine, ticks, microbatches
         self.axis_names = tuple(mesh_shape)
         self.sizes: Sequence[int] = tuple(mesh_shape.values())
         links = axis_links(machine, mesh_shape)

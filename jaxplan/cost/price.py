@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
-from jaxplan.cost.formulas import Value, exchange_seconds, work_seconds
+from jaxplan.cost.formulas import ROUNDS, Value, all_reduce_bytes, exchange_seconds, work_seconds
 from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
+from jaxplan.graph.nouns import LEFT
 from jaxplan.layout import Layout
 
 
@@ -34,6 +35,11 @@ class Algebra(Protocol):
     @property
     def ticks(self) -> Value:
         """How often the stages of a pipeline hand on what they carry."""
+        ...
+
+    @property
+    def microbatches(self) -> Value:
+        """How many of them a pipeline's batch is cut into."""
         ...
 
     def nbytes(self, tensor: int) -> Value:
@@ -185,9 +191,9 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
     for handed, axis, value in handed_bytes(cluster, options, algebra):
-        often = algebra.ticks if handed.every_tick else 1
+        often, steps = handed_times(handed, algebra)
         sent[axis] = sent.get(axis, 0) + value * often
-        rounds[axis] = rounds.get(axis, 0) + often
+        rounds[axis] = rounds.get(axis, 0) + steps * often
     return Terms(tuple(work), local, sent, rounds)
 
 
@@ -219,10 +225,21 @@ def halo_bytes(
 def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[Handed, int, Value]]:
     """(what, axis, bytes sent per device) of all that goes from stage to stage of a pipeline, each time."""
     used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
-    return [
-        (handed, axis, _local_bytes(handed.operand, used, algebra))
-        for handed in cluster.handed for axis, factor in used if factor == handed.factor
-    ]  # fmt: skip
+    found = []
+    for handed in cluster.handed:
+        for axis, factor in used:
+            if factor == handed.factor:
+                local = _local_bytes(handed.operand, used, algebra)
+                found.append((handed, axis, all_reduce_bytes(algebra.sizes[axis], local) if handed.how == LEFT else local))
+    return found
+
+
+def handed_times(handed: Handed, algebra: Algebra) -> tuple[Value, int]:
+    """(how often each time that the cluster runs, supersteps). What is left at the end leaves a cluster that runs once per
+    micro-batch."""
+    if handed.how == LEFT:
+        return 1 / algebra.microbatches, ROUNDS["all_reduce"]
+    return (algebra.ticks if handed.every_tick else 1), ROUNDS["permute"]
 
 
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:

@@ -22,6 +22,7 @@ from jaxplan.cost.price import (
     combine_part,
     halo_bytes,
     handed_bytes,
+    handed_times,
     parts_steps,
     sent_seconds,
     steps_terms,
@@ -146,7 +147,8 @@ class ClusterPrice:
                 for _, axis, slab in halo_bytes(self.cluster, options, self.combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
             for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
-                value += (self.numbers.ticks if handed.every_tick else 1) * sent_seconds({axis: slab}, {axis: 1}, self.numbers)
+                often, rounds = handed_times(handed, self.numbers)
+                value += often * sent_seconds({axis: slab}, {axis: rounds}, self.numbers)
             self._exchanged[row] = value
         return value
 

@@ -228,8 +228,11 @@ class Symbols:
     def ticks(self) -> Any:
         return pipeline_ticks(self.microbatches, self.sizes[self.stages.asked.axis]) if self.stages else 1
 
-    def repeats(self, loop: Path | None, times: float) -> tuple[Any, float]:
-        """(factor in symbols, number) of what runs so many times; `loop`: a scan of the pipeline, if it does so at every tick."""
+    def repeats(self, loop: Path | None, times: float, middle: bool = False) -> tuple[Any, float]:
+        """(factor in symbols, number) of what runs so many times; `loop`: a scan of the pipeline, if it does so at every tick;
+        `middle`: whether it does so for every micro-batch."""
+        if middle and self.stages is not None:
+            return self.microbatches, times / self.stages.asked.microbatches
         if loop is None or self.stages is None:
             return 1, times
         asked, layers = self.stages.asked, times / self.stages.ticks  # of one stage
@@ -243,6 +246,10 @@ class Symbols:
         self.values.update(sizes)
         if self.stages is not None and tensor in self.stages.divided:
             value = value / self.microbatches
+        if self.stages is not None and tensor in self.stages.asked.ringed:
+            asked = self.stages.asked
+            kept = 2 * self.sizes[asked.axis] - 1 if asked.slots < asked.microbatches else self.microbatches
+            value = value * kept / self.microbatches
         return self.graph.tensors[tensor].itemsize * value
 
     def flops(self, work: Work) -> Any:
@@ -283,21 +290,22 @@ def symbolic_cost(
     symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
     parts: dict[Any, float] = {}
 
-    def pay(value: Any, times: float, loop: Path | None) -> None:
+    def pay(value: Any, times: float, loop: Path | None, middle: bool = False) -> None:
         if value != 0 and times:
-            factor, times = symbols.repeats(loop, times)
+            factor, times = symbols.repeats(loop, times, middle)
             parts[value * factor] = parts.get(value * factor, 0.0) + times
 
     for index, cluster in enumerate(modelled.graph.clusters):
         options: Sequence[Option] = modelled.chosen(choices, index)
-        loop = stages.loop(index, index) if stages else None
-        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, loop)
+        loop, middle = (stages.loop(index, index), index in stages.middle) if stages else (None, False)
+        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, loop, middle)
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
             nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop)
+            middle = stages is not None and (reading.reader, reading.tensor) in stages.apiece
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop, middle)
     return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values
 
 

@@ -37,7 +37,7 @@ from jaxplan.files.nouns import (
 from jaxplan.graph import Graph
 from jaxplan.layout import Layout, shards
 from jaxplan.ledger import ledger
-from jaxplan.pipeline import Pipeline, chain_of, rerolled, scan_at
+from jaxplan.pipeline import Pipeline, alternating, chain_of, rerolled, scan_at
 from jaxplan.plan import Plan
 from jaxplan.report import axis_roles
 from jaxplan.search import SEARCHES
@@ -263,7 +263,8 @@ def pipeline_for(saved: SavedPlan, traced: Traced) -> Pipeline | None:
     jaxpr = traced.jaxpr.jaxpr
     try:
         chains = [chain_of(scan_at(jaxpr, chain.path), chain.path, chain.layers, asked.microbatches) for chain in asked.chains]
-        return Pipeline(asked.axis, saved.mesh_shape[asked.axis], asked.microbatches, asked.schedule, tuple(chains))
+        stages = saved.mesh_shape[asked.axis]
+        return alternating(jaxpr, Pipeline(asked.axis, stages, asked.microbatches, asked.schedule, tuple(chains)))
     except ValueError as error:
         raise PlanFileError(f"pipeline: {error}") from None
 

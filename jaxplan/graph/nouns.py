@@ -92,14 +92,22 @@ class Halo:
     extent: int
 
 
+EVERY_TICK, ONCE, LEFT = "at every tick", "once", "left"
+
+
 @dataclass(frozen=True)
 class Handed:
-    """What the loop of a member hands to other stages of a pipeline along cluster factor `factor`: at every tick, or once."""
+    """What a member hands to other stages of a pipeline along cluster factor `factor`: to the next one at every tick, or once; or
+    to all of them when all micro-batches are through, what the last stage was left with."""
 
     operator: int
     operand: Terminal
     factor: int
-    every_tick: bool = True
+    how: str = EVERY_TICK
+
+    @property
+    def every_tick(self) -> bool:
+        return self.how == EVERY_TICK
 
 
 class Cluster(NamedTuple):

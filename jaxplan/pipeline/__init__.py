@@ -1,6 +1,7 @@
 """Room `pipeline`: a mesh axis along the layers. Which scans can run in stages, how, and what it looks like."""
 
 from jaxplan.pipeline.analysis import Scan, chain_of, pipeline_of, scan_at, scans
+from jaxplan.pipeline.fuse import alternating, turns
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.picture import Slot, most_held, schedule_svg, schedule_text, timetable
 from jaxplan.pipeline.reroll import rerolled
@@ -15,6 +16,7 @@ __all__ = [
     "Role",
     "Scan",
     "Slot",
+    "alternating",
     "chain_of",
     "even_layers",
     "most_held",
@@ -25,4 +27,5 @@ __all__ = [
     "schedule_svg",
     "schedule_text",
     "timetable",
+    "turns",
 ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxplan import _jax
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.dimensions import CALLS, LikeDimensions
-from jaxplan.pipeline.fuse import check_fusible
+from jaxplan.pipeline.fuse import alternating
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
 from jaxplan.pipeline.roles import Walk
 from jaxplan.pipeline.rowwise import SAME, SUM, Edit, told
@@ -206,6 +206,4 @@ def pipeline_of(
             problems.append(str(error))
     if not chains:
         raise PipelineError("no scan of the program can run in stages: " + ("; ".join(problems) or "it has none"))
-    pipeline = Pipeline(axis, stages, microbatches, schedule, tuple(chains))
-    check_fusible(jaxpr, pipeline)
-    return pipeline
+    return alternating(jaxpr, Pipeline(axis, stages, microbatches, schedule, tuple(chains)))

@@ -9,7 +9,7 @@ schedule is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxplan import _jax
@@ -124,17 +124,23 @@ def _refuse(equation: Any, why: str) -> None:
     raise PipelineError(f"schedule='1f1b': {told(equation)} {why}; schedule='gpipe' needs nothing of the kind")
 
 
-def check_fusible(jaxpr: Any, pipeline: Pipeline) -> None:
-    """Raise PipelineError where a pipeline's schedule is `1f1b` and the program cannot run so. `jaxpr`: the whole program's."""
+def alternating(jaxpr: Any, pipeline: Pipeline) -> Pipeline:
+    """A pipeline whose schedule is `1f1b`, with its middle; any other as it is. `jaxpr`: the whole program's. Raises
+    PipelineError where the program cannot run so."""
     if pipeline.schedule != "1f1b":
-        return
+        return pipeline
     paths = [chain.path for chain in pipeline.chains]
     told_of = f"schedule='1f1b' takes one forward scan and its backward scan beside it; the pipeline has scans at {paths}"
-    if len(paths) != 2 or paths[0][:-1] != paths[1][:-1] or [c.reverse for c in pipeline.chains] != [False, True]:
+    if not turns(pipeline.chains):
         raise PipelineError(told_of)
     if pipeline.chains[0].layers != pipeline.chains[1].layers:
         raise PipelineError(f"{told_of} with other layers on the stages")
-    fuse(_jaxpr_at(jaxpr, paths[0][:-1]), paths[0][:-1], pipeline)
+    return replace(pipeline, middle=fuse(_jaxpr_at(jaxpr, paths[0][:-1]), paths[0][:-1], pipeline).middle)
+
+
+def turns(chains: Sequence[Chain]) -> bool:
+    """Whether chains are a forward scan and one backward beside it."""
+    return len(chains) == 2 and chains[0].path[:-1] == chains[1].path[:-1] and [c.reverse for c in chains] == [False, True]
 
 
 def _jaxpr_at(jaxpr: Any, path: Sequence[int]) -> Any:

@@ -83,7 +83,8 @@ class Chain:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A mesh axis laid along the layers. `stages`: its size. `chains`: the scans that run in stages, in program order.
+    """A mesh axis laid along the layers. `stages`: its size. `chains`: the scans that run in stages, in program order. `middle`:
+    the numbers of the equations, beside the two scans, that each micro-batch has for itself under `1f1b`.
 
     Raises ValueError for a single stage, an unknown schedule, chains that do not have the same number of stages, and numbers of
     micro-batches that do not divide the batch.
@@ -94,6 +95,7 @@ class Pipeline:
     microbatches: int
     schedule: str
     chains: tuple[Chain, ...]
+    middle: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stages < 2:

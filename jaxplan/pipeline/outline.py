@@ -103,7 +103,8 @@ def _outline(graph: Graph, numbers: Numbers, chains: tuple[Chain, ...]) -> Outli
 
 def micro_numbers(numbers: Numbers, stages: Stages) -> Numbers:
     """The same mesh and machine for the graph of one micro-batch."""
-    return Numbers(stages.graph, dict(zip(numbers.axis_names, numbers.sizes, strict=True)), numbers.machine, stages.ticks)
+    mesh = dict(zip(numbers.axis_names, numbers.sizes, strict=True))
+    return Numbers(stages.graph, mesh, numbers.machine, stages.ticks, stages.asked.microbatches)
 
 
 def _work(cluster: Cluster, numbers: Numbers) -> tuple[float, float]:
@@ -153,14 +154,19 @@ def spent(modelled: Modelled, choices: np.ndarray, inside: Collection[int]) -> S
     graph, numbers, setting = modelled.graph, modelled.numbers, modelled.setting
     axes = range(len(numbers.sizes))
     split, unsplit, sent = [0.0 for _ in axes], [0.0 for _ in axes], [0.0 for _ in axes]
+    known: dict[tuple[int, bytes], tuple[dict[int, float], float]] = {}
     for index in inside:
         cluster, options = graph.clusters[index], modelled.chosen(choices, index)
-        terms = cluster_terms(cluster, options, setting, numbers)
-        for axis, value in terms.sent.items():
-            sent[axis] += cluster.times * sent_seconds({axis: value}, terms.rounds, numbers)
-        work = cluster.times * terms_seconds(replace(terms, sent={}, rounds={}), numbers)
+        key = (cluster.alike if cluster.alike >= 0 else -1 - index, choices[index].tobytes())
+        if key not in known:
+            terms = cluster_terms(cluster, options, setting, numbers)
+            each = {axis: sent_seconds({axis: value}, terms.rounds, numbers) for axis, value in terms.sent.items()}
+            known[key] = each, terms_seconds(replace(terms, sent={}, rounds={}), numbers)
+        each, work = known[key]
+        for axis, value in each.items():
+            sent[axis] += cluster.times * value
         for axis in axes:
-            (split if options[axis].factor >= 0 else unsplit)[axis] += work
+            (split if options[axis].factor >= 0 else unsplit)[axis] += cluster.times * work
     for reading in modelled.readings:
         if reading.writer in inside or reading.reader in inside:
             steps = reshard_steps(*modelled.edge_layouts(choices, reading), setting.slow_first)

@@ -7,8 +7,7 @@ first: what it reads of the forward scan is then the stacked array itself, and i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,11 @@ import numpy as np
 from jaxplan import _jax
 from jaxplan.rules import Kind, rule_of
 from jaxplan.trace import Traced
+
+MOST_ALIKE = 64
+"""Equal products in one block, at most, for it to be found."""
+MOST_PERIODS = 24
+"""Lengths of blocks that are tried, the likeliest ones."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,21 @@ def rerolled(traced: Traced) -> Traced:
 
 def find_loops(jaxpr: Any) -> list[Loop]:
     """The loops of a jaxpr that do not overlap, in program order; those that cover the most equations are taken first."""
-    symbols, free, heavy = _symbols(jaxpr), np.ones(len(jaxpr.eqns), bool), [contracts(e) for e in jaxpr.eqns]
-    readers = _readers(jaxpr)
+    numbering, free = Numbering(), np.ones(len(jaxpr.eqns), bool)
+    symbols = np.array([numbering.equation(e) for e in jaxpr.eqns], np.int64)
+    first = {int(symbol): number for number, symbol in reversed(list(enumerate(symbols)))}
+    products = {symbol for symbol, number in first.items() if contracts(jaxpr.eqns[number])}
+    heavy = np.array([int(symbol) in products for symbol in symbols], bool)
+    readers: dict[Any, list[int]] = {}
     found: list[Loop] = []
     rejected: set[tuple[int, int]] = set()
     while True:
-        best = max(_runs(symbols, free, rejected), key=lambda run: (run.period * run.count, -run.period), default=None)
+        best = longest_run(symbols, free, heavy, rejected)
         if best is None:
             return sorted(found, key=lambda loop: loop.run.start)
-        worth = any(heavy[best.start : best.start + best.period])
-        runs = _shifted(best, symbols, free) if worth else ()
-        loops = filter(None, (_loop(jaxpr, run, readers) for run in runs))
-        # where one layer ends and the next begins, the fewest values go over
-        loop = min(loops, key=lambda loop: (-loop.run.count, len(loop.carries)), default=None)
+        readers = readers or _readers(jaxpr)
+        loops = (_loop(jaxpr, run, readers) for run in _shifted(jaxpr, best, symbols, free))
+        loop = next((loop for loop in loops if loop is not None), None)
         if loop is None:
             rejected.add((best.start, best.period))
         else:
@@ -101,41 +107,121 @@ def contracts(equation: Any) -> bool:
     return not rule.fusible and any(factor.kind is Kind.SUM for factor in rule.factors)
 
 
-def _symbols(jaxpr: Any) -> np.ndarray:
-    """A number per equation: equal ones do the same to values of the same shapes."""
-    numbers: dict[Any, int] = {}
-    found = []
-    for equation in jaxpr.eqns:
-        avals = [(str(v.aval), repr(v.val) if isinstance(v, _jax.Literal) else "") for v in equation.invars]
-        captured = tuple(id(c) for inner in _jax.sub_jaxprs(equation) for c in getattr(inner, "consts", ()))
-        params = re.sub(r"0x[0-9a-f]+", "", str(sorted(equation.params.items(), key=lambda item: item[0])))
-        outs = tuple(str(v.aval) for v in equation.outvars)
-        key = (equation.primitive, params, captured, tuple(avals), outs)
-        found.append(numbers.setdefault(key, len(numbers)))
-    return np.array(found, np.int64)
+class Numbering:
+    """A number per equation, and per jaxpr: equal ones do the same to values of the same shapes.
+
+    What may make a difference and cannot be compared (arrays that a function captured, functions that are called back) is the
+    same only if it is one object.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._known: dict[int, int] = {}
+
+    def equation(self, equation: Any) -> int:
+        """The number of an equation, whatever its operands are called."""
+        ins = tuple([(v.aval, _literal(v)) if isinstance(v, _jax.Literal) else v.aval for v in equation.invars])
+        dropped = callable if equation.primitive in _DERIVED else lambda _: False
+        params = tuple([(name, self._value(v)) for name, v in equation.params.items() if not dropped(v)])
+        return self._number((equation.primitive, params, ins, tuple([v.aval for v in equation.outvars])))
+
+    def jaxpr(self, jaxpr: Any) -> int:
+        """The number of a jaxpr: its equations, and who reads whom."""
+        if id(jaxpr) not in self._known:
+            names: dict[Any, int] = {}
+            for var in (*jaxpr.constvars, *jaxpr.invars):
+                names[var] = len(names)
+            lines: list[Any] = [tuple([v.aval for v in (*jaxpr.constvars, *jaxpr.invars)])]
+            for equation in jaxpr.eqns:
+                lines.append((self.equation(equation), tuple([_name(v, names) for v in equation.invars])))
+                for var in equation.outvars:
+                    names[var] = len(names)
+            lines.append(tuple([_name(v, names) for v in jaxpr.outvars]))
+            self._known[id(jaxpr)] = self._number(tuple(lines))
+        return self._known[id(jaxpr)]
+
+    def _number(self, key: Any) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def _value(self, value: Any) -> Any:
+        """A parameter as something to compare."""
+        if hasattr(value, "jaxpr"):
+            return "jaxpr", self.jaxpr(value.jaxpr), tuple(map(id, value.consts))
+        if hasattr(value, "eqns"):
+            return "jaxpr", self.jaxpr(value)
+        if isinstance(value, (tuple, list)):
+            return tuple([self._value(v) for v in value])
+        if isinstance(value, dict):
+            return tuple([(name, self._value(v)) for name, v in value.items()])
+        try:
+            hash(value)
+        except TypeError:
+            return "object", id(value)
+        return type(value), value
 
 
-def _runs(symbols: np.ndarray, free: np.ndarray, rejected: set[tuple[int, int]]) -> Iterator[Run]:
-    """For every period, the longest run."""
-    for period in range(1, len(symbols) // 2 + 1):
+_DERIVED = frozenset({_jax.custom_jvp_call_p, _jax.custom_vjp_call_p})
+"""Calls whose functions among the parameters are made anew at each, and say how to differentiate, not what is computed."""
+
+
+def _literal(literal: Any) -> Any:
+    return ("object", id(literal.val)) if np.ndim(literal.val) else repr(literal.val)
+
+
+def _name(var: Any, names: Mapping[Any, int]) -> Any:
+    return _literal(var) if isinstance(var, _jax.Literal) else names[var]
+
+
+def longest_run(
+    symbols: np.ndarray, free: np.ndarray, heavy: np.ndarray, rejected: Collection[tuple[int, int]] = ()
+) -> Run | None:
+    """The run that covers most of what is `free`. `heavy`: where a product is; `rejected`: starts and periods."""
+    return max(_runs(symbols, free, heavy, rejected), key=lambda run: (run.period * run.count, -run.period), default=None)
+
+
+def _runs(symbols: np.ndarray, free: np.ndarray, heavy: np.ndarray, rejected: Collection[tuple[int, int]]) -> Iterator[Run]:
+    """For every period at which some product repeats, the longest run with a product in it."""
+    products = np.concatenate([[0], np.cumsum(heavy)])
+    for period in _periods(symbols, heavy & free):
         same = (symbols[:-period] == symbols[period:]) & free[:-period] & free[period:]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
-        spans = [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True) if (int(a), period) not in rejected]
+        spans = [
+            (int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)
+            if b - a >= period and products[a + period] > products[a] and (int(a), period) not in rejected
+        ]  # fmt: skip
         start, stop = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
-        if stop - start >= period:
+        if stop > start:
             yield Run(start, period, (stop - start) // period + 1)
 
 
-def _shifted(run: Run, symbols: np.ndarray, free: np.ndarray) -> Iterator[Run]:
-    """The same run from later equations on, as far as its equations go on repeating."""
+def _periods(symbols: np.ndarray, heavy: np.ndarray) -> list[int]:
+    """The commonest distances between equal products: a block's length is that of each of its products to the next block's."""
+    places = np.flatnonzero(heavy)
+    places = places[np.argsort(symbols[places], kind="stable")]
+    counts = np.zeros(len(symbols) + 1, np.int64)
+    for apart in range(1, min(MOST_ALIKE, len(places) - 1) + 1):
+        equal = symbols[places[apart:]] == symbols[places[:-apart]]
+        np.add.at(counts, (places[apart:] - places[:-apart])[equal], 1)
+    found = np.argsort(-counts, kind="stable")[:MOST_PERIODS]
+    return sorted(int(period) for period in found if counts[period])
+
+
+def _shifted(jaxpr: Any, run: Run, symbols: np.ndarray, free: np.ndarray) -> list[Run]:
+    """The same run from later equations on, as far as its equations go on repeating; first where the fewest values go over from
+    one block to the next: there one layer ends and another begins."""
+    found = []
     for start in range(run.start, run.start + run.period):
         stop = start + run.period * run.count
         if stop > len(symbols) or not free[start:stop].all():
-            return
+            break
         blocks = symbols[start:stop].reshape(run.count, run.period)
         if (blocks != blocks[0]).any():
-            return
-        yield Run(start, run.period, run.count)
+            break
+        middle = start + run.period
+        made = {v for e in jaxpr.eqns[start:middle] for v in e.outvars}
+        read = {v for e in jaxpr.eqns[middle : middle + run.period] for v in e.invars if not isinstance(v, _jax.Literal)}
+        found.append((len(made & read), Run(start, run.period, run.count)))
+    return [shifted for _, shifted in sorted(found, key=lambda pair: pair[0])]
 
 
 def _readers(jaxpr: Any) -> dict[Any, list[int]]:
@@ -206,8 +292,9 @@ def _source(
 # ---- traced again ------------------------------------------------------------------------------------------------
 
 
-Stacks = dict[tuple[int, ...], Any]
-"""{ids of values: they, stacked}: a loop over the same values as one before takes what that one stacked, or left stacked."""
+Stacks = dict[tuple[int, ...], tuple[Any, Sequence[Any]]]
+"""{ids of values: (they, stacked; they themselves, so that they live)}: a loop over the same values as one before takes what that
+one stacked, or left stacked."""
 
 
 def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
@@ -231,18 +318,43 @@ def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list
     return [_read(v, env) for v in jaxpr.outvars]
 
 
+class _Stack:
+    """What a loop stacked. It is taken apart, by one operator, where somebody reads a layer's part, and not before."""
+
+    def __init__(self, value: Any, count: int) -> None:
+        self._value, self._parts, self._count = value, list[Any](), count
+
+    def part(self, number: int) -> Any:
+        if not self._parts:
+            layers = jax.lax.split(self._value, (1,) * self._count)
+            self._parts = [jax.lax.squeeze(layer, (0,)) for layer in layers]
+        return self._parts[number]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer's part of what a loop stacked."""
+
+    stack: _Stack
+    number: int
+
+
 def _read(var: Any, env: dict[Any, Any]) -> Any:
-    return var.val if isinstance(var, _jax.Literal) else env[var]
+    return var.val if isinstance(var, _jax.Literal) else _taken(env[var])
+
+
+def _taken(value: Any) -> Any:
+    return value.stack.part(value.number) if isinstance(value, _Layer) else value
 
 
 def _scan(jaxpr: Any, loop: Loop, env: dict[Any, Any], stacks: Stacks) -> None:
     """Bind a loop as a scan; `env` gets what is read of it."""
-    run, carries = loop.run, [env[v] for v, _, _ in loop.carries]
+    run, firsts = loop.run, [env[v] for v, _, _ in loop.carries]
     values = [[env[v] for v in variables] for variables in loop.xs]
     reverse = any(tuple(id(v) for v in reversed(column)) in stacks for column in values)
     columns = [column[::-1] if reverse else column for column in values]
     xs = [_stacked(column, stacks) for column in columns]
-    consts = [env[v] for v in loop.consts]
+    carries, consts = [_taken(value) for value in firsts], [_read(v, env) for v in loop.consts]
     equations = jaxpr.eqns[run.start : run.start + run.period]
 
     def body(carry: tuple[Any, ...], x: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -267,13 +379,13 @@ def _scan(jaxpr: Any, loop: Loop, env: dict[Any, Any], stacks: Stacks) -> None:
 
     with _jax.user_context(equations[0]):
         final, ys = jax.lax.scan(body, tuple(carries), tuple(xs), length=run.count, reverse=reverse)
-        left = [[jax.lax.index_in_dim(y, n, keepdims=False) for n in range(run.count)] for y in ys]
+    left: list[list[Any]] = [[_Layer(stack, n) for n in range(run.count)] for stack in [_Stack(y, run.count) for y in ys]]
     for stacked, column, (e, r) in zip(ys, left, loop.ys, strict=False):
-        stacks[tuple(map(id, column))] = stacked
+        stacks[tuple(map(id, column))] = stacked, column
         env.update((block(n, e, r), value) for n, value in enumerate(column[::-1] if reverse else column))
     for stacked, column, k in zip(ys[len(loop.ys) :], left[len(loop.ys) :], loop.entries, strict=True):
-        column[-1 if reverse else 0] = carries[k]  # the first block receives what the program hands it
-        stacks[tuple(map(id, column))] = stacked
+        column[-1 if reverse else 0] = firsts[k]  # the first block receives what the program hands it
+        stacks[tuple(map(id, column))] = stacked, column
         _, e, r = loop.carries[k]
         env.update((block(n, e, r), value) for n, value in enumerate((column[::-1] if reverse else column)[1:]))
     for (_, e, r), value in zip(loop.carries, final, strict=True):
@@ -283,5 +395,5 @@ def _scan(jaxpr: Any, loop: Loop, env: dict[Any, Any], stacks: Stacks) -> None:
 def _stacked(values: Sequence[Any], stacks: Stacks) -> Any:
     key = tuple(map(id, values))
     if key not in stacks:
-        stacks[key] = jnp.stack(values)
-    return stacks[key]
+        stacks[key] = jnp.stack([_taken(value) for value in values]), values
+    return stacks[key][0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from jaxplan.cost import Stages, Staging, stage_graph
 from jaxplan.graph import Graph, Operator
-from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.rules import Rule
 
@@ -22,7 +23,54 @@ def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> St
     summed = frozenset().union(*[_summed(graph, chain) for chain in chains])
     longest = {chain.path: (chain.length, max(chain.layers)) for chain in chains}
     axis = tuple(axis_names).index(pipeline.axis)
-    return stage_graph(graph, Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed))
+    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed)
+    if pipeline.schedule != "1f1b":
+        return stage_graph(graph, staging)
+    middle, ahead = _middle(graph, pipeline), chains[0]
+    for op in _edges(graph, ahead):
+        if op.path[-2] == "carry" and (role := ahead.carries[op.path[-1]]).kind is Kind.CUT:
+            rows[op.results[1]] = role.dim
+    spread({t: (dim, 1) for t, dim in rows.items()}, [graph.operators[index] for index in middle], rows)
+    return stage_graph(graph, replace(staging, middle=frozenset(middle), ringed=_ringed(graph, pipeline)))
+
+
+def _middle(graph: Graph, pipeline: Pipeline) -> list[int]:
+    """The operators that run per micro-batch between the two scans."""
+    beside = pipeline.chains[0].path[:-1]
+    paths = {(*beside, number) for number in pipeline.middle}
+    depth = len(beside) + 1
+    found = [i for i, op in enumerate(graph.operators) if op.path[:depth] in paths and op.operands and op.name != VIEW]
+    readers: dict[int, list[int]] = {}
+    for index, op in enumerate(graph.operators):
+        for tensor in op.operands:
+            readers.setdefault(tensor, []).append(index)
+    own = set(found)
+    views = [i for i, op in enumerate(graph.operators) if op.name == VIEW and own.issuperset(readers.get(op.results[0], ()))]
+    return sorted([*found, *views])
+
+
+def spread(known: dict[int, Rows], operators: Sequence[Operator], rows: dict[int, int]) -> None:
+    """Add to `rows` where the operators' tensors have the rows."""
+    before = -1
+    while before < len(known):
+        before = len(known)
+        for op in operators:
+            follow(op, known)
+    rows.update({t: dim for t, (dim, _) in known.items()})
+
+
+def _ringed(graph: Graph, pipeline: Pipeline) -> dict[int, int]:
+    """What the forward scan stacks of the rows, and only the backward scan reads."""
+    ahead, back = pipeline.chains
+    took = {op.operands[0] for op in _edges(graph, back) if op.path[-2] == "in"}
+    others = {t for op in graph.operators if not _is_edge(op, back) for t in op.operands}.union(graph.outputs)
+    found = {}
+    for op in _edges(graph, ahead):
+        if op.path[-2] == "out" and op.results[0] in took - others:
+            role = ahead.ys[op.path[-1] - len(ahead.carries)]
+            if role.kind is Kind.CUT:
+                found[op.results[0]] = role.dim + 1
+    return found
 
 
 def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:
@@ -67,7 +115,7 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
         known = len(rows)
         for operators in (bodies, bodies[::-1]):
             for op in operators:
-                _follow(op, rows)
+                follow(op, rows)
     return rows
 
 
@@ -75,17 +123,27 @@ def _is_edge(op: Operator, chain: Chain) -> bool:
     return op.name == BOUNDARY and op.path[:-2] == chain.path
 
 
-def _follow(op: Operator, rows: dict[int, Rows]) -> None:
+def follow(op: Operator, rows: dict[int, Rows]) -> None:
     """What one operator says of its tensors, from those that are known."""
-    terminals = [*zip(op.operands, op.rule.operands, strict=True), *zip(op.results, op.rule.results, strict=True)]
-    walked = next((f for t, dims in terminals if t in rows and (f := _factor(op.rule, dims, rows[t])) is not None), None)
-    if walked is None:
+    found = next(walked(op, rows), None)
+    if found is None:
         return
-    factor, inner = walked
-    for tensor, dims in terminals:
+    factor, inner = found
+    for tensor, dims in _terminals(op):
         for dim, factors in enumerate(dims):
             if tensor >= 0 and tensor not in rows and factor in factors:
                 rows[tensor] = (dim, inner * _after(op.rule, factors, factors.index(factor)))
+
+
+def walked(op: Operator, rows: dict[int, Rows]) -> Iterator[tuple[int, int]]:
+    """Per tensor of an operator whose rows are known, the factor that walks them, and elements of it between two rows."""
+    for tensor, dims in _terminals(op):
+        if tensor in rows and (found := _factor(op.rule, dims, rows[tensor])) is not None:
+            yield found
+
+
+def _terminals(op: Operator) -> list[tuple[int, Sequence[Sequence[int]]]]:
+    return [*zip(op.operands, op.rule.operands, strict=True), *zip(op.results, op.rule.results, strict=True)]
 
 
 def _factor(rule: Rule, dims: Sequence[Sequence[int]], rows: Rows) -> tuple[int, int] | None:

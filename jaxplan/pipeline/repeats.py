@@ -1,0 +1,85 @@
+"""Layers of an unrolled model as its graph tells of them, before anything is traced again: what a pipeline over them could save.
+
+Nothing is decided here about whether they can run in stages; only whether it is worth finding out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxplan.cost import Modelled
+from jaxplan.graph import Graph, Operator
+from jaxplan.layout import Layout
+from jaxplan.pipeline.reroll import longest_run
+from jaxplan.pipeline.staging import Rows, follow, walked
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """`count` layers. `inside`: the clusters of all of them. `carried`: the largest tensor that one hands to the next, from the
+    middle of the model; `rows`: dimensions of it in which rows of a batch may be, and the tensors of a layer (with a dimension
+    each) that have the same rows and a layout of their own. `stacked`: bytes of what each layer reads of the program's inputs."""
+
+    count: int
+    inside: frozenset[int]
+    carried: int
+    rows: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    stacked: int
+
+
+def repeats(graph: Graph) -> Repeats | None:
+    """The layers that cover most of a graph; None where nothing repeats that has a product in it and hands something on."""
+    numbers: dict[tuple[str, int], int] = {}
+    symbols = np.array([numbers.setdefault((op.name, id(op.rule)), len(numbers)) for op in graph.operators], np.int64)
+    heavy = np.array([op.rule.product for op in graph.operators], bool)
+    run = longest_run(symbols, np.ones(len(symbols), bool), heavy) if len(symbols) else None
+    if run is None:
+        return None
+    middle = run.start + run.period * (run.count // 2)
+    block, after = graph.operators[middle - run.period : middle], graph.operators[middle : middle + run.period]
+    read = {t for op in after for t in op.operands}
+    handed = [t for op in block for t in op.results if t in read]
+    if not handed:
+        return None
+    carried = max(handed, key=lambda t: graph.tensors[t].nbytes)
+    left = {write.tensor for cluster in graph.clusters for write in cluster.writes}
+    rows = []
+    for dim, extent in enumerate(graph.tensors[carried].shape):
+        known: dict[int, Rows] = {carried: (dim, 1)}
+        if extent > 1 and _apart(block, known):
+            rows.append((dim, tuple((t, d) for t, (d, stride) in known.items() if stride == 1 and t in left)))
+    within = range(run.start, run.stop)
+    inside = frozenset(c for c, cluster in enumerate(graph.clusters) if cluster.members[-1] in within)
+    own = set(graph.inputs).intersection(t for op in graph.operators[run.start : run.stop] for t in op.operands)
+    return Repeats(run.count, inside, carried, tuple(rows), sum(graph.tensors[t].nbytes for t in own))
+
+
+def _apart(block: Sequence[Operator], rows: dict[int, Rows]) -> bool:
+    """Whether no operator of a layer makes pairs of rows, nor a row from a sum over them, as far as they can be followed."""
+    known = -1
+    while known < len(rows):
+        known = len(rows)
+        for operators in (block, block[::-1]):
+            summed: set[int] = set()
+            for op in operators:
+                factors = set(walked(op, rows))
+                if len(factors) > 1:
+                    return False
+                if factors:
+                    follow(op, rows)
+                mixed = operators is block and not summed.isdisjoint(op.operands)
+                if mixed and not rows.keys().isdisjoint(op.results):
+                    return False
+                if factors or mixed:
+                    summed.update(t for t in op.results if t not in rows)
+    return True
+
+
+def splits(modelled: Modelled, layouts: Mapping[int, Layout], alike: Sequence[tuple[int, int]], axis: int) -> int:
+    """Into how many parts all other axes cut the rows; `alike`: tensors that have them, and where."""
+    cut = {a for tensor, dim in alike for a, at in enumerate(layouts.get(tensor, ())) if at == dim and a != axis}
+    return math.prod([modelled.numbers.sizes[a] for a in cut])
