@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxplan.solve.branching import Tree
 from jaxplan.solve.compiled import HAVE_NUMBA
-from jaxplan.solve.core import BARRED, core_of
+from jaxplan.solve.core import BARRED, core_of, core_usage
 from jaxplan.solve.dual import Dual
 from jaxplan.solve.family import Family
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
@@ -53,6 +54,8 @@ REFINED = 12
 """New walks between two ascents of the dual."""
 PATIENCE = 12
 """Merges that gain nothing to speak of, after which a new family begins."""
+BRANCHED, BRANCHES = 1000, 3
+"""Nodes of the largest problem that branches, and problems that are split after each new walk."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
 PROVEN = 1e-9
@@ -193,6 +196,7 @@ class Search:
         began = self.incumbent.clock()
         self.ascend(began + ASCENDING * (self.deadline - began))
         family, number = Family(self.core, self.rng), 0
+        tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
         while number < self.rounds:
             number += 1
             family.add(self.relaxed())
@@ -203,13 +207,30 @@ class Search:
                 self.keep(family)
             if family.stale >= PATIENCE:
                 family = self.succeed(family)
-            if number % REFINED == 0:
+            if tree is not None:
+                self.branch(tree)
+            elif number % REFINED == 0:
                 self.refine()
 
     def breed(self, family: Family) -> None:
         """Merge a family, and keep what is better than anything known."""
         family.merge(self.dual.best_multipliers, self.check)
         self.keep(family)
+
+    def branch(self, tree: Tree) -> None:
+        """Split some of the open problems, once there is a cost to compare bounds with."""
+        for _ in range(BRANCHES if math.isfinite(self.incumbent.cost) else 0):
+            tree.grow(self.incumbent.cost)
+            self.incumbent.bound = max(self.incumbent.bound, min(tree.bound, self.incumbent.cost))
+            self.check()
+
+    def look(self, chosen: np.ndarray) -> None:
+        """Offer positions if they are within the limit."""
+        if (core_usage(self.core, chosen) <= self.core.capacity).all():
+            walk = Walk(self.core, chosen)
+            self.offer(walk)
+            if walk.feasible and (self.best is None or walk.cost < self.best.cost):
+                self.best = walk
 
     def keep(self, family: Family) -> None:
         """Offer the best of a family."""
