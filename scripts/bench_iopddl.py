@@ -1,7 +1,7 @@
 """`jaxplan solve` on every problem file of a folder: cost, proven gap, ratio to known best costs, seconds.
 
     python scripts/bench_iopddl.py DIRECTORY [--seeds 5] [--share 0.1] [--results contest_results.json] [--time-limit 60]
-        [--processor]
+        [--processor] [--jobs 1]
 
 `--results`: JSON {last letters of the file's name: {"timeout_s": seconds, "contest_costs_best_six": [costs]}}. The time limit of
 an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. `--processor`: limits and
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="known best costs and timeouts")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds where no timeout is known (default 60)")
     parser.add_argument("--processor", action="store_true", help="limits and seconds in processor time")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds run at once, with --processor")
     parser.add_argument("--only", help="letters of the instances to run")
     arguments = parser.parse_args()
+    if arguments.jobs > 1 and not arguments.processor:
+        parser.error("--jobs: runs beside one another take seconds on the wall from each other; add --processor")
     results = json.loads(arguments.results.read_text()) if arguments.results else {}
     print("| instance | limit s | seconds, worst | cost, median | bound, median | gap, worst | ratio, median | ratio, worst |")
     print("|---|---|---|---|---|---|---|---|")
@@ -103,9 +107,11 @@ def main() -> None:
         with gzip.open(file) as opened:
             problem = json.load(opened)["problem"]
         costs, bounds, gaps, seconds, troubles = [], [], [], [], []
-        for seed in range(arguments.seeds):
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            runs = [pool.submit(solve, file, limit, seed, arguments.processor) for seed in range(arguments.seeds)]
+        for seed, run in enumerate(runs):
             try:
-                facts, strategies, taken = solve(file, limit, seed, arguments.processor)
+                facts, strategies, taken = run.result()
                 costs.append(evaluate(problem, strategies))
             except ValueError as error:
                 troubles.append(f"{name}, seed {seed}: {error}")
