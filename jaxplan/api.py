@@ -90,7 +90,13 @@ class Padding:
 
 
 class Plan(_plan.Plan):
-    """A `Plan` with its verbs. See `jaxplan.plan.Plan` for what it holds."""
+    """Where everything lies, what it costs, and how to run it. `print(plan)` gives a table.
+
+    `mesh`: what it was planned for. `bound`: with `certify=True` the seconds that no plan goes below, else None. `pipeline`: the
+    mesh axis laid along layers, its stages and micro-batches; None without. `dims`: names that the user gave to dimensions.
+    `stages`: {room: seconds} that planning took. `request`: what `make_plan` was asked for. `traced`, `modelled`, `choices`: the
+    program, its model and the option chosen per cluster and mesh axis, from which all else is derived.
+    """
 
     def __str__(self) -> str:
         return describe(self, notes=[str(padding) for padding in self.paddings])
@@ -230,13 +236,14 @@ class Plan(_plan.Plan):
         """
         return export_plan(self, form, of, options, make_plan)
 
-    def restore(self, directory: str | os.PathLike[str], of: Any = None) -> Any:
-        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`.
+    def restore(self, directory: str | os.PathLike[str], of: Any = None, *, partial: bool = False) -> Any:
+        """Read an Orbax checkpoint to where the plan wants it, whatever mesh wrote it. `of`: as in `export`. `partial`: leave
+        unread what it holds beside that (an optimizer's state, say).
 
         Every process of the mesh calls it. Raises `jaxplan.CheckpointError`, naming the paths, where leaves are missing, too
-        many, or of another shape or dtype: nothing is read then.
+        many (unless partial), or of another shape or dtype: nothing is read then.
         """
-        return restore_state(self, directory, of)
+        return restore_state(self, directory, of, partial)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a small text file, which `load_plan` takes up again. The path holds the old file or the new one,
@@ -408,8 +415,9 @@ def load_plan(
     budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
     static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     search = asked.search or "hsm2dl"
+    machine = _as_saved(saved.machine, mesh)
     request = Request(
-        mesh, saved.machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
+        mesh, machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
     )
     with _collector_paused():
         traced = files.program_for(saved, traced)
@@ -429,6 +437,13 @@ def load_plan(
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
         files.check_specs(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
+
+
+def _as_saved(machine: Machine, mesh: Any) -> Machine:
+    """A saved plan's machine, which goes on sending as it was planned to where this mesh would change that."""
+    asked = find_machine(replace(machine, sends_rounded=None), mesh)
+    same = (asked.sends_rounded is False) == (machine.sends_rounded is False)
+    return replace(machine, sends_rounded=None if same else machine.sends_rounded is not False)
 
 
 @contextlib.contextmanager

@@ -145,10 +145,10 @@ def relative_error(predicted: float, compiled: float) -> float:
     return abs(predicted - compiled) / compiled if compiled else math.inf
 
 
-def compare(plan: Plan, found: Audit, rounded: bool = True) -> PlanAudit:
+def compare(plan: Plan, found: Audit, rounded: bool | None = None) -> PlanAudit:
     """A plan's exchanges beside those of its compiled program, `found`. `rounded`: whether it is compiled for a machine that
     rounds what only products read, if the plan's does."""
-    exchanges = plan.exchanges if rounded else plan.exchanges_of(rounded=False)
+    exchanges = plan.exchanges if rounded is None else plan.exchanges_of(rounded)
     sizes = plan.axis_sizes
     slow_first = [plan.axis_names[axis] for axis in plan.modelled.numbers.slow_first]
     compiled = dict.fromkeys(sizes, 0.0)

@@ -101,7 +101,14 @@ class Finding:
 )  # fmt: skip
 @dataclass(frozen=True)
 class Audit:
-    """Collectives, FLOPs and memory of one compiled program, per device. Printing it gives a table."""
+    """Collectives, FLOPs and memory of one compiled program, per device. Printing it gives a table.
+
+    `collectives`: as compiled; `normalised`: with a backend's way of writing one rewritten (all-reduce + slice as the
+    reduce-scatter it is). `flops`: of products and convolutions. `kernels`: (kernel, how often it runs). `argument_bytes`,
+    `output_bytes`, `temp_bytes`, `alias_bytes` (outputs that are arguments' buffers) and `peak_bytes`, arguments + outputs -
+    aliased + temporaries: per device, as the compiler allocates them. `unread`: instructions whose bytes could not be told.
+    `warnings`: findings such as replicated work, costliest first.
+    """
 
     collectives: tuple[Collective, ...]  # as compiled
     normalised: tuple[Collective, ...]  # dialects rewritten: see `jaxplan.hlo`

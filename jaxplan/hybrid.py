@@ -180,7 +180,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     if asked is None or (fits and hopeless(plain, microbatches)):
         return using.fitted(attempt, plain)
     axes = [axis for axis, size in enumerate(numbers.sizes) if size > 1]
-    groups = chain_groups(using.traced) if axes and scanned(graph) else []
+    groups = graph.remembered("chains", None, lambda: chain_groups(using.traced)) if axes and scanned(graph) else []
     if fits and hopeless(plain, microbatches, groups):
         return plain
     found = candidates(graph, numbers, groups, axes, microbatches)

@@ -54,7 +54,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A measured `machine`, and the samples that it was fitted to. Prints as a table."""
+    """A measured `machine`, and the `samples` (a quantity, at a size, in seconds) that it was fitted to. Prints as a table.
+    `elapsed`: seconds that all of it took."""
 
     machine: Machine
     samples: tuple[Sample, ...]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,6 +19,7 @@ from jaxplan.cost import (
     Reading,
     Step,
     cluster_exchanges,
+    hidden_work,
     memory,
     reshard_steps,
     symbolic_cost,
@@ -31,12 +32,14 @@ from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
     import sympy
 
+Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class PlannedExchange:
@@ -107,6 +110,9 @@ class Plan:
     @cached_property
     def layouts(self) -> dict[int, Layout]:
         """The layout in which each tensor that leaves a cluster is left by it."""
+        return self._remembered("layouts", self._layouts)
+
+    def _layouts(self) -> dict[int, Layout]:
         found = {}
         for index, cluster in enumerate(self.modelled.graph.clusters):
             options = self.modelled.chosen(self.choices, index)
@@ -226,11 +232,12 @@ class Plan:
     @cached_property
     def exchanges(self) -> tuple[PlannedExchange, ...]:
         """Every collective of one call, costliest first."""
-        return self.exchanges_of(rounded=True)
+        whole = self.modelled.numbers.machine.sends_rounded is False
+        return self._remembered("exchanges", lambda: self.exchanges_of(not whole))
 
     def exchanges_of(self, rounded: bool) -> tuple[PlannedExchange, ...]:
-        """Every collective of one call, costliest first. `rounded`: as the plan's machine does it, which may round what only
-        products read before it sends it; False: as on a machine that sends all values whole, such as simulated devices.
+        """Every collective of one call, costliest first. `rounded`: as the plan's machine reads what only products read,
+        which may be rounded; False: as on a machine that sends all values whole, such as simulated devices.
 
         What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
         rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy
@@ -242,8 +249,10 @@ class Plan:
             found += self.combined(index)
         moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
         shares = self._shares if rounded else {}
-        for reading in self.modelled.readings:
-            steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), setting.slow_first)
+        for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
+            if written == read:
+                continue
+            steps = reshard_steps(written, read, len(reading.read.leads), setting.slow_first)
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
@@ -281,9 +290,10 @@ class Plan:
     def _shares(self) -> dict[tuple[int, Step], float]:
         """Of a tensor's bytes, what a step sends: whoever reads most of them decides."""
         found: dict[tuple[int, Step], float] = {}
-        for reading in self.modelled.readings:
-            steps = reshard_steps(*self.modelled.edge_layouts(self.choices, reading), self.modelled.setting.slow_first)
-            for step in steps:
+        for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
+            if written == read:
+                continue
+            for step in reshard_steps(written, read, len(reading.read.leads), self.modelled.setting.slow_first):
                 found[reading.tensor, step] = max(found.get((reading.tensor, step), 0.0), reading.share)
         return found
 
@@ -340,12 +350,11 @@ class Plan:
     @cached_property
     def names(self) -> DimensionNames:
         """The dimensions' names; inputs that differ only by an index in their path (layers) share them."""
-        alike: dict[Any, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         graph = self.modelled.whole
         for path, tensor in zip(self.traced.in_paths, graph.inputs, strict=True):
-            key = (without_indices(path), graph.tensors[tensor].shape)
-            alike.setdefault(key, []).append(tensor)
-        return DimensionNames(graph, self.dims, list(alike.values()))
+            groups.setdefault((alike(path), graph.tensors[tensor].shape), []).append(tensor)
+        return DimensionNames(graph, self.dims, list(groups.values()))
 
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
@@ -389,9 +398,17 @@ class Plan:
     def memory(self) -> Memory:
         """Modelled bytes per device of one call: arguments, outputs, temporaries, and what lives at the worst moment. Arguments
         that the function was traced to donate are updated in place."""
-        return memory(
-            self.modelled, self.choices, self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
-        )
+        places = self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
+        hidden = hidden_work(self.modelled, self.choices)
+        return self._remembered("memory", lambda: memory(self.modelled, self.choices, *places), self.traced.donated, hidden)
+
+    def _remembered(self, what: str, make: Callable[[], Value], *key: Hashable) -> Value:
+        """What depends on no speed of a link, worked out once for all plans of the graph that choose alike."""
+        modelled = self.modelled
+        if modelled.stages is not None:
+            return make()
+        whole = (modelled.kin, modelled.setting.slow_first, self.choices.tobytes(), *key)
+        return modelled.graph.remembered(what, whole, make)
 
     @property
     def peak_bytes(self) -> float:
@@ -412,11 +429,6 @@ class Plan:
 
     def __str__(self) -> str:
         return f"Plan for {self.traced.name} on {self.axis_sizes}: {self.seconds:.3g} s"
-
-
-def without_indices(path: str) -> str:
-    """blocks/3/wq -> blocks/*/wq."""
-    return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -97,6 +97,8 @@ class Problem:
     alike: tuple[Hashable, ...] = ()
     usages: tuple[Usage, ...] = ()
     limit: float = math.inf
+    structure: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was worked out from who is connected to whom, in how many options and of which kinds; prices apart."""
 
     def __post_init__(self) -> None:
         for node in self.nodes:
@@ -117,6 +119,15 @@ class Problem:
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
         if self.alike and len(self.alike) != len(self.axes):
             raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
+
+
+    def repriced(
+        self, nodes: tuple[Node, ...], edges: tuple[Edge, ...], axis_order: tuple[int, ...], alike: tuple[Hashable, ...]
+    ) -> Problem:
+        """The same problem with other prices: nodes and edges are these but for their `price`, and of the same kinds."""
+        problem = replace(self, nodes=nodes, edges=edges, axis_order=axis_order, alike=alike)
+        object.__setattr__(problem, "structure", self.structure)
+        return problem
 
 
 @dataclass(frozen=True)

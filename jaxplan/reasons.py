@@ -23,7 +23,8 @@ from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_s
 from jaxplan.cost.symbols import Symbols
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, spec_of
-from jaxplan.plan import Plan, without_indices
+from jaxplan.paths import alike, several
+from jaxplan.plan import Plan
 from jaxplan.problem import all_rows, edge_prices, repeated
 from jaxplan.report import show_bytes, show_seconds
 
@@ -73,7 +74,7 @@ def charges(plan: Plan) -> dict[tuple[str, int], Charge]:
             found["cluster", index] = Charge(what, plan.source(operator), seconds)
     for number, reading in enumerate(modelled.readings):
         steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.slow_first)
-        nbytes = reading.share * numbers.nbytes(reading.tensor)
+        nbytes = reading.sent * numbers.nbytes(reading.tensor)
         seconds = reading.times * sent_seconds(*steps_terms(steps, nbytes, numbers.sizes), numbers)
         if seconds:
             reader, writer = (graph.operators[graph.clusters[c].members[-1]] for c in (reading.reader, reading.writer))
@@ -141,12 +142,10 @@ class WhyNot:
                 lines.append(f"  sent over {axis:5s} {show_bytes(before)} -> {show_bytes(after)} per device and call")
         peaks = f"{show_bytes(self.plan.peak_bytes)} -> {show_bytes(self.other.peak_bytes)}"
         lines.append(f"  peak memory     {peaks} per device (modelled)")
-        merged: dict[tuple[str, str, str], int] = {}
+        merged: dict[tuple[Any, ...], list[str]] = {}
         for path, (one, two) in self.changed.items():
-            key = (without_indices(path), _show(one), _show(two))
-            merged[key] = merged.get(key, 0) + 1
-        for (path, one, two), count in merged.items():
-            lines.append(f"  moves           {path}{f' (x{count})' if count > 1 else ''}: {one} -> {two}")
+            merged.setdefault((alike(path), _show(one), _show(two)), []).append(path)
+        lines += [f"  moves           {several(paths)}: {one} -> {two}" for (_, one, two), paths in merged.items()]
         return "\n".join(lines)
 
 
@@ -197,9 +196,8 @@ class InputReason:
         return f"{charge}: {show_seconds(charge.seconds)} more"
 
     def __str__(self) -> str:
-        name = without_indices(self.paths[0]) + f" (x{len(self.paths)})" if len(self.paths) > 1 else self.paths[0]
         dims = f" ({' '.join(self.dims)})" if self.dims else ""
-        lines = [f"{name}  {self.dtype}[{','.join(map(str, self.shape))}]{dims}: {_show(self.spec)}"]
+        lines = [f"{several(self.paths)}  {self.dtype}[{','.join(map(str, self.shape))}]{dims}: {_show(self.spec)}"]
         lines[0] += f", {show_bytes(self.bytes_per_device)} per device"
         moving = f"{show_seconds(self.seconds)} a call = {self.cost}" if self.seconds else "nothing"
         lines.append(f"  moving it       {moving}")
@@ -265,7 +263,7 @@ def explain_inputs(plan: Plan, replannable: Replannable, subject: str, positions
     specs = _input_specs(plan)
     for position in positions:
         aval = plan.traced.in_avals[position]
-        key = (without_indices(plan.traced.in_paths[position]), tuple(aval.shape), str(aval.dtype), specs[position])
+        key = (alike(plan.traced.in_paths[position]), tuple(aval.shape), str(aval.dtype), specs[position])
         groups.setdefault(key, []).append(position)
     few = len(groups) <= MOST_GROUPS
     note = "" if few else f"{len(groups)} kinds of input: name fewer to see what other layouts would cost"
@@ -366,12 +364,12 @@ def _moving(plan: Plan, position: int) -> tuple[sympy.Expr, float]:
     for reading in modelled.readings:
         if reading.tensor in own or reading.reader == home:
             steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.slow_first)
-            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             value = sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols)
             if value != 0:
                 parts[value] = parts.get(value, 0.0) + reading.times
                 numbers = modelled.numbers
-                sent = steps_terms(steps, reading.share * numbers.nbytes(reading.tensor), numbers.sizes)
+                sent = steps_terms(steps, reading.sent * numbers.nbytes(reading.tensor), numbers.sizes)
                 seconds += reading.times * sent_seconds(*sent, numbers)
     whole = [(int(times) if float(times).is_integer() else sympy.Float(times)) * value for value, times in parts.items()]
     return sympy.Add(*whole), seconds

@@ -10,10 +10,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from jaxplan.problem import Edge, Problem, all_rows, edge_prices
+from jaxplan.problem import Problem, all_rows, edge_prices
 
 ILLEGAL = 1e30
 """Stands for infinity where differences are taken (seconds; no real price comes near)."""
@@ -29,6 +30,31 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
     refinement, after Weisfeiler and Leman 1968). Bounded rounds keep the inner layers of a deep model one class whatever
     the depth. Nodes of kind None stay alone.
     """
+    known = problem.structure.get(("fold", rounds))
+    if known is None:
+        known = problem.structure["fold", rounds] = _folding(problem, rounds)
+    nodes = tuple([problem.nodes[first]._replace(times=times) for first, times in known.nodes])
+    edges = tuple([problem.edges[n]._replace(tail=tail, head=head, times=times) for n, tail, head, times in known.edges])
+    usages = tuple([usage._replace(node=known.colours[usage.node]) for usage in problem.usages])
+    folded = replace(problem, nodes=nodes, edges=edges, usages=usages)
+    object.__setattr__(folded, "structure", known.structure)
+    return folded, lambda choices: choices[known.index]
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """Which nodes and edges become one. `colours`: the class of every node, `index` as an array; `nodes`: per class its first
+    node, and how often it is paid; `edges`: the first of each kind between two classes, its ends, and how often it is paid;
+    `structure`: that of the folded problem."""
+
+    colours: list[int]
+    index: np.ndarray
+    nodes: list[tuple[int, float]]
+    edges: list[tuple[int, int, int, float]]
+    structure: dict[Hashable, Any]
+
+
+def _folding(problem: Problem, rounds: int) -> _Folding:
     colours = _colours(problem, rounds)
     first: dict[int, int] = {}
     for index, colour in enumerate(colours):
@@ -36,22 +62,17 @@ def fold(problem: Problem, rounds: int = 2) -> tuple[Problem, Undo]:
     times = [0.0] * len(first)
     for node, colour in zip(problem.nodes, colours, strict=True):
         times[colour] += node.times
-    nodes = tuple(problem.nodes[first[c]]._replace(times=times[c]) for c in range(len(first)))
-    merged: dict[Hashable, Edge] = {}
+    merged: dict[Hashable, tuple[int, int, int]] = {}
     paid: dict[Hashable, float] = {}
-    ends: dict[Hashable, tuple[int, int]] = {}
     for number, edge in enumerate(problem.edges):
         tail, head = colours[edge.tail], colours[edge.head]
         key = (tail, head, edge.kind if edge.kind is not None else ("edge", number))
         if key in merged:
             paid[key] += edge.times
         else:
-            merged[key], paid[key] = edge, edge.times
-            ends[key] = (tail, head)
-    edges = tuple(e._replace(tail=ends[k][0], head=ends[k][1], times=paid[k]) for k, e in merged.items())
-    index = np.array(colours, dtype=np.int64)
-    usages = tuple([usage._replace(node=colours[usage.node]) for usage in problem.usages])
-    return replace(problem, nodes=nodes, edges=edges, usages=usages), lambda choices: choices[index]
+            merged[key], paid[key] = (number, tail, head), edge.times
+    nodes = [(first[colour], times[colour]) for colour in range(len(first))]
+    return _Folding(colours, np.array(colours, dtype=np.int64), nodes, [(*merged[k], paid[k]) for k in merged], {})
 
 
 def _colours(problem: Problem, rounds: int) -> list[int]:

@@ -33,6 +33,8 @@ NEGLIGIBLE = (0.02, 0.05, 0.1, 0.2, 0.3)
 """The share of a condition that is left out of the short form of it: the first that makes it short enough."""
 SHORT = 90
 """Characters of a short form, if that can be had."""
+MOST_TERMS = 12
+"""Terms of a condition of which a short form is tried."""
 WORTH = 0.005
 """A plan that is nowhere better by more than this share is no regime of its own."""
 SAME = 1e-9
@@ -72,8 +74,9 @@ class Regime:
 
 @dataclass(frozen=True)
 class Regimes:
-    """What `plan.regimes` found; prints as text. `crossings[i]` lies between `regimes[i]` and `regimes[i + 1]`. `now`: the value
-    of the symbol in the plan that was asked; `points`: how many plans were made; `refused`: values that could not be planned."""
+    """What `plan.regimes` found along `symbol`; prints as text. `regimes`: ranges of it, in order; one of `crossings` lies
+    between each and the next. `now`: the value of the symbol in the plan that was asked; `points`: how many plans were made;
+    `refused`: values that could not be planned, and why."""
 
     symbol: str
     now: float
@@ -238,7 +241,7 @@ class _Candidate:
         self.values = {s: v for s, v in plan.symbol_values.items() if s in plan.cost.free_symbols}
         self.variable = next((s for s in self.values if s.name == symbol), sympy.Symbol(symbol, positive=True))
         rest = [s for s in self.values if s != self.variable]
-        numbers, whole = [self.values[s] for s in rest], sympy.lambdify([self.variable, *rest], self.cost, "math", cse=True)
+        numbers, whole = [self.values[s] for s in rest], sympy.lambdify([self.variable, *rest], self.cost, "math")
         self.seconds: Callable[[float], float] = lambda value: float(whole(value, *numbers))
 
 
@@ -356,6 +359,8 @@ def _condition(one: _Candidate, other: _Candidate, value: float) -> tuple[sympy.
             left += abs(sizes[k])
             if left > share * math.fsum(map(abs, sizes)):
                 kept.append(k)
+        if len(kept) > MOST_TERMS and share != NEGLIGIBLE[-1]:  # never short, and slow to factor
+            continue
         less = sympy.Add(*[terms[k] for k in kept if sizes[k] > 0])
         more = sympy.Add(*[-terms[k] for k in kept if sizes[k] < 0])
         if less == 0 or more == 0:
@@ -375,7 +380,11 @@ def _inequality(less: sympy.Expr, more: sympy.Expr, variable: sympy.Symbol, numb
     if polynomial.degree() == 1:
         slope, rest = polynomial.all_coeffs()
         rising = _evaluated([slope], numbers)[0] > 0
-        return f"{variable} {'<' if rising else '>'} {sympy.factor(sympy.cancel(-rest / slope))}"
+        limit = sympy.factor(sympy.cancel(-rest / slope))
+        if limit.could_extract_minus_sign():  # (b - a)/c, not -(a - b)/c
+            over, under = sympy.fraction(limit)
+            limit = sympy.Mul(sympy.expand(over), sympy.Pow(under, -1), evaluate=False)
+        return f"{variable} {'<' if rising else '>'} {limit}"
     return f"{sympy.factor_terms(left)} < {sympy.factor_terms(right)}"
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jaxplan.cost.formulas import bubble_share
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.ledger import ledger
+from jaxplan.paths import alike, several
 from jaxplan.pipeline import Pipeline
-from jaxplan.plan import Plan, without_indices
+from jaxplan.plan import Plan
 
 WIDTH = 110
 MOST_LIVE = 5
@@ -64,22 +66,15 @@ def describe(plan: Plan, *, most: int = 12, notes: Sequence[str] = ()) -> str:
 
 
 def _inputs(plan: Plan) -> list[str]:
-    rows: list[tuple[str, ...]] = []
-    alike: dict[tuple[str, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for position, path in enumerate(plan.traced.in_paths):
         aval = plan.traced.in_avals[position]
         names = " ".join(plan.names.dimension(plan.modelled.graph.inputs[position]))
         shape = f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
         spec = str(plan._specs([plan.input_layouts[position]], [aval])[0]).replace("PartitionSpec", "P")
-        row = (path, shape, names, spec, show_bytes(plan.input_bytes(position)))
-        key = (without_indices(path), *row[1:])
-        if key in alike:
-            alike[key].append(len(rows))
-            first = alike[key][0]
-            rows[first] = (f"{without_indices(path)} (x{len(alike[key])})", *row[1:])
-        else:
-            alike[key] = [len(rows)]
-            rows.append(row)
+        row = (shape, names, spec, show_bytes(plan.input_bytes(position)))
+        groups.setdefault((alike(path), *row), []).append(path)
+    rows = [(several(paths), *row) for (_, *row), paths in groups.items()]
     return table(("input", "shape", "dims", "spec", "per device"), rows, right=(4,))
 
 

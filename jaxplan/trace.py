@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from jaxplan import _jax
@@ -58,8 +60,9 @@ def trace(
 ) -> Traced:
     """Trace `fn(*args, **kwargs)` once. Arrays, `jax.ShapeDtypeStruct`s, scalars and pytrees of them are accepted.
 
-    A function already under `jax.jit` keeps its own static and donated arguments. Errors of the function itself are
-    JAX's own, with one line of context added. Raises TypeError if `fn` is no function.
+    A function already under `jax.jit` keeps its own static and donated arguments. Where arguments lie now does not matter, also
+    where a mesh of Explicit axes has it in their types. Errors of the function itself are JAX's own, with one line of context
+    added. Raises TypeError if `fn` is no function.
     """
     if not callable(fn):
         raise TypeError(f"what is planned must be a function, got {type(fn).__name__}: give the function, then its arguments")
@@ -73,9 +76,9 @@ def trace(
             donate_argnames=donate_argnames,
         )
     name = getattr(fn, "__name__", type(fn).__name__)
-    static = {key for key in static_values(fn, args, kwargs, static_argnums, static_argnames) if isinstance(key, int)}
+    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
     try:
-        staged = jitted.trace(*args, **kwargs)
+        staged = _staged(jitted, args, kwargs, static)
     except Exception as error:
         error.add_note(f"(jaxplan was tracing {name!r} to plan it; jax.jit({name})(...) stops here too)")
         if "as an abstract array" in str(error):
@@ -91,7 +94,7 @@ def trace(
         )
     info = staged.args_info
     entries, in_tree = tree_flatten_with_path(info)
-    names = _argument_names(fn, len(info[0]), len(args), static)
+    names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
         jaxpr=staged.jaxpr,
@@ -104,6 +107,30 @@ def trace(
         out_avals=tuple(leaf for _, leaf in out_entries),
         donated=tuple(bool(leaf.donated) for _, leaf in entries),
     )
+
+
+def _staged(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], static: Collection[int | str]) -> Any:
+    """The function, traced. Layouts in the types of its arguments are left out; a function that does not trace without them,
+    as one that looks its mesh up there, is traced with them."""
+    free_args = [arg if place in static else jax.tree.map(_untyped, arg) for place, arg in enumerate(args)]
+    free_kwargs = {name: arg if name in static else jax.tree.map(_untyped, arg) for name, arg in kwargs.items()}
+    if any(map(_is_typed, tree_leaves((args, kwargs)))):
+        with contextlib.suppress(Exception):
+            return jitted.trace(*free_args, **free_kwargs)
+    return jitted.trace(*args, **kwargs)
+
+
+def _is_typed(leaf: Any) -> bool:
+    """Whether an array's type says where it lies."""
+    sharding = getattr(getattr(leaf, "aval", leaf), "sharding", None)
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _untyped(leaf: Any) -> Any:
+    """An array's shape, if its type says where it lies; else the array."""
+    if not _is_typed(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
 def _aval(info: Any) -> Any:

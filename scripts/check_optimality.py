@@ -2,10 +2,11 @@
 
     python scripts/check_optimality.py [--meshes 8,4x2,4x4,2x2x2] [--size small,full] [--time-limit 60] [--machine v4]
 
-Every example program on every mesh. "above optimum" compares with the integer program's solution where it is proven optimal
-(gap at most 1e-5, ten times its tolerance), else with its lower bound. "folding" is what reducing costs: the optimum of the
-folded problem above that of the problem itself, where it could be proven too. Problems with more table entries than
-`--entries` are listed and left out.
+Every example program on every mesh. "above reduced" compares with the integer program's solution of the folded problem where it
+is proven optimal (gap at most 1e-5, ten times its tolerance), else with its lower bound; hsm2dl ends on the problem itself, where
+look-alikes may differ, and so can be below. "folding" is what reducing costs: the optimum of the folded problem above that of
+the problem itself, where it could be proven too; "above whole" then compares hsm2dl with the latter. Problems with more table
+entries than `--entries` are listed and left out.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--entries", type=int, default=1_000_000)
     options = parser.parse_args()
-    print(f"{'program':28s} {'mesh':6s} {'variables':>9s} {'hsm2dl s':>8s} {'ILP s':>7s} {'above optimum':>13s} {'folding':>8s}")
-    above, folded_by, left_out, times = [], [], [], []
+    columns = f"{'variables':>9s} {'hsm2dl s':>8s} {'ILP s':>7s} {'above reduced':>13s} {'folding':>8s} {'above whole':>11s}"
+    print(f"{'program':28s} {'mesh':6s} {columns}")
+    above, above_whole, folded_by, left_out, times = [], [], [], [], []
     for label, program in chosen_programs(options.size.split(",")):
         graph = build_graph(trace(program.fn, program.args, {}))
         for text in options.meshes.split(","):
@@ -82,16 +84,20 @@ def main() -> None:
                 whole = alpa(problem, time_limit=options.time_limit, rounds=None)
                 if whole.bound is not None and whole.seconds <= whole.bound * (1 + PROVEN):
                     folded_by.append(exact.seconds / whole.seconds - 1)
-                    price = f"{folded_by[-1]:8.2%}"
+                    above_whole.append(ours.seconds / whole.seconds - 1)
+                    price = f"{folded_by[-1]:8.2%} {above_whole[-1]:11.3%}"
             print(
                 f"{label:28s} {text:6s} {len(folded.nodes):9d} {ours_at - start:8.3f} {exact_at - ours_at:7.2f} "
                 f"{ratio:13.3%}{'' if proven else ' (of bound)'} {price}",
                 flush=True,
             )
-    ratios = np.array(above)
-    print(f"\nhsm2dl above the optimum, {len(ratios)} problems: mean {ratios.mean():.3%}, worst {ratios.max():.3%}")
-    for limit in (1e-6, 1e-3, 1e-2, 5e-2):
-        print(f"  within {limit:.4%}: {(ratios <= limit).mean():.0%}")
+    for ratios, which in ((np.array(above), "reduced"), (np.array(above_whole), "whole")):
+        if len(ratios):
+            mean, worst = np.maximum(ratios, 0).mean(), ratios.max()  # below the reduced optimum counts as at it
+            title = f"hsm2dl above the optimum of the {which} problem, {len(ratios)} problems"
+            print(f"\n{title}: mean {mean:.3%}, worst {worst:.3%}")
+            for limit in (1e-6, 1e-3, 1e-2, 5e-2):
+                print(f"  within {limit:.4%}: {(ratios <= limit).mean():.0%}")
     print(f"integer program's time over hsm2dl's: median {np.median(times):.0f}x, most {np.max(times):.0f}x")
     if folded_by:
         print(f"folding, {len(folded_by)} problems: mean {np.mean(folded_by):.3%}, worst {np.max(folded_by):.3%}")

@@ -122,6 +122,7 @@ def test_followers_keep_the_optimum(name, monkeypatch):
     numbers = Numbers(graph, {"x": 4, "y": 2}, machine("v4"))
     with_followers = model(graph, numbers)
     monkeypatch.setattr("jaxplan.cost.build._followers", lambda *args: {})
+    graph.memo.clear()
     without = model(graph, numbers)
     assert len(with_followers.problem.nodes) < len(without.problem.nodes)
     best = alpa(with_followers.problem, rounds=None)

@@ -425,14 +425,29 @@ def test_optimizer_state_and_random_keys_go_through_a_checkpoint(tmp_path):
         ),
         (lambda p: {"in": p["in"]}, r"missing: out \(float32\[48,24\]\)"),
         (lambda p: {**p, "in": {"w": p["in"]["w"]}}, r"missing: in/b \(float32\[48\]\)"),
-        (lambda p: {**p, "more": p["out"]}, r"not asked for: more \(float32\[48,24\]\)"),
-        (lambda p: {"params": p}, r"missing: in/b .*in/w .*out .*\n  not asked for: params/in/b"),
+        (lambda p: {**p, "more": p["out"]}, r"not asked for: more \(float32\[48,24\]\).*Restore with partial=True"),
+        (
+            lambda p: {"params": p, "step": np.ones(())},
+            r"missing: in/b .*in/w .*out .*\n  not asked for: params/in/b.*holds this under 'params': select with of={'params': ",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_names_the_paths(changed, told, plan, tmp_path):
     save(tmp_path / "state", changed(values()))
     with pytest.raises(jaxplan.CheckpointError, match=f"(?s)does not hold what was planned for, and nothing was read:.*{told}"):
         plan.restore(tmp_path / "state", "params")
+
+
+@needs("orbax.checkpoint")
+def test_a_part_of_a_checkpoint_can_be_restored(plan, tmp_path):
+    state = {"params": values(), "key": jax.random.key(1), "moments": [np.zeros((3, 5), np.float16)]}
+    save(tmp_path / "state", state)
+    restored = plan.restore(tmp_path / "state", {"params": "params"}, partial=True)
+    assert list(restored) == ["params"]
+    plan.check(restored["params"])
+    jax.tree.map(np.testing.assert_array_equal, values(), restored["params"])
+    with pytest.raises(jaxplan.CheckpointError, match=r"nothing was read:\n  missing: w/in/b .*\nSelect what it holds"):
+        plan.restore(tmp_path / "state", {"w": "params"}, partial=True)
 
 
 @needs("orbax.checkpoint")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
@@ -193,6 +194,26 @@ def test_simulated_devices_are_told_what_they_send():
     (whole,) = [e for e in plan.exchanges_of(rounded=False) if e.kind == "all_gather"]
     assert (sent, whole.total_bytes / (0.75 * SIZE), whole.dtype) == (0.5, 1.0, "float32")
     assert plan.bytes_by_axis(plan.exchanges) == plan.wire_bytes
+
+
+def multiply(w, x):
+    return jnp.sin(x @ w)
+
+
+def test_a_machine_that_simulated_devices_stand_for_sends_what_they_send(tmp_path):
+    """Priced, predicted and compiled alike; memory, and a slice of the real thing, are the machine's."""
+    w, x = shape(512, 512), shape(512, 512)
+    devices = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+    told = {"machine": "v5e", "pins": {"w": P("x", None), "x": P("x", None)}}
+    real = jaxplan.make_plan(multiply, w, x, mesh=AbstractMesh((4,), ("x",)), **told)
+    stand_in = jaxplan.make_plan(multiply, w, x, mesh=devices, **told)
+    assert stand_in.wire_bytes["x"] == 2 * real.wire_bytes["x"] > 0 and stand_in.peak_bytes == real.peak_bytes
+    assert stand_in.seconds > real.seconds
+    found = stand_in.audit()
+    assert found.compiled == found.predicted
+    assert stand_in.replan(mesh=real.mesh).wire_bytes == real.wire_bytes
+    stand_in.save(tmp_path / "plan.json")
+    assert jaxplan.load_plan(tmp_path / "plan.json", multiply, w, x, mesh=devices).wire_bytes == stand_in.wire_bytes
 
 
 def test_a_product_with_a_vector_rounds_nothing():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def run(name, plan):
         plan.jit()(w, x)
         print("RAN", name)
     except jaxplan.DifferentPlans as error:
-        print("DIFFERENT", name, error)
+        print("DIFFERENT", name, str(error).replace("\\n", " | "))
     except ValueError as error:
         print("REFUSED", name, error)
 
@@ -175,13 +176,14 @@ def test_processes_that_planned_otherwise_say_in_what_and_run_nothing():
     for _, output in done:
         said = {line.split()[1]: line for line in output.splitlines() if line.startswith(("DIFFERENT", "RAN", "REFUSED"))}
         for name, aspect in {
-            "numbers": "its numbers",
-            "function": "the traced function",
-            "versions": "versions of Python, JAX, jaxlib or jaxplan",
-            "shapes": "argument shapes",
+            "numbers": "its numbers (process 1 differs from process 0)",
+            "function": "the traced function (process 1 differs from process 0): add_any: 1 on process 0, none on process 1; ",
+            "versions": f"jaxlib or jaxplan (process 1 differs from process 0): JAX: {jax.__version__} on process 0, 0.0.1 on",
+            "shapes": "argument shapes (process 1 differs from process 0): x: float32[128,64] on process 0, float32[64,64] on",
         }.items():
             assert said[name].startswith(f"DIFFERENT {name}") and "nothing was run" in said[name], said[name]
-            assert f"{aspect} (process 1 differs from process 0)" in said[name]
+            assert aspect in said[name], said[name]
+            assert "Run one program, with one set of versions" in said[name]
 
 
 @pytest.mark.slow
@@ -248,4 +250,9 @@ def test_what_differs_is_named():
     assert differences({0: alike, 1: alike, 2: {**alike, "layouts": "c"}}) == ["layouts (process 2 differs from process 0)"]
     told = differences({3: {**alike, "shapes": "c"}, 5: alike, 6: alike})
     assert told == ["shapes (processes 5, 6 differ from process 3)"]
+    many = {0: {"shapes": {str(i): "4" for i in range(6)}}, 2: {"shapes": {str(i): "4" if i == 1 else "5" for i in range(5)}}}
+    assert differences({0: alike, 2: {**alike, "shapes": "c"}}, many) == [
+        "shapes (process 2 differs from process 0): 5: 4 on process 0, none on process 2; 0: 4 on process 0, 5 on process 2; "
+        "2: 4 on process 0, 5 on process 2; and 2 more"
+    ]
     assert differences({0: alike, 1: {"shapes": "a"}}) == ["layouts (process 1 differs from process 0)"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close, mesh_of
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxplan
 
@@ -60,6 +60,42 @@ def test_a_method_is_decorated_like_any_function():
     assert trainer.forward.plan(W, X).traced.in_paths == ("w", "x")
     assert "dot" in trainer.forward.lower(W, X).as_text()
     assert isinstance(Trainer.forward, type(jaxplan.auto_shard(mesh_of((4,)))(layer)))
+
+
+# --- results that go round --------------------------------------------------------------------------------------------
+
+
+def descend(w, x, rate=1.0):
+    return w - 0.1 * rate * jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
+
+
+def test_results_on_explicit_axes_may_be_planned_for_anew():
+    """Their types have layouts, by which JAX alone would not multiply them: a last, smaller batch, or a Python number that
+    became an array, is a new plan."""
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+    pins = {"w": P(("x", "y")), "x": P(None, ("x", "y"))}
+    planned = jaxplan.auto_shard(mesh, pins=pins)(descend)
+    w, want = planned(W, X), descend(W, X)
+    for x, rate in ((X, 1.0), (X[:40], 1.0), (X, jnp.float32(0.5))):
+        x = jax.device_put(x, NamedSharding(mesh, pins["x"]))
+        with pytest.raises(Exception, match="Contracting dimensions are sharded"):
+            jax.jit(descend)(w, x, rate)
+        w, want = planned(w, x, rate), descend(want, np.asarray(x), rate)
+        assert w.sharding.mesh == mesh
+        assert_close(want, w)
+    assert planned.plan(w, X).in_specs == planned.plan(W, X).in_specs
+
+
+def test_a_program_that_moves_what_it_is_given_finds_the_mesh_in_its_arguments():
+    mesh = mesh_of((4, 2), AxisType.Explicit)
+
+    def turned(x):
+        return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P(None, "y"))) * 2
+
+    x = jax.device_put(X, NamedSharding(mesh, P("x")))
+    plan = jaxplan.make_plan(turned, x, mesh=mesh)
+    assert plan.out_specs == P(None, "y")
+    assert_close(X * 2, plan.jit()(x))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ module is installed; `<!-- raises: ERROR -->`, it ends with that error; `<!-- no
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -186,6 +188,21 @@ def test_every_public_name_has_its_docstring_and_an_example_on_the_page():
         assert getattr(importlib.import_module(module), name) is getattr(jaxplan, name)
         assert (getattr(jaxplan, name).__doc__ or "").strip(), name
         assert f"jaxplan.{name}" in code or name == "Plan", name
+
+
+@pytest.mark.parametrize("name", [name for name in jaxplan.__all__ if inspect.isclass(getattr(jaxplan, name))])
+def test_every_public_member_is_documented_and_in_an_example(name):
+    """Methods and properties of the public classes; fields are in the docstring of their class."""
+    code = "\n".join(block.text for block in blocks((ROOT / "docs" / "api.md").read_text()))
+    kind = getattr(jaxplan, name)
+    own = [member for member in dir(kind) if not member.startswith("_") and not hasattr(Exception, member)]
+    for member in own:
+        found = inspect.getattr_static(kind, member, None)
+        if isinstance(found, (property, functools.cached_property)) or callable(found):
+            assert (inspect.getdoc(found) or "").strip(), member
+            assert re.search(rf"\.{member}\b", code), f"{name}.{member} is in no example of docs/api.md"
+    for field in getattr(kind, "__dataclass_fields__", ()):
+        assert re.search(rf"`{field}`", kind.__doc__ or ""), f"the docstring of {name} says nothing of {field}"
 
 
 @pytest.mark.parametrize("page", PAGES)

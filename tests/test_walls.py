@@ -16,7 +16,9 @@ import jaxplan
 PACKAGE = Path(jaxplan.__file__).parent
 MOST_LINES = 600
 
-FLOW = ("layout", "_jax", "problem", "machine", "trace", "rules", "graph", "cost", "reduce", "search", "pipeline", "plan")
+FLOW = (
+    "layout", "paths", "_jax", "problem", "machine", "trace", "rules", "graph", "cost", "reduce", "search", "pipeline", "plan",
+)  # fmt: skip
 """The rooms in the order data flows: each may import those before it."""
 
 AUDIT: Mapping[str, tuple[str, ...]] = {

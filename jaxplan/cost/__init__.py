@@ -2,7 +2,7 @@
 
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.memory import Buffer, Memory, byte_shares, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, byte_shares, hidden_work, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.prices import BytePrices
@@ -25,6 +25,7 @@ __all__ = [
     "byte_shares",
     "cluster_exchanges",
     "frugal",
+    "hidden_work",
     "memory",
     "model",
     "reshard_steps",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,11 +22,14 @@ from jaxplan.machine import Machine
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
 Leads = tuple[int, ...]
+MOST_MODELS = 16
+"""Meshes of one graph that are remembered, for when only the speeds of links change."""
 
 
 class Reading(NamedTuple):
     """Cluster `reader` reads a tensor that cluster `writer` writes: the meaning of one edge of the problem. `share`: of its
-    bytes, what is sent where the reader wants it elsewhere; less than 1 where all of the reader rounds it."""
+    bytes, what all of the reader needs; less than 1 where it rounds them. `sent`: of its bytes, what is sent where the reader
+    wants it elsewhere: `share`, or all of them on a machine that sends whole what it then rounds."""
 
     tensor: int
     writer: int
@@ -35,6 +38,7 @@ class Reading(NamedTuple):
     read: Terminal
     times: float
     share: float = 1.0
+    sent: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Modelled:
 
     `options[cluster][axis]`: the options of each cluster along each axis. `kept[node]`: the cluster a node stands for.
     `follows[cluster]`: clusters that are no node because their layout is implied: (the cluster they follow, the factors of it
-    that lead their dimensions). `stages`: the pipeline that the graph is cut for, if it is.
+    that lead their dimensions). `stages`: the pipeline that the graph is cut for, if it is. `kin`: equal for models of one graph
+    that differ by the speeds of links only; all but prices, and the order in which axes are exchanged, is the same then.
     """
 
     graph: Graph
@@ -55,6 +60,7 @@ class Modelled:
     kept: tuple[int, ...]
     follows: Mapping[int, tuple[int, Leads]]
     stages: Stages | None = None
+    kin: Hashable = None
 
     @property
     def whole(self) -> Graph:
@@ -80,6 +86,25 @@ class Modelled:
         """The options an assignment picks for a cluster, one per axis."""
         return tuple(options[i] for options, i in zip(self.options[cluster], choices[cluster].tolist(), strict=True))
 
+    def layouts_of(self, choices: np.ndarray) -> list[tuple[Layout, Layout]]:
+        """(layout written, layout read) of every one of `readings`, under an assignment of clusters."""
+        if self.stages is not None:
+            return self._layouts_of(choices)
+        return self.graph.remembered("layouts read", (self.kin, choices.tobytes()), lambda: self._layouts_of(choices))
+
+    def _layouts_of(self, choices: np.ndarray) -> list[tuple[Layout, Layout]]:
+        states: dict[Hashable, int] = {}  # what a cluster does, as a number
+        of = [states.setdefault((id(o), *row), len(states)) for o, row in zip(self.options, choices.tolist(), strict=True)]
+        known: dict[Hashable, tuple[Layout, Layout]] = {}
+        found = []
+        for r in self.readings:
+            key = of[r.writer], r.write.leads, of[r.reader], r.read.leads
+            if key not in known:
+                written = write_layout(r.write.leads, self.chosen(choices, r.writer))
+                known[key] = written, terminal_layout(r.read.leads, self.chosen(choices, r.reader))
+            found.append(known[key])
+        return found
+
     def edge_layouts(self, choices: np.ndarray, reading: Reading) -> tuple[Layout, Layout, int]:
         """(layout written, layout read, number of dimensions) of one reading under an assignment."""
         written = write_layout(reading.write.leads, self.chosen(choices, reading.writer))
@@ -94,6 +119,17 @@ def model(
     """Build the problem. `pins`: the layouts that input positions must have. `bytes_cost`: what bytes are
     charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice.
     `stages`: a pipeline, for whose micro-batches `graph` and `numbers` are."""
+    kin = (numbers.axis_names, numbers.sizes, numbers.machine.local, tuple(sorted((pins or {}).items())), bytes_cost is None)
+    if bytes_cost is None and stages is None:  # other models are made for one question
+        known = graph.remembered("model", kin, lambda: _modelled(graph, numbers, pins, None, None, kin), MOST_MODELS)
+        return known if known.numbers is numbers else _repriced(known, numbers)
+    return _modelled(graph, numbers, pins, bytes_cost, stages, kin)
+
+
+def _modelled(
+    graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None, bytes_cost: BytePrices | None, stages: Stages | None,
+    kin: Hashable,
+) -> Modelled:  # fmt: skip
     setting = Setting(len(numbers.sizes), numbers.slow_first)
     most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
     combines = Combines(setting, numbers, most)
@@ -121,7 +157,8 @@ def model(
             options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines, *charged))
         numbered.append(kinds[kind])
-    readings = _readings(graph, writers, numbers.machine)
+    rounding = (tuple(numbers.machine.matmul_reads.items()), numbers.machine.sends_rounded is False)
+    readings = graph.remembered("readings", rounding, lambda: _readings(graph, writers, numbers.machine))
     follows = {} if bytes_cost is not None else _followers(graph, readings, pinned_clusters)
     place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
     nodes = []
@@ -139,16 +176,46 @@ def model(
         written = reshards.terminal(writer.options, reading.write.leads, written=True)
         read = reshards.terminal(reader.options, reading.read.leads, written=False)
         copied = bytes_cost.copied.get((reading.tensor, reading.reader), 0.0) if bytes_cost else 0.0
-        key = (nbytes := reading.share * numbers.nbytes(reading.tensor), written, read, copied)
+        key = (nbytes := reading.sent * numbers.nbytes(reading.tensor), written, read, copied)
         if key not in edge_prices:
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes, copied))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
-    along = stages.asked.axis if stages else -1
-    alike = tuple((size, numbers.link(axis), axis == along) for axis, size in enumerate(numbers.sizes)) if not pins else ()
+    alike = _alike(numbers, stages) if not pins else ()
     problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
-    return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages)
+    return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages, kin)
+
+
+def _alike(numbers: Numbers, stages: Stages | None) -> tuple[Hashable, ...]:
+    along = stages.asked.axis if stages else -1
+    return tuple((size, numbers.link(axis), axis == along) for axis, size in enumerate(numbers.sizes))
+
+
+def _repriced(known: Modelled, numbers: Numbers) -> Modelled:
+    """The same model on a machine that differs by its links only."""
+    setting, problem = Setting(len(numbers.sizes), numbers.slow_first), known.problem
+    combines: dict[int, Combines] = {}
+    families: dict[int, Reshards] = {}
+    prices: dict[int, ClusterPrice] = {}
+    edge_prices: dict[int, ReshardPrice] = {}
+    for node in problem.nodes:
+        if id(node.price) not in prices:
+            old = node.price.combines
+            if id(old) not in combines:
+                combines[id(old)] = old.again(setting, numbers)
+            prices[id(node.price)] = node.price.again(combines[id(old)])
+    for edge in problem.edges:
+        if id(edge.price) not in edge_prices:
+            family = edge.price.family
+            if id(family) not in families:
+                families[id(family)] = family.again(setting, numbers)
+            edge_prices[id(edge.price)] = edge.price.again(families[id(family)])
+    nodes = tuple([node._replace(price=prices[id(node.price)]) for node in problem.nodes])
+    edges = tuple([edge._replace(price=edge_prices[id(edge.price)]) for edge in problem.edges])
+    alike = _alike(numbers, None) if problem.alike else ()
+    problem = problem.repriced(nodes, edges, numbers.slow_first, alike)
+    return replace(known, numbers=numbers, setting=setting, problem=problem)
 
 
 @lru_cache(maxsize=256)
@@ -261,7 +328,8 @@ def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: M
             users = [graph.operators[m] for m in cluster.members if read.tensor in graph.operators[m].operands]
             rounds = all(reads_rounded(user, known) for user in users)
             share = machine.rounded_share(graph.tensors[read.tensor].dtype) if rounds else 1.0
-            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share))
+            sent = 1.0 if machine.sends_rounded is False else share
+            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share, sent))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])
         source = writers.get(tensor)

@@ -60,13 +60,14 @@ def stored(
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
     `hidden`: places of what can run beside the gathers of state that end a call. `loops`: (first, last place) of each.
     """
-    found = _Fused(graph, operators, scattered)
+    kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
+    found = _Fused(kernels, scattered)
     found.put_off(hidden, loops)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(
         frozenset(found.origins) | frozenset(found.moved), found.readers(),
-        {t: at for place, at in found.at.items() for t in operators[place].results}, _narrow(graph, operators, found),
-        found.shifted, _outer(operators, found), waits, found.copies, found.turned,
+        {t: at for place, at in found.at.items() for t in operators[place].results}, kernels.narrow,
+        found.shifted, kernels.outer, waits, found.copies, found.turned,
     )  # fmt: skip
 
 
@@ -109,24 +110,16 @@ def reduces(operator: Operator) -> bool:
     return rule.fusible and any(f.kind in (Kind.SUM, Kind.COMBINE) for f in rule.factors)
 
 
-class _Fused:
-    """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its
-    place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}; `near`: {tensor: its readers},
-    `others`: those of them that do not reduce it.
-    """
+class _Kernels:
+    """What depends on no layout. `near`: {tensor: places of its readers}, `others`: those of them that do not reduce it; `made`:
+    {tensor: place of its maker}; `inner`: places of what is computed inside of its readers; `sizes`: elements of each tensor."""
 
-    def __init__(self, graph: Graph, operators: Sequence[Operator], scattered: frozenset[int]) -> None:
-        self.graph, self.operators, self.scattered = graph, operators, scattered
-        self.origins: dict[int, tuple[int, ...]] = {}
-        self.moved: dict[int, tuple[int, int]] = {}
-        self.at: dict[int, int] = {}
-        self.shifted: dict[int, frozenset[int]] = {}
-        self.copies: list[tuple[int, int, int]] = []
-        self.turned: list[tuple[int, int]] = []
-        self._turns: set[int] = set()
+    def __init__(self, graph: Graph, operators: Sequence[Operator]) -> None:
+        self.operators = operators
         self.near: dict[int, list[int]] = {}
-        self._made = {t: place for place, op in enumerate(operators) for t in op.results}
-        self._leaving = {t for t in graph.outputs if t >= 0}
+        self.made = {t: place for place, op in enumerate(operators) for t in op.results}
+        self.leaving = {t for t in graph.outputs if t >= 0}
+        self.sizes = [math.prod(tensor.shape) for tensor in graph.tensors]
         for place, operator in enumerate(operators):
             for tensor in dict.fromkeys(operator.operands):
                 if tensor >= 0:
@@ -134,9 +127,35 @@ class _Fused:
         self._seen_through_views()
         sums = [reduces(operator) for operator in operators]
         self.others = {t: [r for r in near if not sums[r]] for t, near in self.near.items()}
-        for place, operator in enumerate(operators):
-            if in_a_loop(operator):
-                self._visit(place, operator)
+        self.inner = [place for place, operator in enumerate(operators) if in_a_loop(operator)]
+        self.narrow, self.outer = _narrow(graph, self), _outer(graph, self)
+
+    def _seen_through_views(self) -> None:
+        """Who reads a view reads what it is of."""
+        for operator in reversed(self.operators):
+            if operator.name == VIEW:
+                (tensor,), (view,) = operator.operands, operator.results
+                own = [p for p in self.near[tensor] if self.operators[p] is not operator]
+                self.near[tensor] = sorted({*own, *self.near.get(view, ())})
+
+
+class _Fused:
+    """`origins`: {tensor computed where it is read: the stored ones it comes from}; `moved`: {product that is not stored: (its
+    place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}.
+    """
+
+    def __init__(self, kernels: _Kernels, scattered: frozenset[int]) -> None:
+        self.operators, self.scattered, self.sizes = kernels.operators, scattered, kernels.sizes
+        self.near, self.others, self._made, self._leaving = kernels.near, kernels.others, kernels.made, kernels.leaving
+        self.origins: dict[int, tuple[int, ...]] = {}
+        self.moved: dict[int, tuple[int, int]] = {}
+        self.at: dict[int, int] = {}
+        self.shifted: dict[int, frozenset[int]] = {}
+        self.copies: list[tuple[int, int, int]] = []
+        self.turned: list[tuple[int, int]] = []
+        self._turns: set[int] = set()
+        for place in kernels.inner:
+            self._visit(place, self.operators[place])
 
     def put_off(self, hidden: frozenset[int], loops: Sequence[tuple[int, int]]) -> None:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange."""
@@ -149,18 +168,6 @@ class _Fused:
             behind = [last for first, last in loops if place < first and last < min(near)]
             if behind and not any(first <= place <= last for first, last in loops):
                 self.at[place] = max(behind) + 1
-
-    def _seen_through_views(self) -> None:
-        """Who reads a view reads what it is of."""
-        for operator in reversed(self.operators):
-            if operator.name == VIEW:
-                (tensor,), (view,) = operator.operands, operator.results
-                own = [p for p in self.near[tensor] if self.operators[p] is not operator]
-                self.near[tensor] = sorted({*own, *self.near.get(view, ())})
-
-    def alike(self, one: int, other: int) -> bool:
-        """Whether two tensors have one shape."""
-        return self.graph.tensors[one].shape == self.graph.tensors[other].shape
 
     def readers(self) -> dict[int, list[int]]:
         """{stored tensor: places of the kernels that read it}."""
@@ -187,15 +194,15 @@ class _Fused:
     def _visit(self, place: int, operator: Operator) -> None:
         (tensor,) = operator.results
         seen = self.sources(operator)
-        size = _elements(self.graph, tensor)
-        large = [s for s in seen if _elements(self.graph, s) >= LARGE * size]
+        size = self.sizes[tensor]
+        large = [s for s in seen if self.sizes[s] >= LARGE * size]
         near = self.near.get(tensor, [])
         carried = any(self.operators[r].name == BOUNDARY and self.operators[r].path[-2] == "carry" for r in near)
         kept = tensor in self._leaving or carried
         shifts = operator.rule.flops == 0 and not hands_on(operator)
         inner = [s for t in operator.operands for s in self.shifted.get(t, ())]
         self.shifted[tensor] = frozenset(seen if shifts else inner)
-        turned = any(t in self._turns and _elements(self.graph, t) == size for t in operator.operands)
+        turned = any(t in self._turns and self.sizes[t] == size for t in operator.operands)
         if _transposes(operator.rule) != turned:
             self._turns.add(tensor)
         if hands_on(operator) or (not kept and (len(large) <= 1 or len(near) <= 1)):
@@ -234,33 +241,30 @@ class _Fused:
         return best
 
 
-def _outer(operators: Sequence[Operator], found: _Fused) -> dict[int, tuple[int, ...]]:
+def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
     """Dimensions in space of what convolutions make, and of what is computed from it place by place."""
     outer: dict[int, tuple[int, ...]] = {}
-    for operator in operators:
+    inner = set(kernels.inner)
+    for place, operator in enumerate(kernels.operators):
         rule = operator.rule
         for tensor, dims in zip(operator.results, rule.results, strict=True):
             if rule.spatial:
                 outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in rule.spatial for f in factors)])
-            elif in_a_loop(operator):
+            elif place in inner:
                 size = len(dims)
-                alike = [t for t in operator.operands if t in outer and found.alike(t, tensor)]
+                alike = [t for t in operator.operands if t in outer and graph.tensors[t].shape == graph.tensors[tensor].shape]
                 if alike and size:
                     outer[tensor] = outer[alike[0]]
     return outer
 
 
-def _elements(graph: Graph, tensor: int) -> int:
-    return math.prod(graph.tensors[tensor].shape)
-
-
-def _narrow(graph: Graph, operators: Sequence[Operator], found: _Fused) -> frozenset[int]:
+def _narrow(graph: Graph, kernels: _Kernels) -> frozenset[int]:
     """Sums of a value are taken where it is made, before it is rounded."""
     known, bound = rounded(graph), {*graph.inputs, *graph.outputs}
-    narrow = set()
+    narrow, operators = set(), kernels.operators
     for operator in operators:
         for tensor in operator.results:
-            others = found.others.get(tensor, ())
+            others = kernels.others.get(tensor, ())
             if others and tensor not in bound and all(reads_rounded(operators[r], known) for r in others):
                 narrow.add(tensor)
     return frozenset(narrow)

@@ -156,6 +156,13 @@ def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, in
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
 
 
+def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
+    """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call."""
+    if modelled.numbers.machine.materialises:
+        return frozenset()
+    return _hidden(modelled, choices, _gathered(modelled, choices))
+
+
 def _axes(layout: Layout | None) -> tuple[int, ...]:
     return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
 
@@ -488,9 +495,8 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
     asked: dict[tuple[int, Layout], list[int]] = {}
     shares: dict[tuple[int, Layout], float] = {}
-    for reading in modelled.readings:
-        source, wanted, ndim = modelled.edge_layouts(choices, reading)
-        members = graph.clusters[reading.reader].members
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        ndim, members = len(reading.read.leads), graph.clusters[reading.reader].members
         if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
         users = _users(graph, facts, reading.tensor, members)

@@ -6,6 +6,7 @@ that asks for thousands does not pay for each by itself.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ class Combines:
             rates = self._known[parts] = _rates(parts_steps(parts, self.ndim, self.setting.slow_first), self.numbers)
         return rates[0] * nbytes + rates[1]
 
+    def again(self, setting: Setting, numbers: Numbers) -> Combines:
+        """The same on a machine that differs by its links only."""
+        return Combines(setting, numbers, self.ndim)
 
     def share(self, parts: tuple[CombinePart, ...]) -> float:
         """The share of a result that each device holds before it is combined; 0 where it never is."""
@@ -96,7 +100,7 @@ class ClusterPrice:
     ) -> None:
         """`held`, `partial`: seconds per byte of each write, and of each combined result before it is; see `BytePrices`."""
         self.cluster, self.options, self.numbers = cluster, options, combines.numbers
-        self._combines = combines
+        self.combines = combines
         self._held = [(write, price) for write, price in zip(cluster.writes, held, strict=True) if price]
         self._strides = np.cumprod([1, *[len(axis) for axis in options[:0:-1]]])[::-1]
         self._local: np.ndarray | None = None
@@ -106,6 +110,12 @@ class ClusterPrice:
             for combine, price in zip(cluster.combines, partial, strict=True)
             if combine.result.tensor >= 0
         ]
+
+    def again(self, combines: Combines) -> ClusterPrice:
+        """The same cluster on a machine that differs by its links only."""
+        price = copy.copy(self)
+        price.numbers, price.combines, price._exchanged = combines.numbers, combines, {}
+        return price
 
     def __call__(self, choices: np.ndarray) -> np.ndarray:
         counts = [len(axis) for axis in self.options]
@@ -161,12 +171,12 @@ class ClusterPrice:
             value = 0.0
             for nbytes, price, table in self._parts:
                 parts = tuple([axis[i] for axis, i in zip(table, row, strict=True)])
-                value += self._combines.seconds(parts, nbytes)
+                value += self.combines.seconds(parts, nbytes)
                 if price:
-                    value += price * nbytes * self._combines.share(parts)
+                    value += price * nbytes * self.combines.share(parts)
             options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
             if self.cluster.halos:
-                for _, axis, slab in halo_bytes(self.cluster, options, self._combines.setting, self.numbers):
+                for _, axis, slab in halo_bytes(self.cluster, options, self.combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
             for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
                 value += (self.numbers.ticks if handed.every_tick else 1) * sent_seconds({axis: slab}, {axis: 1}, self.numbers)
@@ -193,6 +203,12 @@ class Reshards:
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
         self._stacked = np.zeros((0, 0, 0), dtype=np.int64)
+
+    def again(self, setting: Setting, numbers: Numbers) -> Reshards:
+        """The same edges on a machine that differs by its links only."""
+        reshards = Reshards(setting, numbers, self._base - 1)
+        reshards._terminals, reshards._kept, reshards._codes = dict(self._terminals), [*self._kept], [*self._codes]
+        return reshards
 
     def terminal(self, options: AxisOptions, leads: tuple[int, ...], written: bool) -> int:
         """Register one side of an edge: a number for `prices`. Equal options must be one object, which is kept."""
@@ -291,6 +307,10 @@ class ReshardPrice:
         """`tail`, `head`: the terminals as `family` numbers them; `copied`: seconds per byte of a copy in another layout."""
         self.family, self.tail, self.head, self.nbytes, self.copied = family, tail, head, nbytes, copied
         self.ends = (id(family), tail), (id(family), head)
+
+    def again(self, family: Reshards) -> ReshardPrice:
+        """The same reshard, of edges that were taken over by `Reshards.again`."""
+        return ReshardPrice(family, self.tail, self.head, self.nbytes, self.copied)
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]

@@ -252,7 +252,7 @@ class Symbols:
         total: Any = 0
         for member in work.members:
             rule = self.graph.operators[member].rule
-            value: Any = sympy.nsimplify(rule.flops) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
+            value: Any = sympy.Integer(int(rule.flops)) if float(rule.flops).is_integer() else sympy.Float(rule.flops)
             for atoms in self.names.operator_factors[member]:
                 value = value * self.names.product(atoms, self._dimension, sizes)
             if self.stages is not None and member in self.stages.divided_operators:
@@ -295,7 +295,7 @@ def symbolic_cost(
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
-            nbytes = sympy.Rational(reading.share) * symbols.nbytes(reading.tensor)
+            nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None
             pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop)
     return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values

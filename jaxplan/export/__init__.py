@@ -57,9 +57,9 @@ def write_export(saved: SavedPlan, form: str, path: str | None) -> Written:
     return exporter.write(saved, path)
 
 
-def restore_state(plan: Plan, directory: str | os.PathLike[str], of: Any) -> Any:
+def restore_state(plan: Plan, directory: str | os.PathLike[str], of: Any, partial: bool) -> Any:
     """What `plan.restore` gives."""
-    return restore(select(plan, of), directory)
+    return restore(select(plan, of), directory, partial)
 
 
 def _exporter(form: str) -> Exporter:

@@ -40,17 +40,24 @@ def build(selection: Selection) -> Any:
     return jax.tree.map(target, selection.tree)
 
 
-def restore(selection: Selection, directory: str | os.PathLike[str]) -> Any:
+def restore(selection: Selection, directory: str | os.PathLike[str], partial: bool) -> Any:
     """The selected arrays, read from the checkpoint in a directory to where the plan wants them.
 
-    Every process of the mesh calls it. Raises CheckpointError, naming the paths, where leaves are missing, too many, or of
-    another shape or dtype, before anything is read; and where the directory holds no checkpoint.
+    Every process of the mesh calls it. `partial`: what the checkpoint holds beside them stays unread. Raises CheckpointError,
+    naming the paths, where leaves are missing, too many (unless partial), or of another shape or dtype, before anything is read;
+    and where the directory holds no checkpoint.
     """
     orbax, target = library("orbax.checkpoint", "orbax-checkpoint"), build(selection)
     path = Path(directory).absolute()
     with orbax.StandardCheckpointer() as checkpointer:
-        check(orbax, path, _saved_tree(checkpointer, path), target)
-        return checkpointer.restore(path, target)
+        check(orbax, path, _saved_tree(checkpointer, path), target, partial)
+        if not partial:
+            return checkpointer.restore(path, target)
+    wanted = orbax.checkpoint_utils.construct_restore_args(target)
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(
+            path, args=orbax.args.PyTreeRestore(item=target, restore_args=wanted, partial_restore=True)
+        )
 
 
 def _saved_tree(checkpointer: Any, path: Path) -> Any:
@@ -66,13 +73,13 @@ def _saved_tree(checkpointer: Any, path: Path) -> Any:
     return tree
 
 
-def check(orbax: Any, path: Path, saved: Any, target: Any) -> None:
-    """Raise CheckpointError unless a checkpoint's leaves are the target's."""
+def check(orbax: Any, path: Path, saved: Any, target: Any, partial: bool = False) -> None:
+    """Raise CheckpointError unless a checkpoint's leaves are the target's, or have them among others (`partial`)."""
     have = {_name(key): leaf for key, leaf in orbax.tree.to_flat_dict(saved).items() if hasattr(leaf, "dtype")}
     want = {_name(key): leaf for key, leaf in orbax.tree.to_flat_dict(target).items()}
     told = []
     missing = [f"{name} ({_kind(leaf)})" for name, leaf in want.items() if name not in have]
-    extra = [f"{name} ({_kind(leaf)})" for name, leaf in have.items() if name not in want]
+    extra = [f"{name} ({_kind(leaf)})" for name, leaf in have.items() if name not in want and not partial]
     other = [
         f"{name} is {_kind(have[name])}, planned {_kind(leaf)}"
         for name, leaf in want.items()
@@ -86,8 +93,18 @@ def check(orbax: Any, path: Path, saved: Any, target: Any) -> None:
         raise CheckpointError(
             f"the checkpoint {path} does not hold what was planned for, and nothing was read:\n"
             + "\n".join(told)
-            + "\nSelect what it holds with of=, plan for its shapes, or restore by hand into plan.export('orbax')"
+            + f"\n{_remedy(set(have), set(want), bool(other))}"
         )
+
+
+def _remedy(have: set[str], want: set[str], other: bool) -> str:
+    """What to do about a checkpoint that holds something else."""
+    if not other and want <= have:
+        return "Restore with partial=True, which leaves unread what is not asked for, or select all that it holds with of="
+    heads = [head for head in sorted({name.partition("/")[0] for name in have}) if all(f"{head}/{name}" in have for name in want)]
+    if heads:
+        return f"It holds this under {heads[0]!r}: select with of={{{heads[0]!r}: ...}}, and partial=True where it holds more"
+    return "Select what it holds with of=, plan for its shapes, or restore by hand into plan.export('orbax')"
 
 
 def _differ(saved: Any, wanted: Any) -> bool:

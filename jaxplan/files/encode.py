@@ -149,6 +149,8 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         dialect["tile"] = list(machine.tile)
     if machine.near_bytes:
         dialect["near_bytes"] = _number(machine.near_bytes)
+    if machine.sends_rounded is not None:
+        dialect["sends_rounded"] = machine.sends_rounded
     return {
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),

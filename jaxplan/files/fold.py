@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxplan.files.nouns import PlanFileError
+from jaxplan.paths import words_and_indices
 
 MOST_PATHS = 1_000_000
 """More inputs or outputs than any program has: a file that unfolds to more is refused before it is unfolded."""
 LONGEST_PERIOD = 1024
-_RANGES = re.compile(r"\{([0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*)\}")
+_BRACES = re.compile(r"\{\{|\}\}|\{([0-9]{1,9}(?:-[0-9]{1,9})?(?:,[0-9]{1,9}(?:-[0-9]{1,9})?)*)\}")
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -36,20 +37,32 @@ def unique_paths(paths: Sequence[str]) -> list[str]:
 
 
 def fold_paths(leaves: Mapping[str, Value]) -> dict[str, Value]:
-    """{"layers/{0-11}/w": leaf} of {"layers/0/w": leaf, ...}. Paths fold where their leaves are equal and their indices make a
-    full product of sets; a literal brace is doubled."""
-    groups: dict[tuple[str, Value], list[tuple[int, ...]]] = {}
+    """{"layers/{0-11}/w": leaf} of {"layers/0/w": leaf, ...}. Paths whose leaves are equal fold into as few products of sets of
+    indices as that goes from the front; a literal brace is doubled."""
+    groups: dict[tuple[tuple[str, ...], Value], list[tuple[int, ...]]] = {}
     for path, leaf in leaves.items():
-        stem, indices = _stem(path)
-        groups.setdefault((stem, leaf), []).append(indices)
+        words, indices = words_and_indices(path)
+        groups.setdefault((words, leaf), []).append(indices)
     found: dict[str, Value] = {}
-    for (stem, leaf), rows in groups.items():
-        columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
-        if math.prod(map(len, columns)) == len(rows):
-            found[_filled(stem, [_ranges(column) for column in columns])] = leaf
-        else:
-            found.update((_filled(stem, list(map(str, row))), leaf) for row in rows)
+    for (words, leaf), rows in groups.items():
+        for columns in _products(rows):
+            texts = [str(*column) if len(column) == 1 else f"{{{_ranges(column)}}}" for column in columns]
+            literal = [word.replace("{", "{{").replace("}", "}}") for word in words]
+            found["".join([word + text for word, text in zip(literal, [*texts, ""], strict=True)])] = leaf
     return found
+
+
+def _products(rows: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """Rows of numbers, each once, as products of sets: (0, 0) (0, 1) (1, 0) (1, 1) (2, 0) -> {0, 1} x {0, 1} and {2} x {0}."""
+    if not rows[0]:
+        return [()]
+    after: dict[int, list[tuple[int, ...]]] = {}
+    for first, *rest in rows:
+        after.setdefault(first, []).append(tuple(rest))
+    firsts: dict[tuple[tuple[tuple[int, ...], ...], ...], list[int]] = {}
+    for first, rest in after.items():
+        firsts.setdefault(tuple(_products(rest)), []).append(first)
+    return [(tuple(sorted(mine)), *product) for products, mine in firsts.items() for product in products]
 
 
 def unfold_paths(folded: Mapping[str, Value]) -> dict[str, Value]:
@@ -76,28 +89,6 @@ def path_ranges(key: str) -> list[tuple[str, list[int] | None]]:
     return list(zip(texts[::2], [*indices, None], strict=True))
 
 
-def _stem(path: str) -> tuple[str, tuple[int, ...]]:
-    """layers/3/w -> ("layers/{}/w", (3,)), literal braces doubled."""
-    words, indices = [], []
-    for word in path.split("/"):
-        if word.isascii() and word.isdigit() and len(word) < 10 and str(int(word)) == word:
-            words.append("{}")
-            indices.append(int(word))
-        else:
-            words.append(word.replace("{", "{{").replace("}", "}}"))
-    return "/".join(words), tuple(indices)
-
-
-def _filled(stem: str, texts: list[str]) -> str:
-    """A stem with its indices put back; a single index needs no braces."""
-    words, texts = stem.split("/"), texts[::-1]
-    for place, word in enumerate(words):
-        if word == "{}":
-            text = texts.pop()
-            words[place] = text if text.isdigit() else f"{{{text}}}"
-    return "/".join(words)
-
-
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
     runs: list[list[int]] = []
@@ -110,15 +101,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _parts(key: str) -> list[str]:
-    """Texts and ranges by turns; a range is a whole word of the path."""
+    """Texts and ranges by turns."""
     texts: list[str] = [""]
-    for number, word in enumerate(key.split("/")):
-        texts[-1] += "/" if number else ""
-        ranged = _RANGES.fullmatch(word)
-        if ranged:
-            texts += [ranged[1], ""]
+    done = 0
+    for brace in _BRACES.finditer(key):
+        texts[-1] += key[done : brace.start()]
+        done = brace.end()
+        if brace[1]:
+            texts += [brace[1], ""]
         else:
-            texts[-1] += word.replace("{{", "{").replace("}}", "}")
+            texts[-1] += brace[0][0]
+    texts[-1] += key[done:]
     return texts
 
 

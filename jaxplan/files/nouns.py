@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from jaxplan.machine import Machine
 
-VERSION = 1
-"""Of the format. A file of a later version is refused by name; a change that older readers would misread takes a new number."""
+VERSION = 2
+"""Of the format. A file of a later version is refused by name; a change that older readers would misread takes a new number.
+2: numbers inside of names fold too, "Block_{0-11}/kernel"; read as 1 is."""
 
 Entries = tuple[str | tuple[str, ...] | None, ...]
 """A PartitionSpec written down: per dimension None, an axis, or several axes, major to minor."""

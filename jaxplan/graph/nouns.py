@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from jaxplan.rules import Rule
+
+Value = TypeVar("Value")
 
 Path = tuple[Any, ...]
 """Where an equation stands: equation indices from the outermost jaxpr inwards, and "branch"/"in"/"out" marks."""
@@ -136,7 +138,8 @@ class Cluster(NamedTuple):
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
-    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
+    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls. `memo`:
+    see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -146,3 +149,14 @@ class Graph:
     outputs: tuple[int, ...]
     ties: tuple[tuple[int, int], ...]
     calls: Mapping[Path, tuple[int, ...]]
+    memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict, init=False, repr=False)
+
+    def remembered(self, what: str, key: Hashable, make: Callable[[], Value], most: int = 8) -> Value:
+        """What `make` gives, worked out once. `key`: all that it depends on but for the graph; of one kind (`what`) the latest
+        `most` are kept, as long as the graph is."""
+        known = self.memo.setdefault(what, {})
+        if key not in known:
+            if len(known) >= most:
+                del known[next(iter(known))]
+            known[key] = make()
+        return known[key]

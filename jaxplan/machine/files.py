@@ -78,6 +78,7 @@ def load_machine(path: str | Path) -> Machine:
             {k: reader.word(v, f"matmul_reads.{k}") for k, v in reader.of(found, "matmul_reads", dict, {}).items()},
             reader.tile(found.get("tile")),
             reader.number(found.get("near_bytes", 0.0), "near_bytes"),
+            reader.flag(found.get("sends_rounded"), "sends_rounded"),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -103,6 +104,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "matmul_reads": dict(machine.matmul_reads),
         "tile": machine.tile and list(machine.tile),
         "near_bytes": machine.near_bytes,
+        "sends_rounded": machine.sends_rounded,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 
@@ -127,6 +129,11 @@ class _Reader:
     def word(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise ValueError(f"{self.path}: {name!r} should be a word, found {value!r:.60}")
+        return value
+
+    def flag(self, value: Any, name: str) -> bool | None:
+        if value not in (None, True, False):
+            raise ValueError(f"{self.path}: {name!r} should be true, false or null, found {value!r:.60}")
         return value
 
     def tile(self, value: Any) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,33 @@ from jaxplan.machine.presets import DEFAULT, KINDS, PRESETS
 
 
 def machine(which: str | Machine | None, mesh: Any = None) -> Machine:
-    """A `Machine` as it is, one by name, or None: from the mesh's devices.
+    """A `Machine` as it is, one by name, or None: from the mesh's devices. Where CPU devices stand for it,
+    what is sent is what these send.
 
     A name is a preset's, or that of a file in the user's configuration folder (what `jaxplan calibrate --name` writes); a path
     ending in ".json" is a machine file anywhere. An `AbstractMesh`, or a device of unknown kind on a platform other than CPU, is
     taken for `DEFAULT`. Raises ValueError for an unknown name, listing the names, and for a file that is no machine.
     """
-    if isinstance(which, Machine):
-        return which
-    if isinstance(which, str):
-        return _by_name(which)
-    if which is not None:
+    kind, platform = _device(mesh)
+    if which is None:
+        return _by_device(kind, platform)
+    if not isinstance(which, (Machine, str)):
         raise TypeError(f"machine must be a jaxplan.Machine, a preset's name or None, got {type(which).__name__}")
+    found = _by_name(which) if isinstance(which, str) else which
+    whole = platform == "cpu" and found.matmul_reads and found.sends_rounded is None
+    return replace(found, sends_rounded=False) if whole else found  # what compiles for CPU devices rounds nothing
+
+
+def _device(mesh: Any) -> tuple[str, str]:
+    """Kind and platform of a mesh's devices; "" each where it has none."""
     try:
         device = mesh.devices.flat[0]
     except (AttributeError, ValueError, RuntimeError):
-        return PRESETS[DEFAULT]
-    kind, platform = str(getattr(device, "device_kind", "")), str(getattr(device, "platform", ""))
+        return "", ""
+    return str(getattr(device, "device_kind", "")), str(getattr(device, "platform", ""))
+
+
+def _by_device(kind: str, platform: str) -> Machine:
     for text in sorted(KINDS, key=len, reverse=True):
         if text in kind:
             return PRESETS[KINDS[text]]

@@ -8,7 +8,7 @@ mesh axis, both directions of a torus axis together (a bidirectional ring uses b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Link:
-    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep."""
+    """One kind of connection. `seconds_per_byte`: per byte sent per device; `latency_seconds`: per superstep;
+    `source`: where these numbers are from."""
 
     seconds_per_byte: float
     latency_seconds: float
@@ -35,7 +36,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device and its links.
+    """A kind of device and its links. `name`: as plans print it.
 
     `seconds_per_flop`: by dtype name ("bfloat16", "float32", ...); a dtype without an entry runs at float32's rate.
     `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
@@ -44,7 +45,8 @@ class Machine:
     and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
     precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two
     dimensions of arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: of the chip's own memory,
-    what the compiler keeps short-lived values in, which then take none of `memory_bytes`.
+    what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `sends_rounded`: what products read
+    rounded is rounded before it is sent; None: it is, unless a mesh of CPU devices stands for the machine, which send it whole.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Machine:
     matmul_reads: Mapping[str, str] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
     near_bytes: float = 0.0
+    sends_rounded: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))
@@ -82,6 +85,12 @@ class Machine:
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.seconds_per_flop.items()), self.seconds_per_byte, self.memory_bytes))
+
+    @property
+    def local(self) -> tuple[Hashable, ...]:
+        """All of it but speeds of links, name and memory: equal for machines that differ by name, memory and links only."""
+        rates, reads = tuple(self.seconds_per_flop.items()), tuple(self.matmul_reads.items())
+        return rates, self.seconds_per_byte, self.materialises, reads, self.tile, self.near_bytes, self.sends_rounded is False
 
     def flop_seconds(self, dtype: str) -> float:
         """Seconds of one floating-point operation in a dtype."""

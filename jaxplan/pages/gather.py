@@ -14,7 +14,8 @@ from jaxplan.ledger import ledger
 from jaxplan.machine import axis_links
 from jaxplan.pages.collapse import collapse, lanes
 from jaxplan.pages.nouns import AxisView, Block, Dim, ExchangeView, InputView, LineView, Picture, StepView
-from jaxplan.plan import Plan, PlannedExchange, without_indices
+from jaxplan.paths import alike, starred
+from jaxplan.plan import Plan, PlannedExchange
 from jaxplan.reasons import charges
 from jaxplan.report import axis_roles
 
@@ -60,16 +61,16 @@ def _dims(plan: Plan, tensor: int) -> tuple[Dim, ...]:
 
 def inputs_of(plan: Plan) -> tuple[InputView, ...]:
     """The inputs of a plan; those that differ by a layer's number only, together."""
-    found: dict[tuple, InputView] = {}
-    for position, (path, aval) in enumerate(zip(plan.traced.in_paths, plan.traced.in_avals, strict=True)):
-        kind, dims = f"{aval.dtype}[{','.join(map(str, aval.shape))}]", _dims(plan, plan.modelled.graph.inputs[position])
-        key = (without_indices(path), kind, dims)
-        before = found.get(key)
-        if before is None:
-            found[key] = InputView(path, kind, dims, 1, plan.input_bytes(position))
-        else:
-            found[key] = replace(before, path=without_indices(path), count=before.count + 1)
-    return tuple(found.values())
+    found: dict[tuple, list[int]] = {}
+    kinds = [f"{aval.dtype}[{','.join(map(str, aval.shape))}]" for aval in plan.traced.in_avals]
+    dims = [_dims(plan, tensor) for tensor in plan.modelled.graph.inputs]
+    for position, path in enumerate(plan.traced.in_paths):
+        found.setdefault((alike(path), kinds[position], dims[position]), []).append(position)
+    views = []
+    for group in found.values():
+        name, first = starred([plan.traced.in_paths[i] for i in group]), group[0]
+        views.append(InputView(name, kinds[first], dims[first], len(group), plan.input_bytes(first)))
+    return tuple(views)
 
 
 def _seconds(plan: Plan, exchange: PlannedExchange) -> float:
@@ -221,6 +222,6 @@ def _moves(plan: Plan, stands: Mapping[int, int]) -> dict[int, tuple[ExchangeVie
         if steps:
             reader = stands.get(reading.reader, reading.reader)
             operator = graph.clusters[reader].members[-1]
-            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.share)]
+            views = [_view(plan, e) for e in plan.moved(steps, reading.tensor, operator, reading.times, reading.sent)]
             found.setdefault(reader, []).extend(views)
     return {index: merged(views) for index, views in found.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxplan import _jax
 from jaxplan.pipeline.execute import (
     BodyOf,
     Hold,
+    Read,
     Stage,
     at,
     blank,
@@ -26,7 +28,7 @@ from jaxplan.pipeline.execute import (
     everywhere,
     from_stage,
     keep,
-    of_row,
+    layer_of,
     parts,
     where,
 )
@@ -153,11 +155,11 @@ class _Loop:
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
-        def forward(row: Any, arrived: Sequence[Any]) -> Any:
-            start = ahead.start(ahead.entering(carries, row), arrived)
-            xs = of_row(given["xs"], ahead.chain.xs, row)
-            after, ys = ahead.layers(self.ahead.body_of, row, given["consts"], ahead.carried(start, zeros_ahead), xs)
-            return (*ahead.parted(ahead.held("carry", range(len(after)), after)), list(ys))
+        def forward(row: Any, arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
+            start = ahead.carried(ahead.start(ahead.entering(carries, row), arrived), zeros_ahead)
+            reads, slots = ahead.reads(given["xs"], row), [row % self._ring(k) for k in range(len(stores))]
+            after, stores = ahead.layers(self.ahead.body_of, row, given["consts"], start, reads, stores, slots, True)
+            return (*ahead.parted(ahead.held("carry", range(len(after)), after)), stores)
 
         def between(row: Any, out: Sequence[Any]) -> Any:
             moving = iter(out)
@@ -171,30 +173,29 @@ class _Loop:
             ]
             return starts, [values[v] for v in self.leaving]
 
-        def backward(row: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
-            start = where(back.position == 0, starts, arrived)
-            xs = [
-                self._residual(stores[source], row, role, source) if source is not None else of_row([v], [role], row)[0]
+        def backward(row: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any], ys: Sequence[Any]) -> Any:
+            start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
+            reads = [
+                self._residual(stores[source], row, role, source) if source is not None else partial(layer_of, v, role, row)
                 for v, role, source in zip(given["back xs"], back.chain.xs, self.sources, strict=True)
             ]
-            after, ys = back.layers(self.back.body_of, row, given["back consts"], back.carried(start, zeros_back), xs)
-            return (*back.parted(back.held("carry", range(len(after)), after)), list(ys))
+            slots = [row] * len(ys)
+            after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, slots, True)
+            return (*back.parted(back.held("carry", range(len(after)), after)), ys)
 
         def tick(state: Any, t: Any) -> Any:
             arrived, returned, left, totals, finals, added, stores, ys = state
             row, valid = ahead.microbatch(t)
-            out, more, made = when(valid, forward, row, arrived)
+            out, more, stores = when_kept(valid, forward, row, arrived, stores)
             totals = [keep(v, a, TOTAL, row, valid) for v, a in zip(totals, more, strict=True)]
-            stores = [self._store(k, v, s, row, valid, ahead) for k, (s, v) in enumerate(zip(stores, made, strict=True))]
             turning = valid & last
             starts, values = when(turning, between, row, out)
             left = [keep(s, v, self.fused.roles[var], row, turning) for s, v, var in zip(left, values, self.leaving, strict=True)]
             row, valid = back.microbatch(t, self.k - 1)
-            home, more, made = when(valid, backward, row, starts, returned, stores)
+            home, more, ys = when_kept(valid, backward, row, starts, returned, stores, ys)
             added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
             roles = [back.chain.carries[k] for k in back.chain.circulating]
             finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
-            ys = back.held("out", range(len(ys)), back.kept(ys, made, row, valid))
             arrived = ahead.held("carry", ahead.chain.circulating, ahead.handed_on(out))
             returned = back.held("carry", back.chain.circulating, back.handed_on(home))
             return (arrived, returned, left, totals, finals, added, stores, ys), None
@@ -243,21 +244,26 @@ class _Loop:
         full = stage.stores(self.slots), stage.stores(self.m)
         return [full[self._ring(k) == self.m][k] for k in range(len(full[0]))]
 
-    def _store(self, number: int, value: Any, store: Any, row: Any, valid: Any, stage: Stage) -> Any:
-        role = stage.chain.ys[number]
-        return stage.hold("out", number, keep(store, value, role, row % self._ring(number), valid))
-
-    def _residual(self, store: Any, row: Any, role: Role, number: int) -> Any:
-        """A micro-batch's residual; of one that is the same for all, its rows."""
+    def _residual(self, store: Any, row: Any, role: Role, number: int) -> Read:
+        """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows."""
         if self.ahead.chain.ys[number].kind is Kind.CUT:
-            return at(store, row % self._ring(number))
-        return take_rows(store, role._replace(dim=role.dim + 1), row, self.m) if role.kind is Kind.CUT else store
+            return partial(layer_of, store, role, row % self._ring(number))
+        if role.kind is Kind.CUT:
+            return lambda layer: take_rows(at(store, layer), role, row, self.m)
+        return partial(at, store)
 
 
 def when(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
     """A function's results, or zeros where it is not to run."""
     shapes = jax.eval_shape(function, *operands)
     return jax.lax.cond(condition, function, lambda *_: blanks(shapes), *operands)
+
+
+def when_kept(condition: Any, function: Callable[..., Any], *operands: Any) -> Any:
+    """The same for a function that changes stores: its last operand and its last result, which stay as they are where it is not
+    to run."""
+    shapes = jax.eval_shape(function, *operands)
+    return jax.lax.cond(condition, function, lambda *given: (*blanks(shapes[:-1]), given[-1]), *operands)
 
 
 def blanks(shapes: Any) -> Any:

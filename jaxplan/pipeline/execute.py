@@ -7,6 +7,7 @@ before the first and after the last (the bubble) reaches nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from jaxplan.pipeline.staged import enter_stacked, join_rows, leave_stacked, onc
 Body = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 BodyOf = Callable[[Any, Sequence[Any]], Body]
 """(number of the micro-batch, constants) -> the body of the scan for it: (carries, xs of a layer) -> (carries, ys)."""
+Read = Callable[[Any], Any]
+"""The number of a layer on its stage -> what it reads."""
 Hold = Callable[[str, int, Any], Any]
 """("carry", "in" or "out", number, value) -> the value in the layout that the plan has for that carry, operand or stacked
 result of a layer, whatever dimensions come before it. So are buffers held, where the compiler would be free to lay them
@@ -57,20 +60,33 @@ class Stage:
         """The first stage takes what enters, all others what has arrived from the stage before."""
         return where(self.position == 0, entering, arrived)
 
-    def layers(self, body_of: BodyOf, row: Any, consts: Sequence[Any], carried: Sequence[Any], xs: Sequence[Any]) -> Any:
-        """This stage's layers on one micro-batch: (carries, ys of its layers). `xs`: this micro-batch's."""
+    def layers(
+        self, body_of: BodyOf, row: Any, consts: Sequence[Any], carried: Sequence[Any], reads: Sequence[Read],
+        stores: Sequence[Any], slots: Sequence[Any], valid: Any,
+    ) -> tuple[tuple[Any, ...], list[Any]]:  # fmt: skip
+        """This stage's layers on one micro-batch: (carries, stores). `reads`: of each value stacked over layers, what a layer
+        has of it; `slots`: where each store keeps the micro-batch. Every layer puts into the stores what is its own, so that
+        nothing of a micro-batch is ever there twice."""
         chain = self.chain
         body = body_of(row, of_row(consts, chain.consts, row))
+        numbers = range(len(stores))
 
-        def layer(carry: tuple[Any, ...], given: tuple[Any, tuple[Any, ...]]) -> Any:
-            number, x = given
-            after, ys = body(carry, x)
+        def layer(state: tuple[tuple[Any, ...], list[Any]], number: Any) -> Any:
+            carry, held = state
+            after, ys = body(carry, tuple([read(number) for read in reads]))
             if min(chain.layers) < self.longest:  # a layer that only fills the stage up hands on what it was given
                 after = tuple(where(number < self.count, after, carry))
-            return after, ys
+            held = [keep(s, y, r, k, valid, number) for s, y, r, k in zip(held, ys, chain.ys, slots, strict=True)]
+            return (tuple(after), self.held("out", numbers, held)), None
 
-        given = (jnp.arange(self.longest, dtype=jnp.int32), tuple(xs))
-        return jax.lax.scan(layer, tuple(carried), given, length=self.longest, reverse=chain.reverse, unroll=self.unroll)
+        order = jnp.arange(self.longest, dtype=jnp.int32)
+        start = (tuple(carried), list(stores))
+        state, _ = jax.lax.scan(layer, start, order, reverse=chain.reverse, unroll=self.unroll)
+        return state
+
+    def reads(self, xs: Sequence[Any], row: Any) -> list[Read]:
+        """What each layer of this stage reads of what is stacked over layers, for one micro-batch."""
+        return [functools.partial(layer_of, x, role, row) for x, role in zip(xs, self.chain.xs, strict=True)]
 
     def carried(self, circulating: Sequence[Any], totals: Sequence[Any]) -> list[Any]:
         """All carries in order."""
@@ -100,11 +116,6 @@ class Stage:
         """Values in the layouts that the plan has for them."""
         return [self.hold(what, k, v) for k, v in zip(numbers, values, strict=True)]
 
-    def kept(self, stores: Sequence[Any], ys: Sequence[Any], slot: Any, valid: Any) -> list[Any]:
-        """The stores after one micro-batch."""
-        return [keep(s, y, role, slot, valid) for s, y, role in zip(stores, ys, self.chain.ys, strict=True)]
-
-
 def at(value: Any, row: Any) -> Any:
     """One micro-batch of several."""
     return jax.lax.dynamic_index_in_dim(value, row, 0, keepdims=False)
@@ -128,13 +139,37 @@ def is_short(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
 
 
-def keep(store: Any, value: Any, role: Role, slot: Any, valid: Any) -> Any:
-    """A store after one more micro-batch, of which nothing is kept if it is not `valid`."""
-    if role.kind is Kind.CUT:
-        return jax.lax.dynamic_update_index_in_dim(store, jnp.where(valid, value, at(store, slot)), slot, 0)
-    if role.kind is Kind.SAME:
-        return jnp.where(valid, value, store)
-    return store + jnp.where(valid, value, jnp.zeros_like(value)).astype(store.dtype)
+def keep(store: Any, value: Any, role: Role, slot: Any, valid: Any, layer: Any = None) -> Any:
+    """A store after one more micro-batch, of which nothing is kept if it is not `valid`. `layer`: of the stage, where the value
+    is that of one layer and the store has those of all."""
+    start = ([slot] if role.kind is Kind.CUT else []) + ([] if layer is None else [layer])
+    old = _part(store, start)
+    if role.kind in (Kind.SUM, Kind.TOTAL):
+        new = old + jnp.where(valid, value, jnp.zeros_like(value)).astype(store.dtype)
+    else:
+        new = jnp.where(valid, value, old)
+    if not start:
+        return new
+    new = jax.lax.expand_dims(new, range(len(start)))
+    return jax.lax.dynamic_update_slice(store, new, _corner(store, start))
+
+
+def layer_of(stacked: Any, role: Role, row: Any, layer: Any) -> Any:
+    """What a layer has of a stacked value; of one that is kept by micro-batch, that micro-batch's."""
+    return _part(stacked, [row, layer] if role.kind is Kind.CUT else [layer])
+
+
+def _part(value: Any, start: Sequence[Any]) -> Any:
+    """The part of a value at the given places of its first dimensions."""
+    if not start:
+        return value
+    rest = value.shape[len(start) :]
+    found = jax.lax.dynamic_slice(value, _corner(value, start), (*[1] * len(start), *rest))
+    return jax.lax.squeeze(found, range(len(start)))
+
+
+def _corner(value: Any, start: Sequence[Any]) -> list[Any]:
+    return [*start, *[jnp.int32(0)] * (value.ndim - len(start))]
 
 
 def from_stage(value: Any, holds: Any, axis: str) -> Any:
@@ -181,13 +216,14 @@ def run_chain(
             start = stage.start(stage.entering(carries, row), arrived)
             # what a stage adds up starts at zero for every micro-batch, for the bubble's is dropped
             zeros = [_jax.zeros(v.shape, dtype) for v, dtype in zip(totals, kinds, strict=True)]
-            after, ys = stage.layers(body_of, row, consts, stage.carried(start, zeros), of_row(xs, chain.xs, row))
+            carried, reads = stage.carried(start, zeros), stage.reads(xs, row)
+            after, stores = stage.layers(body_of, row, consts, carried, reads, stores, [row] * len(stores), valid)
             out, added = stage.parted(stage.held("carry", range(len(after)), after))
             last = valid & (stage.position == stage.stages - 1)
             finals = [keep(f, v, role, row, last) for f, v, role in zip(finals, out, roles, strict=True)]
             totals = [keep(v, a, total, row, valid) for v, a in zip(totals, added, strict=True)]
             finals, arrived = stage.held("carry", moves, finals), stage.held("carry", moves, stage.handed_on(out))
-            return (arrived, finals, totals, stage.held("out", range(len(ys)), stage.kept(stores, ys, row, valid))), None
+            return (arrived, finals, totals, stores), None
 
         kinds = [v.dtype for v in totals]
         totals = [blank(v.shape, v.dtype, total) for v in totals]

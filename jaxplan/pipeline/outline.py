@@ -70,8 +70,12 @@ class Outline:
 
 
 def outline(graph: Graph, numbers: Numbers, chains: Sequence[Chain]) -> Outline:
-    """Of a graph that is not cut, on a mesh."""
-    chains = tuple(chains)
+    """Of a graph that is not cut; neither the mesh nor its links matter."""
+    key = numbers.machine.local, tuple([(chain.path, chain.length, chain.rows) for chain in chains])
+    return graph.remembered("outline", key, lambda: _outline(graph, numbers, tuple(chains)))
+
+
+def _outline(graph: Graph, numbers: Numbers, chains: tuple[Chain, ...]) -> Outline:
     two = tuple([replace(chain, layers=even_layers(chain.length, 2)) for chain in chains])
     probe = stages_of(graph, Pipeline("", 2, PROBE, "gpipe", two), ("",))
     before, after = [_work(c, numbers) for c in graph.clusters], micro_numbers(numbers, probe)
@@ -130,6 +134,10 @@ class Spent:
 
 def scanned(graph: Graph) -> frozenset[int]:
     """The clusters inside of loops over something stacked."""
+    return graph.remembered("scanned", None, lambda: _scanned(graph))
+
+
+def _scanned(graph: Graph) -> frozenset[int]:
     loops = {op.path[:-2] for op in graph.operators if op.name == BOUNDARY and op.path[-2] == "in" and stacks(op)}
     if not loops:
         return frozenset()

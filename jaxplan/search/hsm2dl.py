@@ -135,8 +135,12 @@ def _sweep(
 
 def elimination_order(problem: Problem) -> list[int]:
     """The order of elimination depends on who is connected to whom only: it serves every axis."""
-    weights = option_weights(math.prod(node.options) for node in problem.nodes)
-    return min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
+    order = problem.structure.get("elimination")
+    if order is None:
+        weights = option_weights(math.prod(node.options) for node in problem.nodes)
+        order = min_fill_order(weights, [(e.tail, e.head) for e in problem.edges if e.tail != e.head and e.times])
+        problem.structure["elimination"] = order
+    return order
 
 
 def restricted(fine: Problem, choices: np.ndarray, unfold: Undo) -> np.ndarray:

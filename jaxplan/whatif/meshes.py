@@ -95,8 +95,8 @@ def _cells(candidate: Candidate) -> tuple[str, ...]:
 class MeshRanking:
     """What `best_mesh` found: `candidates`, the fastest that fits first, those that do not fit last; prints as a table.
 
-    `refused`: {mesh shape: why it could not be planned at all, a pin that cannot be honoured there, say}. `budget`: bytes per
-    device. `elapsed`: seconds that all of it took.
+    `devices`: how many. `machine`: whose numbers they are ranked by. `refused`: {mesh shape: why it could not be planned at all,
+    a pin that cannot be honoured there, say}. `budget`: bytes per device. `elapsed`: seconds that all of it took.
     """
 
     devices: int

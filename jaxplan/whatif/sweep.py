@@ -65,9 +65,12 @@ class Refused:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep` found; prints as a table. `traces`: how often the function was traced; `trace_seconds`: for that, for building
-    the graphs and for planning on one device; `plan_seconds`: of all points together; `why_traced`: why one trace was not enough
-    for the sizes, "" where it was."""
+    """What `sweep` found; prints as a table. `points`: the plans, in the order asked for; `refused`: those that could not be
+    made, and why; `machine`, `links`, `budget` (bytes per device): what they were asked with.
+
+    `traces`: how often the function was traced; `trace_seconds`: for that, for building the graphs and for planning on one
+    device; `plan_seconds`: of all points together; `why_traced`: why one trace was not enough for the sizes, "" where it was.
+    """
 
     points: tuple[Point, ...]
     refused: tuple[Refused, ...]
