@@ -422,7 +422,7 @@ class PlannedFunction:
     """A planned function, compiled on first use. Called like the original; places its arguments by itself.
 
     Errors: ValueError if the arguments' structure, shapes or static values are not those that were planned for; `DifferentPlans`
-    where the mesh spans processes that planned otherwise.
+    where the mesh spans processes that planned otherwise, TimeoutError where one of them does not come to run it (docs/apply.md).
     """
 
     def __init__(self, plan: Plan, static: dict[int | str, Any], donate: Sequence[int]) -> None:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +34,8 @@ TARGET = 0.02
 """Seconds that a timed loop should last, so that its start does not count."""
 REPEATS = 4
 LEAST_ROUNDS, MOST_ROUNDS = 8, 4096
+LIMIT = 40.0
+"""Seconds after which what is left is measured by one short loop each."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Calibration:
 
 
 def calibrate(mesh: Mesh, name: str = "measured") -> Calibration:
-    """Measure the devices of a mesh. Seconds to a minute; nothing else should run meanwhile.
+    """Measure the devices of a mesh, in under a minute but for what compiling takes; nothing else should run meanwhile.
 
     The result's machine states a link for each axis of the mesh by name; other axes get the fastest (inside as many devices as
     the mesh has) or the slowest of them. `name`: the machine's. Raises ValueError for a mesh without devices.
@@ -90,17 +91,18 @@ def calibrate(mesh: Mesh, name: str = "measured") -> Calibration:
     if not isinstance(mesh, Mesh):
         raise ValueError("calibrate measures live devices: give it a jax.sharding.Mesh, not an AbstractMesh")
     start = time.perf_counter()
+    end = start + LIMIT
     device = mesh.devices.flat[0]
     taken = find_machine(None, mesh)
     samples: list[Sample] = []
     rates: dict[str, float] = {}
     for dtype in DTYPES:
-        (rates[dtype],) = _fit(f"r {dtype}", [_product(dtype, side, device) for side in SIDES], samples)
-    (per_byte,) = _fit("m", [_pass(count, device) for count in PASSES], samples)
+        (rates[dtype],) = _fit(f"r {dtype}", [_product(dtype, side, device, end) for side in SIDES], samples)
+    (per_byte,) = _fit("m", [_pass(count, device, end) for count in PASSES], samples)
     links: dict[str, Link] = {}
     for axis, size in mesh.shape.items():
         if size > 1:
-            runs = [_exchange(mesh, axis, kind, count) for kind in _EXCHANGES for count in PAYLOADS]
+            runs = [_exchange(mesh, axis, kind, count, end) for kind in _EXCHANGES for count in PAYLOADS]
             g, latency = _fit(f"link {axis}", runs, samples)
             links[axis] = Link(max(g, 1e-15), latency, "measured by jaxplan calibrate")
     by_speed = sorted(links.values(), key=lambda link: link.seconds_per_byte) or [taken.inner]
@@ -131,43 +133,43 @@ def _fit(quantity: str, runs: Sequence[_Run], samples: list[Sample]) -> tuple[fl
     return coefficients
 
 
-def _seconds(step: Callable[[Any], Any], value: Any) -> float:
-    """Seconds of one step, of a loop long enough to hide its start; the fastest of a few."""
-
-    @partial(jax.jit, static_argnums=1)
-    def loop(value: Any, rounds: int) -> Any:
-        return lax.fori_loop(0, rounds, lambda _, x: step(x), value)
-
+def _seconds(step: Callable[[Any], Any], value: Any, end: float) -> float:
+    """Seconds of one step, of a loop long enough to hide its start; the fastest of a few. Past `end` (of `time.perf_counter`) a
+    short loop, once, has to do."""
+    loop = jax.jit(lambda value, rounds: lax.fori_loop(0, rounds, lambda _, x: step(x), value))  # compiled once for all rounds
     rounds = LEAST_ROUNDS
+    _timed(loop, value, rounds)
     while True:
-        once = _timed(loop, value, rounds)
-        if once >= TARGET or rounds >= MOST_ROUNDS:
+        best = _timed(loop, value, rounds)
+        if best >= TARGET or rounds >= MOST_ROUNDS or time.perf_counter() >= end:
             break
-        rounds = min(MOST_ROUNDS, max(2 * rounds, int(rounds * TARGET / max(once, 1e-7))))
-    return min(once, *[_timed(loop, value, rounds) for _ in range(REPEATS - 1)]) / rounds
+        rounds = min(MOST_ROUNDS, max(2 * rounds, int(rounds * TARGET / max(best, 1e-7))))
+    for _ in range(REPEATS - 1):
+        if time.perf_counter() < end:
+            best = min(best, _timed(loop, value, rounds))
+    return best / rounds
 
 
 def _timed(loop: Callable[..., Any], value: Any, rounds: int) -> float:
-    loop(value, rounds).block_until_ready()
     start = time.perf_counter()
     loop(value, rounds).block_until_ready()
     return time.perf_counter() - start
 
 
-def _product(dtype: str, side: int, device: Any) -> _Run:
+def _product(dtype: str, side: int, device: Any, end: float) -> _Run:
     matrix = jax.device_put(jnp.full((side, side), 1 / side, dtype), device)
-    seconds = _seconds(lambda x: x @ matrix, matrix)
+    seconds = _seconds(lambda x: x @ matrix, matrix, end)
     return _Run(f"{side} x {side} product", (2.0 * side**3,), seconds)
 
 
-def _pass(count: int, device: Any) -> _Run:
+def _pass(count: int, device: Any, end: float) -> _Run:
     """Reads and writes an array once."""
     vector = jax.device_put(jnp.ones(count, jnp.float32), device)
-    seconds = _seconds(lambda x: x * jnp.float32(0.5) + jnp.float32(1.0), vector)
+    seconds = _seconds(lambda x: x * jnp.float32(0.5) + jnp.float32(1.0), vector, end)
     return _Run(f"pass over {count} floats", (2.0 * 4 * count,), seconds)
 
 
-def _exchange(mesh: Mesh, axis: str, kind: str, count: int) -> _Run:
+def _exchange(mesh: Mesh, axis: str, kind: str, count: int, end: float) -> _Run:
     """One collective along one axis, on all others at once, as a planned program would run it."""
     size = mesh.shape[axis]
     count = -(-count // size) * size
@@ -178,7 +180,8 @@ def _exchange(mesh: Mesh, axis: str, kind: str, count: int) -> _Run:
     value = jax.device_put(jnp.ones(count * mesh.size, jnp.float32), NamedSharding(automatic, spec))
     kinds = kind.split("+")
     rounds = sum(ROUNDS[one] for one in kinds)
-    return _Run(f"{kind} of {count} floats per device", (float(sent(size, 4.0 * count)), float(rounds)), _seconds(body, value))
+    terms = float(sent(size, 4.0 * count)), float(rounds)
+    return _Run(f"{kind} of {count} floats per device", terms, _seconds(body, value, end))
 
 
 def _shift(x: Any, axis: str, size: int) -> Any:

@@ -362,7 +362,7 @@ class Plan:
 
     @property
     def cost(self) -> sympy.Expr:
-        """Time of one call as a SymPy expression in dimensions, axis sizes (n_x) and machine symbols (r, m, g_x, l_x)."""
+        """Seconds of one call, a SymPy expression in dimensions, axis sizes (n_x) and machine symbols (r, m, g_x, l_x)."""
         return self._symbolic[0]
 
     @cached_property

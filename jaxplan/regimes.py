@@ -12,6 +12,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,12 +65,14 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Regime:
-    """A range of the symbol, both ends included, in which one plan is the best that was found. `summary`: what its axes do."""
+    """A range of the symbol, both ends included, in which one plan is the best that was found. `summary`: what its axes do;
+    `seconds_at_low`: what it costs at the low end."""
 
     low: float
     high: float
     plan: Plan
     summary: str
+    seconds_at_low: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Regimes:
     def _crossing(self, crossing: Crossing) -> list[str]:
         low, high = map(_show, crossing.between)
         if not crossing.solved:
-            told = "what the mesh divides, or the search, decides; costs do not cross there"
+            told = "what the mesh divides, the links it has, or the search decides; costs do not cross there"
             return [f"    then, from {self.symbol} = {high} on: {told}", ""]
         sure = "" if crossing.verified else " (not closed in)"
         lines = [f"    until {self.symbol} = {crossing.value:.6g}, between {low} and {high}{sure}: while about"]
@@ -122,7 +125,7 @@ class Regimes:
         return {
             "symbol": self.symbol, "now": self.now, "points": self.points,
             "regimes": [
-                {"low": r.low, "high": r.high, "plan": r.summary, "seconds_at_low": _at(r.plan, self.symbol, r.low)}
+                {"low": r.low, "high": r.high, "plan": r.summary, "seconds_at_low": r.seconds_at_low}
                 for r in self.regimes
             ],
             "crossings": [
@@ -241,8 +244,21 @@ class _Candidate:
         self.values = {s: v for s, v in plan.symbol_values.items() if s in plan.cost.free_symbols}
         self.variable = next((s for s in self.values if s.name == symbol), sympy.Symbol(symbol, positive=True))
         rest = [s for s in self.values if s != self.variable]
-        numbers, whole = [self.values[s] for s in rest], sympy.lambdify([self.variable, *rest], self.cost, "math")
-        self.seconds: Callable[[float], float] = lambda value: float(whole(value, *numbers))
+        whole = sympy.lambdify([self.variable, *rest], self.cost, "math")
+
+        def seconds(value: float, links: Mapping[str, float]) -> float:
+            return float(whole(value, *[links.get(s.name, self.values[s]) for s in rest]))
+
+        self.seconds = seconds
+        """At a value of the symbol, with links as fast as there: (value, {symbol: value})."""
+
+
+def _links(plan: Plan) -> dict[str, float]:
+    """The symbols of the links of a plan's mesh: which links its axes use may depend on how many devices it has."""
+    found = {}
+    for number, axis in enumerate(plan.axis_names):
+        found[f"g_{axis}"], found[f"l_{axis}"] = plan.modelled.numbers.link(number)
+    return found
 
 
 class _Search:
@@ -250,7 +266,8 @@ class _Search:
 
     def __init__(self, line: _Line, plan: Plan) -> None:
         self.line, self.plan = line, plan
-        self.at: dict[float, float] = {}
+        self.at: dict[float, Plan] = {}
+        self._costs: dict[tuple[int, float], float] = {}
         self.candidates: list[_Candidate] = []
         self.refused: dict[float, str] = {}
 
@@ -262,14 +279,22 @@ class _Search:
         except ValueError as error:
             self.refused[value] = str(error)
             return
-        self.at[value] = found.seconds
-        if all(c.seconds(value) > found.seconds * (1 + SAME) for c in self.candidates):
+        self.at[value] = found
+        if all(self.cost(c, value) > found.seconds * (1 + SAME) for c in self.candidates):
             self.candidates.append(_Candidate(found, self.line.name))
+
+    def cost(self, candidate: _Candidate, value: float) -> float:
+        """What a candidate costs at a point that was planned; infinite where its cuts do not divide what they cut."""
+        key = id(candidate), value
+        if key not in self._costs:
+            there = self.at[value]
+            self._costs[key] = candidate.seconds(value, _links(there)) if _divides(candidate.plan, there) else math.inf
+        return self._costs[key]
 
     def kept(self) -> list[_Candidate]:
         """The candidates without which some point would be dearer by more than `WORTH`; the one missed least goes first."""
         kept = list(self.candidates)
-        costs = {id(c): np.array([c.seconds(value) for value in self.at]) for c in kept}
+        costs = {id(c): np.array([self.cost(c, value) for value in self.at]) for c in kept}
         least = np.min(list(costs.values()), axis=0)
         while len(kept) > 1:
             without = {id(c): np.max(np.min([costs[id(o)] for o in kept if o is not c], axis=0) / least) - 1 for c in kept}
@@ -290,7 +315,7 @@ class _Search:
         crossings = []
         spans = list(self._spans())
         for number, (low, high, one) in enumerate(spans):
-            regimes.append(Regime(low, high, one.plan, _summary(one.plan)))
+            regimes.append(Regime(low, high, one.plan, _summary(one.plan, self.line.name), self.cost(one, low)))
             if number + 1 < len(spans):
                 crossings.append(self._crossing(high, spans[number + 1][0], one, spans[number + 1][2]))
         return Regimes(
@@ -300,7 +325,7 @@ class _Search:
     def _spans(self) -> Iterator[tuple[float, float, _Candidate]]:
         """Runs of neighbouring points with one winner."""
         points, kept = sorted(self.at), self.kept()
-        best = [min(kept, key=lambda c, value=value: c.seconds(value)) for value in points]
+        best = [min(kept, key=lambda c, value=value: self.cost(c, value)) for value in points]
         start = points[0]
         for number, value in enumerate(points):
             if number + 1 == len(points) or best[number + 1] is not best[number]:
@@ -312,7 +337,7 @@ class _Search:
         known = len(self.at) + len(self.refused)
         spans = list(self._spans())
         for (_, low, one), (high, _, other) in itertools.pairwise(spans):
-            root = _root(one, other, low, high)
+            root = self._root(one, other, low, high)
             middle = root if root is not None else math.sqrt(low * high)
             for value in self.line.near(middle):
                 if low < value < high:
@@ -320,34 +345,55 @@ class _Search:
         return len(self.at) + len(self.refused) > known
 
     def _crossing(self, low: float, high: float, one: _Candidate, other: _Candidate) -> Crossing:
-        root = _root(one, other, low, high)
+        root = self._root(one, other, low, high)
         value = root if root is not None else math.sqrt(low * high)
         tight = self.line.near(value)
-        condition, short = _condition(one, other, value)
+        condition, short = _condition(one, other, value, _links(self.at[low]))
         verified = low >= tight[0] * (1 - SAME) and high <= tight[1] * (1 + SAME)
         return Crossing(value, (low, high), condition, short, root is not None, verified)
 
+    def _root(self, one: _Candidate, other: _Candidate, low: float, high: float) -> float | None:
+        """Where two costs are equal between two values; None if they are not, or if other links are used at the one than at the
+        other."""
+        from scipy.optimize import brentq
 
-def _root(one: _Candidate, other: _Candidate, low: float, high: float) -> float | None:
-    """Where two costs are equal between two values; None if they are not."""
-    from scipy.optimize import brentq
+        links, beyond = (_links(self.at[value]) for value in (low, high))
+        if {k: v for k, v in links.items() if k != self.line.name} != {k: v for k, v in beyond.items() if k != self.line.name}:
+            return None
 
-    def difference(value: float) -> float:
-        return one.seconds(value) - other.seconds(value)
+        def difference(value: float) -> float:
+            return one.seconds(value, links) - other.seconds(value, links)
 
-    if difference(low) == 0:
-        return low
-    if difference(low) * difference(high) > 0:
-        return None
-    found: Any = brentq(difference, low, high, xtol=1e-12 * high)
-    return float(found)
+        if difference(low) == 0:
+            return low
+        if difference(low) * difference(high) > 0:
+            return None
+        found: Any = brentq(difference, low, high, xtol=1e-12 * high)
+        return float(found)
 
 
-def _condition(one: _Candidate, other: _Candidate, value: float) -> tuple[sympy.Expr, str]:
+def _divides(plan: Plan, there: Plan) -> bool:
+    """Whether what a plan decides can be had where another one of the program was found, at other extents or on another mesh."""
+    sizes, clusters = there.modelled.numbers.sizes, there.modelled.graph.clusters
+    if len(clusters) != len(plan.modelled.graph.clusters):
+        return False
+    for index, cluster in enumerate(clusters):
+        parts = [1] * len(cluster.units)
+        for size, option in zip(sizes, plan.modelled.chosen(plan.choices, index), strict=True):
+            for factor in {option.factor, option.scatter} - {-1}:
+                parts[factor] *= size
+        if any(unit % count for unit, count in zip(cluster.units, parts, strict=True)):
+            return False
+    return True
+
+
+def _condition(
+    one: _Candidate, other: _Candidate, value: float, links: Mapping[str, float]
+) -> tuple[sympy.Expr, str]:
     """The difference of two costs, which is negative while the first is cheaper, and a short form of that as text."""
     import sympy
 
-    numbers = {**other.values, **one.values, one.variable: value}
+    numbers = {s: links.get(s.name, v) for s, v in {**other.values, **one.values}.items()} | {one.variable: value}
     difference = sympy.expand(_settled(one.cost, numbers) - _settled(other.cost, numbers))
     terms = sympy.Add.make_args(difference)
     sizes = _evaluated(terms, numbers)
@@ -375,17 +421,30 @@ def _inequality(less: sympy.Expr, more: sympy.Expr, variable: sympy.Symbol, numb
     """less < more, solved for the variable where it is linear in it, all of it being positive."""
     import sympy
 
-    left, right = sympy.fraction(sympy.cancel(less / more))
+    left, right = sympy.fraction(sympy.cancel(_rational(less) / _rational(more)))
     polynomial = sympy.Poly(left - right, variable)
     if polynomial.degree() == 1:
         slope, rest = polynomial.all_coeffs()
         rising = _evaluated([slope], numbers)[0] > 0
         limit = sympy.factor(sympy.cancel(-rest / slope))
-        if limit.could_extract_minus_sign():  # (b - a)/c, not -(a - b)/c
-            over, under = sympy.fraction(limit)
-            limit = sympy.Mul(sympy.expand(over), sympy.Pow(under, -1), evaluate=False)
-        return f"{variable} {'<' if rising else '>'} {limit}"
+        over, under = sympy.fraction(limit)
+        told = str(limit)
+        if limit.could_extract_minus_sign() and over.has(sympy.Add):  # (b - a)/c, not -(a - b)/c
+            told = f"({sympy.expand(over)})" + (f"/({under})" if under != 1 else "")
+        return f"{variable} {'<' if rising else '>'} {told}"
     return f"{sympy.factor_terms(left)} < {sympy.factor_terms(right)}"
+
+
+def _rational(expr: sympy.Expr) -> sympy.Expr:
+    """With short fractions for numbers that are not whole: it is about a size, and fractions cancel."""
+    import sympy
+
+    def short(number: float) -> Any:
+        near = Fraction(number).limit_denominator(12)
+        return sympy.Rational(near if math.isclose(near, number, rel_tol=0.01) else Fraction(f"{number:.3g}"))
+
+    found: Any = expr.xreplace({number: short(float(number)) for number in expr.atoms(sympy.Float)})
+    return found
 
 
 def _evaluated(terms: Sequence[Any], numbers: Mapping[Any, float]) -> list[float]:
@@ -409,15 +468,12 @@ def _settled(cost: sympy.Expr, numbers: Mapping[Any, float]) -> sympy.Expr:
     return settle(cost)
 
 
-def _summary(plan: Plan) -> str:
-    """What each axis does, in a line."""
+def _summary(plan: Plan, symbol: str) -> str:
+    """What each axis does, in a line. `symbol`: what varies."""
     parts = []
     for number, (axis, size) in enumerate(plan.axis_sizes.items()):
         roles = axis_roles(plan, number)
-        parts.append(f"{axis} ({size}): {', '.join(roles) if roles else 'left alone'}")
+        many = symbol if symbol == f"n_{axis}" else size
+        parts.append(f"{axis} ({many}): {', '.join(roles) if roles else 'left alone'}")
     return "; ".join(parts)
-
-
-def _at(plan: Plan, symbol: str, value: float) -> float:
-    return float(_Candidate(plan, symbol).seconds(value))
 

@@ -32,7 +32,7 @@ def busy_machine() -> Machine:
     v5e = PRESETS["v5e"]
     slow = {dtype: 1e3 * seconds for dtype, seconds in v5e.seconds_per_flop.items()}
     inner, outer = (replace(link, latency_seconds=0.0) for link in (v5e.inner, v5e.outer))
-    kept = {"materialises": True, "matmul_reads": {}, "tile": None, "near_bytes": 0.0}
+    kept = {"materialises": True, "matmul_reads": {}, "tile": None, "near_bytes": 0.0, "in_order": False}
     return replace(v5e, name="busy", seconds_per_flop=slow, inner=inner, outer=outer, **kept)
 
 

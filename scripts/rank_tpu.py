@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 import jaxplan
 from jaxplan.compare import sent_by_axis
-from jaxplan.examples import Program, decode, mixture, mlp
+from jaxplan.examples import Program, conjugate_gradient, decode, mixture, mlp, stencil
 from jaxplan.machine import PRESETS, axis_links
 
 CLOCK = 1.5e9
@@ -51,10 +51,14 @@ def programs() -> list[tuple[Program, Sequence[Mapping[str, Any]]]]:
     network = mlp.mlp_sgd(mlp.MLPConfig(widths=(1024, 4096, 4096, 1024), batch=4096))
     experts = mixture.moe(replace(mixture.FULL, width=512, expert_width=1024, batch=32))
     token = decode.decode_kv(decode.FULL)
+    solver = conjugate_gradient.conjugate_gradient(conjugate_gradient.FULL)
+    grid = stencil.stencil(stencil.FULL)
     return [
         (network, ({}, {"x": P("x"), "params/1/w": P(None, "y")}, {"x": P(), "params/1/w": P("x", "y")})),
         (experts, ({}, {"x": P(("x", "y"))}, {"x": P("x"), "params/w_up": P("y")})),
         (token, ({}, {"cache/k": P(None, "x"), "cache/v": P(None, "x")}, {"cache/k": P(), "cache/v": P()})),
+        (solver, ({}, {"matrix": P("x", "y")}, {"matrix": P("x"), "b": P("x")})),
+        (grid, ({}, {"u": P("x"), "f": P("x")}, {"u": P("x", "y"), "f": P("x", "y")})),
     ]
 
 
@@ -80,9 +84,10 @@ def ranked(sizes: tuple[int, ...], topology: str) -> Iterator[Ranked]:
                 program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=program.donate or None,
                 memory_budget=math.inf, pins=dict(pins) or None,
             )  # fmt: skip
-            if plan.choices.tobytes() in seen:
+            made = repr((sorted(plan.layouts.items()), plan.in_specs, plan.out_specs))
+            if made in seen:
                 continue
-            seen.add(plan.choices.tobytes())
+            seen.add(made)
             told = ", ".join(f"{path}: {tuple(spec)}" for path, spec in pins.items()) or "none"
             yield Ranked(program.name, told, plan.seconds, compiled_seconds(plan, topology))
 

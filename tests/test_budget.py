@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.examples import programs
+from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.machine import PRESETS
 
 MESH = AbstractMesh((4, 2), ("x", "y"))
@@ -100,6 +101,24 @@ def test_a_squeezed_plan_computes_the_same():
 def test_a_plan_that_fits_without_a_budget_is_that_plan():
     free = jaxplan.make_plan(train_step, *train_args(1024), mesh=MESH, memory_budget=math.inf)
     assert free.replan(memory_budget=free.peak_bytes).in_specs == free.in_specs
+
+
+def test_what_a_loop_uses_in_parts_lies_in_parts_where_that_costs_nothing():
+    """Stacked weights of which every device multiplies by its own part only: there is no plan as fast that holds less."""
+    program = programs("full")["decode_kv"]
+    mesh, donate = AbstractMesh((4, 4), ("x", "y")), program.donate
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v5e", donate_argnums=donate)
+    assert len(plan.in_specs[0]["blocks"]["w_up"]) == 3, "the width is split, and not in the loop alone"
+    assert plan.replan(memory_budget=0.95 * plan.peak_bytes).seconds > plan.seconds
+
+
+def test_a_loop_sees_a_constant_where_it_lies_if_taking_a_part_of_it_saves_nothing():
+    """Else the compiler takes the part before the loop and keeps both."""
+    program = programs("full")["conjugate_gradient"]
+    plan = jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh((4, 4), ("x", "y")), machine="v5e")
+    matrix = plan.modelled.graph.inputs[0]
+    (inside,) = [op.results[0] for op in plan.modelled.graph.operators if op.name == BOUNDARY and matrix in op.operands]
+    assert plan.in_specs[0] == P("x") and plan.layouts[inside] == plan.layouts[matrix]
 
 
 def test_where_nothing_fits_the_error_says_what_takes_it_and_what_would_help():

@@ -337,6 +337,13 @@ def test_check_passes_what_is_as_before(saved, capsys):
     assert shown.startswith("ok: modelled step") and "at most +2.00% is allowed" in shown and "the plans are the same" in shown
 
 
+def test_check_refuses_another_function_unless_it_is_called_alike(saved, capsys):
+    assert cli.main(["check", "plan.json", "usermodel:trace", "--spec", "f32[8,8]", "-o", "new.json"]) == 2
+    shown = capsys.readouterr()
+    assert "plan.json is a plan of 'step', whose inputs are others than those of 'trace'" in shown.err and shown.out == ""
+    assert not Path("new.json").exists()
+
+
 def test_check_fails_what_got_costlier(saved, capsys):
     line = ["check", "plan.json", "usermodel:heavier", *SHAPES]
     assert cli.main([*line, "--max-regression", "2%", "-o", "new.json"]) == 1

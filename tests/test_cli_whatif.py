@@ -1,6 +1,9 @@
 """The commands that ask the planner again: what they print is what the API answers, and mistakes are told."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 
 import jax
@@ -95,6 +98,19 @@ def test_why_not_prints_what_the_plan_answers(plan, capsys, layout):
     assert found["extra_seconds"] == want.extra and found["pins"] == {"w/up": [None, "data"]}
     assert found["seconds"] == [plan.seconds, want.other.seconds]
     assert found["changed"] == {path: [specs(one), specs(two)] for path, (one, two) in want.changed.items()}
+
+
+def test_why_not_of_several_at_once_and_with_names_of_dimensions(plan, capsys):
+    want = plan.why_not({"w/up": P(None, "data"), "w/down": P("model"), "x": P()})
+    more = ["--with", "w/down=model", "--with", "x=-,-"]
+    assert printed(capsys, "why-not", "w/up", "-,data", *PLANNED, *more) == f"{want}\n".replace("x as P()", "x as P(None, None)")
+    assert "Regimes along ROWS" in printed(
+        capsys, "regimes", "ROWS", *PLANNED, "--dims", "x=ROWS WIDE", "--from", "2048", "--to", "8192"
+    )
+    assert "ROWS" in printed(capsys, "explain", "x", *PLANNED, "--dims", "x=ROWS WIDE")
+    saved = [*FUNCTION, "--plan", "plan.json", "--dims", "x=ROWS WIDE"]
+    assert "those of the saved plan stay" in failed(capsys, "explain", "x", *saved)
+    assert "the order is PATH MODULE:FUNCTION" in failed(capsys, "explain", *FUNCTION[:1], "w/up", *PLANNED[1:])
 
 
 def test_a_saved_plan_is_changed_before_it_is_asked(plan, capsys):
@@ -227,6 +243,22 @@ def test_calibrate_as_json_to_a_file(quick, capsys):
     assert found["machine"]["seconds_per_byte"] == saved.seconds_per_byte
     assert set(found["off_by_factor"]) == {"r float32", "m", "link data"}
     assert all(factor >= 1 for factors in found["off_by_factor"].values() for factor in factors)
+
+
+@pytest.mark.slow
+def test_calibrate_as_a_command_of_its_own_at_full_size(tmp_path):
+    """On the simulated mesh, as CI runs it: what it says is printed, and the machine that it writes plans."""
+    line = [sys.executable, "-m", "jaxplan.cli", "calibrate", "--simulated", "8", "--mesh", "data=4,model=2", "--name", "lab"]
+    home = {**os.environ, "JAXPLAN_HOME": str(tmp_path), "XLA_FLAGS": ""}
+    shown = subprocess.run(line, env=home, capture_output=True, text=True, check=True).stdout
+    print(shown)
+    assert re.match(r"machine lab, measured in [\d.]+ s\n", shown)
+    for quantity in ("r float32", "r bfloat16", "m  ", "link data", "link model"):
+        assert re.search(rf"^{quantity}.* samples, .* at worst$", shown, re.MULTILINE), quantity
+    x = jax.ShapeDtypeStruct((512, 512), "float32")
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    plan = jaxplan.make_plan(lambda w, x: x @ w, x, x, mesh=mesh, machine=str(tmp_path / "machines" / "lab.json"))
+    assert plan.seconds > 0 and set(plan.modelled.numbers.machine.axis_links) == {"data", "model"}
 
 
 def test_mistakes_are_told_before_anything_is_measured(quick, capsys, monkeypatch):

@@ -68,6 +68,17 @@ def test_a_measured_machine_plans(calibration):
     assert "machine tiny" in str(plan)
 
 
+def test_when_time_is_up_what_is_left_is_measured_by_short_loops(monkeypatch):
+    seen = []
+    timed = measure._timed
+    monkeypatch.setattr(measure, "_timed", lambda loop, value, rounds: seen.append(rounds) or timed(loop, value, rounds))
+    monkeypatch.setattr(measure, "SIDES", (16,))
+    monkeypatch.setattr(measure, "PASSES", (1 << 12,))
+    monkeypatch.setattr(measure, "LIMIT", 0.0)
+    found = jaxplan.calibrate(mesh_of((1,)), "hasty")
+    assert set(seen) == {measure.LEAST_ROUNDS} and len(seen) == 2 * len(found.samples) == 2 * (len(measure.DTYPES) + 1)
+
+
 def test_an_abstract_mesh_cannot_be_measured():
     with pytest.raises(ValueError, match="live devices"):
         jaxplan.calibrate(AbstractMesh((4,), ("x",)))

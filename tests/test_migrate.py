@@ -22,7 +22,9 @@ def parts(name):
     text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
     start, rest = text.split("\n## Before\n")
     before, after = rest.split("\n## After\n")
-    return [re.findall(r"```py(?:thon)?\n(.*?)```", part, re.S)[0] for part in (start, before, after)]
+    found = [re.findall(r"```py(?:thon)?\n(.*?)```", part, re.S) for part in (start, before, after)]
+    assert all(len(blocks) == 1 for blocks in found)  # no block that is not run
+    return [block for (block,) in found]
 
 
 def ran(name, *texts):

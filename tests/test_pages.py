@@ -17,7 +17,9 @@ from jaxplan import cli
 from jaxplan.examples import programs
 from jaxplan.files import saved_plan
 from jaxplan.pages import page, picture_of, picture_of_saved
-from jaxplan.pages.collapse import LANES, lanes, repeats
+from jaxplan.pages.collapse import LANES, grouped, lanes, repeats
+from jaxplan.pages.html import PER_GROUP
+from jaxplan.pages.nouns import Block
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MESH = AbstractMesh((4, 2), ("data", "model"))
@@ -193,6 +195,44 @@ def test_lines_lead_from_what_is_made_to_who_reads_it():
     assert [row[0] for row in rows] == ["", "start", "pass", "both", "pass", "end"]
     assert [row[1] for row in rows] == ["start", "pass", "pass", "end", "", ""]
     assert all(len(row) <= LANES for row in lanes({(0, k) for k in range(2, 12)}, 14))
+
+
+def test_all_steps_are_in_some_group_and_blocks_stay_whole_where_they_can():
+    def sizes(counts, most=10**6):
+        groups, left = grouped([Block(tuple(range(n)), 1.0, 2) for n in counts], 64, most)  # type: ignore[arg-type]
+        return [[len(block.steps) for block in group] for group in groups], left
+
+    assert sizes([5]) == ([[5]], 0) and sizes([]) == ([], 0)
+    assert sizes([40, 30, 34]) == ([[40], [30, 34]], 0)
+    assert sizes([20, 150, 3]) == ([[20, 44], [64], [42, 3]], 0), "what is long fills a group up"
+    assert sizes([50, 150]) == ([[50], [64], [64], [22]], 0)
+    assert sizes([10, 100, 5], most=60) == ([[10]], 105), "and nothing comes after a gap"
+    groups, _ = grouped([Block(tuple(range(150)))], 64, 10**6)  # type: ignore[arg-type]
+    assert [block.part for group in groups for block in group] == [1, 2, 3]
+    assert [step for group in groups for block in group for step in block.steps] == list(range(150))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A page of a program of many steps that do not repeat."""
+
+    def step(w, x):
+        for k in range(2, 12):
+            x = jnp.tanh(x @ w[: 16 * k, : 16 * k]) @ jnp.ones((16 * k, 16 * k + 16)) if k > 2 else x @ w[:32, :48]
+            x = jnp.sort(x, axis=0) + jnp.cumsum(x, axis=0) * jnp.max(x)
+        return x
+
+    found = jaxplan.make_plan(step, f32(512, 512), f32(512, 32), mesh=MESH, machine="v4")
+    return found, found.to_html(sweep=None)
+
+
+def test_every_step_of_a_wide_program_is_on_the_page(wide):
+    found, drawn = wide
+    Reader(drawn)
+    count = sum(len(block.steps) for block in picture_of(found).blocks)
+    assert count > PER_GROUP and drawn.count('<li class="step">') == count and "not drawn" not in drawn
+    assert drawn.count('<details class="group"') == -(-count // PER_GROUP) and drawn.count('class="group" open') == 1
+    assert f"of {count} <small>" in drawn
 
 
 COLOURS = ("--fg", "--soft", "--mark", *(f"--a{k}" for k in range(6)))

@@ -106,23 +106,29 @@ def test_the_real_compiler(name):
     assert found.compiled_peak_bytes > 0 and dict(os.environ) == before
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_libtpu) for name in ("mlp_sgd", "decode_kv", "conjugate_gradient", "stencil")]
-)
+FULL = {"mlp_sgd": 0.03, "decode_kv": 1e-3, "conjugate_gradient": 1e-3, "stencil": 1e-3, "moe": 1e-3}
+"""By how much predicted bytes may be off. The compiler pads what `mlp_sgd` scatters (docs/tpu.md)."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_libtpu) for name in FULL])
 def test_full_size_programs_send_and_hold_what_was_predicted(name):
-    """As `scripts/check_tpu.py` prints it: bytes within 3%; memory within a third, and never more than a tenth too little."""
+    """As `scripts/check_tpu.py` prints it. No exchange above 1% of the total is unplanned; memory within a fifth, and never more
+    than a tenth too little. Decoders and ResNet take 5 to 20 minutes to compile: the script does them."""
     (row,) = runpy.run_path(str(SCRIPTS / "check_tpu.py"))["rows"]([name], (4, 4), "full", "v5e:4x4")
     _, peak, found = row
-    assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=0.03)
-    assert 0.9 <= peak / found.compiled_peak_bytes <= 4 / 3
+    assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=FULL[name])
+    unplanned = [row.total_bytes for row in found.exchanges if row.status == "unplanned"]
+    assert max(unplanned, default=0.0) <= 0.01 * found.predicted_bytes
+    assert 0.9 <= peak / found.compiled_peak_bytes <= 1.2
 
 
 @pytest.mark.parametrize("plans", [pytest.param(6, marks=needs_libtpu)])
 def test_plans_that_the_model_calls_slower_are_slower_to_the_compiler(plans):
-    """Within each program; over all of them the compiler's own estimates of caches are out of line (docs/tpu.md)."""
+    """Over all programs, and in the mean within each (docs/tpu.md)."""
     script = runpy.run_path(str(SCRIPTS / "rank_tpu.py"))
     rows = list(script["ranked"]((4, 4), "v5e:4x4"))
     names = {row.program for row in rows}
-    assert len(rows) >= plans and len(names) == 3
+    assert len(rows) >= plans and len(names) == 5
     found = [script["correlation"]([row for row in rows if row.program == name]) for name in names]
     assert sum(found) / len(found) >= 0.5, rows
+    assert script["correlation"](rows) >= 0.8, rows

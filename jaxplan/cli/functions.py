@@ -11,7 +11,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, names, percent, pin, positive, shape_options
+from jaxplan.cli.arguments import (
+    arguments_of,
+    dimensions,
+    function_of,
+    mesh_shape,
+    names,
+    percent,
+    pin,
+    positive,
+    shape_options,
+)
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
 from jaxplan.cli.reading import read
 
@@ -37,13 +47,17 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def planning_options(parser: argparse.ArgumentParser) -> None:
-    """How to plan: --machine, --budget, --search, --pin, --donate."""
+    """How to plan: --machine, --budget, --search, --pin, --dims, --pipeline, --microbatches, --donate."""
     parser.add_argument("--machine", default=None, help="a preset, such as v5e or h100, or your own by name (default: v5e)")
     parser.add_argument("--budget", default=None, help="bytes per device, such as 16GiB, or unlimited (default: the machine's)")
     parser.add_argument("--search", default=None, help="the search (default: hsm2dl)")
     parser.add_argument(
         "--pin", type=pin, action="append", default=[], metavar="PATH=SPEC",
         help="a layout to insist on: 'params/*/wq=-,model' for P(None, 'model'); may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dims", type=dimensions, action="append", default=[], metavar="PATH=NAMES",
+        help="names of an input's dimensions, such as 'x=B F'; may be given again",
     )  # fmt: skip
     parser.add_argument(
         "--pipeline", metavar="AXIS", default=None,
@@ -60,7 +74,7 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {
         "machine": arguments.machine, "search": arguments.search,
         "memory_budget": math.inf if arguments.budget == "unlimited" else arguments.budget,
-        "pins": pins_of(arguments) or None, "donate_argnames": arguments.donate,
+        "pins": pins_of(arguments) or None, "dims": dict(arguments.dims) or None, "donate_argnames": arguments.donate,
         "pipeline": arguments.pipeline, "microbatches": arguments.microbatches,
     }  # fmt: skip
     found = {name: value for name, value in given.items() if value is not None}
@@ -186,9 +200,15 @@ def check(arguments: argparse.Namespace) -> int:
         certify=asked.certify, pipeline=asked.pipeline, microbatches=asked.microbatches, donate_argnames=donated_names(old, fn),
         pins={path: PartitionSpec(*spec) for path, spec in asked.pins.items()},
     )  # fmt: skip
+    new = saved_plan(found)
+    if new.function != old.function and list(new.inputs) != list(old.inputs):
+        raise Trouble(
+            f"{arguments.file} is a plan of {old.function!r}, whose inputs are others than those of {new.function!r}: name the "
+            f"function that it is of, or plan this one with -o {arguments.file}"
+        )
+    comparison = Comparison(old, new)
     if arguments.output is not None:
         save(found, arguments.output)
-    comparison = Comparison(old, saved_plan(found))
     limits = {"seconds": arguments.max_regression, "peak_bytes": arguments.max_memory_regression}
     verdicts = {name: limit for name, limit in limits.items() if limit is not None}
     broken = [name for name, limit in verdicts.items() if comparison.totals[name].relative > limit]

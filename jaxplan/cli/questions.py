@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, shape_options, spec_entries
+from jaxplan.cli.arguments import arguments_of, function_of, mesh_shape, pin, shape_options, spec_entries
 from jaxplan.cli.functions import abstract_mesh, planned, planning, planning_options, refused
 from jaxplan.cli.output import Trouble, emit, emit_json, progress
 from jaxplan.cli.reading import read
@@ -67,15 +67,21 @@ def why_not_options(parser: argparse.ArgumentParser) -> None:
         help="where it should lie: -,model for P(None, 'model'), data+model for P(('data', 'model')), or as Python writes it",
     )  # fmt: skip
     _plan_options(parser)
+    parser.add_argument(
+        "--with", dest="others", type=pin, action="append", default=[], metavar="PATH=SPEC",
+        help="another input to lie elsewhere at the same time; may be given again",
+    )  # fmt: skip
 
 
 def why_not(arguments: argparse.Namespace) -> int:
-    """The best plan with an input laid out as stated, beside the plan: what it costs more, why, and what else would move."""
+    """The best plan with an input (or several, --with) laid out as stated, beside the plan: what it costs more, why, and what
+    else would move."""
     from jax.sharding import PartitionSpec
 
     plan = _plan(arguments)
     with progress("solving again"), refused():
-        found = plan.why_not({arguments.path: PartitionSpec(*arguments.layout)})
+        asked = [(arguments.path, arguments.layout), *arguments.others]
+        found = plan.why_not({path: PartitionSpec(*layout) for path, layout in asked})
         text = None if arguments.json else str(found)
     if text is None:
         emit_json(why_not_json(found))
@@ -101,7 +107,15 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             f"{arguments.function} holds a plan and no program, and the answer needs the program: name the function, "
             f"train:step --plan {arguments.function}"
         )
+    if ":" not in arguments.function:
+        order = [name for name in ("path", "symbol", "layout", "function") if hasattr(arguments, name)]
+        told = {"path": "PATH", "symbol": "SYMBOL", "layout": "SPEC", "function": "MODULE:FUNCTION"}
+        raise Trouble(
+            f"{arguments.function!r} is not MODULE:FUNCTION, such as train:step; the order is {' '.join(told[n] for n in order)}"
+        )
     saved = read(arguments.plan) if arguments.plan else None
+    if saved is not None and arguments.dims:
+        raise Trouble("--dims names the dimensions of a plan that is made: with --plan, those of the saved plan stay")
     fn = function_of(arguments.function)
     args, options = arguments_of(fn, arguments), planning(arguments)
     if saved is None:

@@ -6,7 +6,6 @@ import argparse
 
 from jaxplan.cli.arguments import (
     arguments_of,
-    dimensions,
     extents,
     function_of,
     mesh_shape,
@@ -62,10 +61,6 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
         "--size", type=extents, action="append", default=[], metavar="NAME=N,N",
         help="extents of a dimension, by the name that plans print or --dims gives, such as B=256,512; may be given again",
     )  # fmt: skip
-    parser.add_argument(
-        "--dims", type=dimensions, action="append", default=[], metavar="PATH=NAMES",
-        help="names of an input's dimensions, such as 'x=B F'; may be given again",
-    )  # fmt: skip
     shape_options(parser)
     planning_options(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw it: time, efficiency and memory (.png, .svg or .pdf)")
@@ -81,7 +76,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
         found = swept(
             fn, *args, devices=arguments.devices, meshes=arguments.mesh, sizes=dict(arguments.size), links=arguments.links,
-            link_speeds=arguments.link_speed, axis_names=arguments.axes, dims=dict(arguments.dims), **planning(arguments),
+            link_speeds=arguments.link_speed, axis_names=arguments.axes, **planning(arguments),
         )  # fmt: skip
         text = None if arguments.json else str(found)
     if arguments.plot is not None:

@@ -18,7 +18,7 @@ from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import Layout
-from jaxplan.machine import Machine
+from jaxplan.machine import Machine, apart_from_links
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
 Leads = tuple[int, ...]
@@ -119,7 +119,8 @@ def model(
     """Build the problem. `pins`: the layouts that input positions must have. `bytes_cost`: what bytes are
     charged, where memory is short; with it, even if all is free, no input follows its reader: where it lies is a choice.
     `stages`: a pipeline, for whose micro-batches `graph` and `numbers` are."""
-    kin = (numbers.axis_names, numbers.sizes, numbers.machine.local, tuple(sorted((pins or {}).items())), bytes_cost is None)
+    alone, laid = apart_from_links(numbers.machine), tuple(sorted((pins or {}).items()))
+    kin = (numbers.axis_names, numbers.sizes, alone, laid, bytes_cost is None)
     if bytes_cost is None and stages is None:  # other models are made for one question
         known = graph.remembered("model", kin, lambda: _modelled(graph, numbers, pins, None, None, kin), MOST_MODELS)
         return known if known.numbers is numbers else _repriced(known, numbers)

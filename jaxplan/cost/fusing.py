@@ -10,7 +10,9 @@ programs of libtpu (`scripts/check_tpu.py`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxplan.graph import Graph, Operator
@@ -23,6 +25,9 @@ FEW = 2
 """Products that sum over no more elements are computed like element-wise work."""
 
 
+NO_SHARES: Mapping[int, float] = MappingProxyType({})
+
+
 class Stored(NamedTuple):
     """What is stored when. Places are those of kernels in the order in which they run.
 
@@ -30,7 +35,8 @@ class Stored(NamedTuple):
     again there. `made`: {tensor: place where it is computed}, where that is not the place of its operator. `narrow`: tensors of
     which all that is read is what products of default precision round them to. `shifted`: {tensor: those it is computed from that
     are not read at the very place that is written}. `outer`: {tensor: dimensions that are never innermost}. `waits`: {product:
-    the place up to which its partial sums wait to be combined}. `copies`: (tensor, first, last place) of transposed copies,
+    the place up to which its partial sums wait to be combined}, `beside`: {product: that of the last product that they may run
+    beside, if they are scattered}. `copies`: (tensor, first, last place) of transposed copies,
     `turned`: (tensor, place) of results that are transposed back when they are done.
     """
 
@@ -41,24 +47,26 @@ class Stored(NamedTuple):
     shifted: Mapping[int, frozenset[int]]
     outer: Mapping[int, tuple[int, ...]]
     waits: Mapping[int, int]
+    beside: Mapping[int, int]
     copies: Sequence[tuple[int, int, int]]
     turned: Sequence[tuple[int, int]]
 
 
-NOTHING = Stored(frozenset(), {}, {}, frozenset(), {}, {}, {}, (), ())
+NOTHING = Stored(frozenset(), {}, {}, frozenset(), {}, {}, {}, {}, (), ())
 
 
 def stored(
     graph: Graph,
     operators: Sequence[Operator],
     scattered: frozenset[int] = frozenset(),
-    hidden: frozenset[int] = frozenset(),
+    hidden: Mapping[int, float] = NO_SHARES,
     loops: Sequence[tuple[int, int]] = (),
 ) -> Stored:
     """Of operators in the order in which they run.
 
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
-    `hidden`: places of what can run beside the gathers of state that end a call. `loops`: (first, last place) of each.
+    `hidden`: {place of what can run beside the gathers of state that end a call: what share of their time it takes}. `loops`:
+    (first, last place) of each.
     """
     kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
     found = _Fused(kernels, scattered)
@@ -67,7 +75,7 @@ def stored(
     return Stored(
         frozenset(found.origins) | frozenset(found.moved), found.readers(),
         {t: at for place, at in found.at.items() for t in operators[place].results}, kernels.narrow,
-        found.shifted, kernels.outer, waits, found.copies, found.turned,
+        found.shifted, kernels.outer, waits, _beside(operators, loops), found.copies, found.turned,
     )  # fmt: skip
 
 
@@ -157,16 +165,21 @@ class _Fused:
         for place in kernels.inner:
             self._visit(place, self.operators[place])
 
-    def put_off(self, hidden: frozenset[int], loops: Sequence[tuple[int, int]]) -> None:
-        """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange."""
-        for place in hidden:
+    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]]) -> None:
+        """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
+        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide."""
+        done = max([p for p, operator in enumerate(self.operators) if operator.rule.product], default=0)
+        left = 1.0
+        for place, share in sorted(hidden.items()):
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
             near = self.near.get(tensor, ())
-            if not near or tensor in self.origins:
+            if not near or tensor in self.origins or any(first <= place <= last for first, last in loops):
                 continue
             behind = [last for first, last in loops if place < first and last < min(near)]
-            if behind and not any(first <= place <= last for first, last in loops):
+            if not loops and done < min(near) and share <= left:
+                behind, left = [done], left - share
+            if behind:
                 self.at[place] = max(behind) + 1
 
     def readers(self) -> dict[int, list[int]]:
@@ -239,6 +252,29 @@ class _Fused:
                 elif by.rule.product and by.scope == operator.scope and (best is None or maker > self._made[best]):
                     best = tensor
         return best
+
+
+def _beside(operators: Sequence[Operator], loops: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """{product: place of the last product before the first one that needs it}, in one round of a loop. A compiler that hides
+    exchanges behind work puts them off for as long."""
+    around = [(0, len(operators))] * len(operators)
+    for first, last in sorted(loops, key=lambda loop: loop[0] - loop[1]):
+        around[first : last + 1] = [(first, last)] * (last + 1 - first)
+    needed: dict[int, int] = {}
+    products: dict[tuple[int, int], list[int]] = {}
+    found: dict[int, int] = {}
+    for place in range(len(operators) - 1, -1, -1):
+        operator = operators[place]
+        soonest = min([needed.get(t, len(operators)) for t in operator.results], default=len(operators))
+        if operator.rule.product:
+            later = products.setdefault(around[place], [])  # the last first
+            at = bisect_left(later, 1 - soonest, key=lambda p: -p)
+            if at < len(later):
+                found[operator.results[0]] = later[at]
+            later.append(soonest := place)
+        for tensor in operator.operands:
+            needed[tensor] = min(needed.get(tensor, len(operators)), soonest)
+    return found
 
 
 def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:

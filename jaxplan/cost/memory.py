@@ -18,6 +18,7 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
+from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.prices import BytePrices
 from jaxplan.cost.schedule import Order, run_order
@@ -48,9 +49,10 @@ class Buffer:
 @dataclass(frozen=True)
 class Memory:
     """Bytes per device of one call: `arguments`, `outputs` that are not an argument's own buffer, and what lives besides at the
-    worst moment: `temporaries`. `live`: the buffers of that moment, largest first; `results`: the buffers of the outputs,
-    `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments and
-    outputs at every place of that order."""
+    worst moment: `temporaries`. `live`: the buffers of that moment, or, where places in memory are given in order, those that the
+    highest address stands on, of which some may be gone already (`cost/heap.py`); largest first. `results`: the buffers of the
+    outputs, `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments
+    and outputs at every place of that order."""
 
     arguments: float
     outputs: float
@@ -104,14 +106,21 @@ def memory(
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
                 buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
-        buffers += [copy(*some) for some in facts.more.copies]
-        heap = _far(buffers, facts, machine.near_bytes) + [copy(tensor, at, at) for tensor, at in facts.more.turned]
+        transposed = [copy(*some) for some in facts.more.copies]
+        heap = _far(buffers + transposed, facts, machine.near_bytes)
+        far = {id(buffer) for buffer in heap}
+        for old, (tensor, at) in zip(transposed, facts.more.turned, strict=True):
+            heap += [] if id(old) in far else [copy(tensor, at, at)]  # else the new value is written in the place of the copy
     lives = _lives(heap, places)
     at = int(lives.argmax())
-    live = sorted((b for b in heap if b.first <= at <= b.last and b.nbytes), key=lambda b: (-b.nbytes, b.tensor))
+    live, most = [b for b in heap if b.first <= at <= b.last and b.nbytes], float(lives[at])
+    if machine.in_order:
+        live = [heap[i] for i in stack_in_order([(b.first, b.last, round(b.nbytes)) for b in heap])]
+        most = math.fsum(b.nbytes for b in live)
+    live.sort(key=lambda b: (-b.nbytes, b.tensor))
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(
-        float(arguments), float(total), float(lives[at]), tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
+        float(arguments), float(total), most, tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
     )  # fmt: skip
 
 
@@ -156,8 +165,8 @@ def _facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, in
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
 
 
-def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
-    """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call."""
+def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
+    """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call, and how far."""
     if modelled.numbers.machine.materialises:
         return frozenset()
     return _hidden(modelled, choices, _gathered(modelled, choices))
@@ -204,8 +213,9 @@ def _gathered(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
     return found
 
 
-def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> frozenset[int]:
-    """Operators that take no longer than gathering the state at the end of a call: that can hide behind them."""
+def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> frozenset[tuple[int, float]]:
+    """(operator, share) of those that take no longer than gathering the state at the end of a call, that can hide behind it; and
+    what share of that time they take."""
     graph, numbers, seconds = modelled.graph, modelled.numbers, 0.0
     for reading in modelled.readings if gathered else ():
         if reading.tensor in gathered and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
@@ -216,14 +226,15 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
         if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.product:
             split = [o.factor for o in modelled.chosen(choices, index)]
             parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
-            if numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts <= seconds:
-                found.add(cluster.members[-1])
+            taken = numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts
+            if taken <= seconds:
+                found.add((cluster.members[-1], taken / seconds))
     return frozenset(found)
 
 
 @lru_cache(maxsize=16)
 def _facts(
-    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[int] = frozenset()
+    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset()
 ) -> _Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
@@ -238,8 +249,8 @@ def _facts(
                 readers.setdefault(tensor, []).append(place)
     if not materialises:
         loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
-        at, late = (frozenset(places[i] for i in found if i in places) for found in (scattered, hidden))
-        found = stored(graph, operators, at, late, loops)
+        at = frozenset(places[i] for i in scattered if i in places)
+        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops)
         made.update(found.made)
         return _Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
@@ -516,6 +527,8 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: _Facts, local: L
                 size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
                 at = place[exchange.operator]
                 last = facts.more.waits.get(exchange.tensor, at)
+                if any(step.kind == "reduce_scatter" for step in exchange.steps):
+                    last = max(last, facts.more.beside.get(exchange.tensor, at))
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
     return found
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.price import terminal_layout
-from jaxplan.graph.flatten import INPUT, VIEW
-from jaxplan.layout import shards
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
+from jaxplan.layout import Layout, shards
 from jaxplan.problem import all_rows, edge_prices, repeated
 
 EQUAL = 1e-12
@@ -17,21 +17,51 @@ EQUAL = 1e-12
 
 
 def frugal(modelled: Modelled, choices: np.ndarray, seconds: float) -> np.ndarray:
-    """Choices per node where every input that could lie on more devices at no price does, and views of them likewise; all other
-    nodes keep theirs.
+    """Choices per node where every input that could lie on more devices at no price does, and views of them and what loops see
+    of them likewise; all other nodes keep theirs. What a loop sees then returns to the layout that it is read from, where that
+    costs nothing either: else the compiler keeps a part of it for the loop, besides the whole.
 
     `choices`: (nodes, axes), of price `seconds`. Inputs live throughout, so it is they that a budget feels first; a search that
-    compares seconds alone leaves such ties to chance. No two views are neighbours, and no two inputs: one pass each is enough.
+    compares seconds alone leaves such ties to chance. No two views are neighbours, no two inputs, and nothing that enters loops
+    equally deep: one pass each is enough, from the innermost loop outwards.
     """
-    for name in (VIEW, INPUT):
-        choices = _spread(modelled, choices, seconds, name)
+    graph = modelled.graph
+    passes: dict[tuple[int, int], list[int]] = {}
+    for node, cluster in enumerate(modelled.kept):
+        operator = graph.operators[graph.clusters[cluster].members[-1]]
+        if operator.name == VIEW:
+            passes.setdefault((0, 0), []).append(node)
+        elif operator.name == BOUNDARY and operator.path[-2] == "in":
+            passes.setdefault((1, -len(operator.path)), []).append(node)
+        elif operator.name == INPUT:
+            passes.setdefault((2, 0), []).append(node)
+
+    def spread(cluster: int, row: np.ndarray) -> int:
+        writes = graph.clusters[cluster].writes
+        return shards(_layout(modelled, cluster, writes[0].leads if writes else (), row), modelled.numbers.sizes)
+
+    for _, nodes in sorted(passes.items()):
+        choices = _improved(modelled, choices, seconds, nodes, spread)
+    sources = {reading.reader: reading for reading in modelled.readings if reading.writer not in modelled.follows}
+    for _, nodes in sorted([some for some in passes.items() if some[0][0] == 1], reverse=True):
+        full = modelled.complete(choices)
+
+        def settled(cluster: int, row: np.ndarray, full: np.ndarray = full) -> int:
+            reading = sources.get(cluster)
+            if reading is None:
+                return 0
+            return int(_layout(modelled, cluster, reading.read.leads, row) == modelled.edge_layouts(full, reading)[0])
+
+        choices = _improved(modelled, choices, seconds, nodes, settled)
     return choices
 
 
-def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) -> np.ndarray:
-    """For the nodes of operators called `name`."""
-    problem, graph = modelled.problem, modelled.graph
-    inputs = [n for n, c in enumerate(modelled.kept) if graph.operators[graph.clusters[c].members[-1]].name == name]
+def _improved(
+    modelled: Modelled, choices: np.ndarray, seconds: float, inputs: list[int], score: Callable[[int, np.ndarray], int]
+) -> np.ndarray:
+    """For some nodes, of which no two are neighbours: the choice with the highest `score` (of cluster and choice) among those
+    that cost no more."""
+    problem = modelled.problem
     around: dict[int, list[int]] = {node: [] for node in inputs}
     for number, edge in enumerate(problem.edges):
         for node in {edge.tail, edge.head} & around.keys():
@@ -59,18 +89,16 @@ def _spread(modelled: Modelled, choices: np.ndarray, seconds: float, name: str) 
     for nodes in kinds.values():
         node, rows = nodes[0], candidates[nodes[0]]
         cluster = modelled.kept[node]
-        leads = graph.clusters[cluster].writes[0].leads if graph.clusters[cluster].writes else ()
         own = int(np.flatnonzero((rows == choices[node]).all(axis=1))[0])
         free = np.flatnonzero(totals[node] <= totals[node][own] + EQUAL * seconds).tolist()
-
-        parts = [_parts(modelled, cluster, leads, rows[row]) for row in free]
-        best = free[parts.index(max(parts))] if max(parts) > _parts(modelled, cluster, leads, rows[own]) else own
+        scores = [score(cluster, rows[row]) for row in free]
+        best = free[scores.index(max(scores))] if max(scores) > score(cluster, rows[own]) else own
         for same in nodes:
             better[same] = rows[best]
     return better
 
 
-def _parts(modelled: Modelled, cluster: int, leads: tuple[int, ...], row: np.ndarray) -> int:
-    """Over how many devices a choice spreads what an input's cluster holds."""
+def _layout(modelled: Modelled, cluster: int, leads: tuple[int, ...], row: np.ndarray) -> Layout:
+    """How a choice lays out what is led by some of a cluster's factors."""
     options = [options[i] for options, i in zip(modelled.options[cluster], row.tolist(), strict=True)]
-    return shards(terminal_layout(leads, options), modelled.numbers.sizes)
+    return terminal_layout(leads, options)

@@ -24,18 +24,19 @@ def write(saved: SavedPlan, path: str | None) -> Written:
 
 
 def _yaml(mesh: dict[str, int], axes: LogicalAxes) -> str:
-    """`mesh_axes`, `logical_axis_rules` ([name, [mesh axes]]), and `logical_axes`: per path the names of its dimensions.
+    """`mesh_axes` and `logical_axis_rules` ([name, [mesh axes]]) over MaxText's base configuration, which forbids other keys; so
+    the names of dimensions, per path, are comments.
 
     Values are written as JSON, which is YAML.
     """
     lines = [
         f"# Planned for the mesh {', '.join(f'{axis}={size}' for axis, size in mesh.items())}.",
+        "base_config: base.yml",
         f"mesh_axes: {json.dumps(list(mesh))}",
         "logical_axis_rules:",
         *[f"- {json.dumps([name, _listed(entry)])}" for name, entry in axes.rules.items()],
-        "# The names of the dimensions, by path.",
-        "logical_axes:",
-        *[f"  {json.dumps(path)}: {json.dumps(names)}" for path, names in axes.names.items()],
+        "# The names of the dimensions, by path:",
+        *[f"#   {json.dumps(path)}: {json.dumps(names)}" for path, names in axes.names.items()],
         "",
     ]
     return "\n".join(lines)

@@ -103,10 +103,11 @@ def _leaves(
     plan: Plan, paths: Sequence[str], avals: Sequence[Any], layouts: Sequence[Layout], tensors: Sequence[int]
 ) -> dict[str, Leaf]:
     found = {}
+    padded = {buffer.tensor: buffer.nbytes for buffer in (*plan.memory.results, *plan.memory.given)}
     for path, aval, layout, tensor in zip(unique_paths(paths), avals, layouts, tensors, strict=True):
         spec = entries_of(plan._specs([layout], [aval])[0])
         about = plan.modelled.graph.tensors[tensor] if tensor >= 0 else None
-        held = about.nbytes / shards(layout, plan.modelled.numbers.sizes) if about else aval.dtype.itemsize
+        held = padded.get(tensor, about.nbytes / shards(layout, plan.modelled.numbers.sizes)) if about else aval.dtype.itemsize
         dims = tuple(plan.names.dimension(tensor)) if about else ()
         found[path] = Leaf(str(aval.dtype), tuple(aval.shape), spec, float(held), dims)
     return found

@@ -141,7 +141,7 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _machine_json(machine: Machine) -> dict[str, Any]:
-    """What the compiler of a machine rounds, pads and keeps on the chip is written where it does."""
+    """What the compiler of a machine rounds, pads, keeps on the chip and leaves lying is written where it does."""
     dialect: dict[str, Any] = {}
     if machine.matmul_reads:
         dialect["matmul_reads"] = dict(machine.matmul_reads)
@@ -149,6 +149,8 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         dialect["tile"] = list(machine.tile)
     if machine.near_bytes:
         dialect["near_bytes"] = _number(machine.near_bytes)
+    if machine.in_order:
+        dialect["in_order"] = True
     if machine.sends_rounded is not None:
         dialect["sends_rounded"] = machine.sends_rounded
     return {

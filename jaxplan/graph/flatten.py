@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -188,11 +189,12 @@ def passing_rule(shape: tuple[int, ...], operands: int, results: int) -> Rule:
 
 
 @lru_cache(maxsize=4096)
-def stacking_rule(shape: tuple[int, ...], *, unstack: bool) -> Rule:
-    """A stacked loop input sliced along its leading dimension (`unstack`), or a loop output stacked along it."""
+def stacking_rule(shape: tuple[int, ...], *, unstack: bool, free: bool = True) -> Rule:
+    """A stacked loop input sliced along its leading dimension (`unstack`), or a loop output stacked along it. `free`: the body
+    computes with the slices, or computes them: then nothing is copied."""
     factors = tuple(Factor(f"d{i}", extent, Kind.WHOLE if i == 0 else Kind.PARALLEL) for i, extent in enumerate(shape))
     whole = tuple((i,) for i in range(len(shape)))
-    return Rule(factors, (whole if unstack else whole[1:],), (whole[1:] if unstack else whole,), flops=0.0, free=True)
+    return Rule(factors, (whole if unstack else whole[1:],), (whole[1:] if unstack else whole,), flops=0.0, free=free)
 
 
 def scan_arity(equation: Any) -> tuple[int, int]:
@@ -244,21 +246,34 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
         _carry(flat, operands[consts + k], body.invars[consts + k].aval, place, within, ("carry", k)) for k in range(carries)
     ]
     arguments += [inner for inner, _, _ in loops]
+    slices: dict[int, int] = {}
     for k in range(consts + carries, len(operands)):
         inner = flat.tensor(body.invars[k].aval)
+        slices[inner] = len(flat.operators)
         shape = flat.stacked(operands[k], equation.invars[k].aval)
         flat.add(BOUNDARY, stacking_rule(shape, unstack=True), (operands[k],), (inner,), place, ("in", k))
         arguments.append(inner)
+    inside = len(flat.operators)
     produced = flat.call(body, arguments, within)
+    updated = {op.operands[0]: op.results[0] for op in flat.operators[inside:] if _updates(op.rule)}
+    for inner, index in slices.items():
+        if inner in updated:  # a part of a slice can only be updated in a copy of the slice
+            boundary = flat.operators[index]
+            flat.operators[index] = boundary._replace(rule=replace(boundary.rule, free=False))
     for (_, _, close), tensor in zip(loops, produced[:carries], strict=True):
         close(tensor)
     outs = [final for _, final, _ in loops]
     for k in range(carries, len(produced)):
         stacked = flat.tensor(equation.outvars[k].aval)
-        rule = stacking_rule(flat.tensors[stacked].shape, unstack=False)
+        rule = stacking_rule(flat.tensors[stacked].shape, unstack=False, free=produced[k] not in updated.values())
         flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k), (within.times,))
         outs.append(stacked)
     return outs
+
+
+def _updates(rule: Rule) -> bool:
+    """Whether it writes a part of its first operand, in place."""
+    return bool(rule.touched) and rule.touched[-1] < 1 and rule.operands[:1] == rule.results
 
 
 def counted_trips(equation: Any) -> int | None:

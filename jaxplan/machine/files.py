@@ -78,6 +78,7 @@ def load_machine(path: str | Path) -> Machine:
             {k: reader.word(v, f"matmul_reads.{k}") for k, v in reader.of(found, "matmul_reads", dict, {}).items()},
             reader.tile(found.get("tile")),
             reader.number(found.get("near_bytes", 0.0), "near_bytes"),
+            found.get("in_order") is True,
             reader.flag(found.get("sends_rounded"), "sends_rounded"),
         )
     except ValueError as error:
@@ -104,6 +105,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "matmul_reads": dict(machine.matmul_reads),
         "tile": machine.tile and list(machine.tile),
         "near_bytes": machine.near_bytes,
+        "in_order": machine.in_order,
         "sends_rounded": machine.sends_rounded,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }

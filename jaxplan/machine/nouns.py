@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ class Machine:
     and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
     precision read others as: what only they read is rounded to these before it is sent or stored. `tile`: the innermost two
     dimensions of arrays in memory are padded to multiples of it; None where they are not. `near_bytes`: of the chip's own memory,
-    what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `sends_rounded`: what products read
+    what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `in_order`: buffers are placed in the
+    order in which they come to live, so that gaps between them stay (`cost/heap.py`). `sends_rounded`: what products read
     rounded is rounded before it is sent; None: it is, unless a mesh of CPU devices stands for the machine, which send it whole.
     """
 
@@ -61,6 +62,7 @@ class Machine:
     matmul_reads: Mapping[str, str] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
     near_bytes: float = 0.0
+    in_order: bool = False
     sends_rounded: bool | None = None
 
     def __post_init__(self) -> None:
@@ -86,12 +88,6 @@ class Machine:
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.seconds_per_flop.items()), self.seconds_per_byte, self.memory_bytes))
 
-    @property
-    def local(self) -> tuple[Hashable, ...]:
-        """All of it but speeds of links, name and memory: equal for machines that differ by name, memory and links only."""
-        rates, reads = tuple(self.seconds_per_flop.items()), tuple(self.matmul_reads.items())
-        return rates, self.seconds_per_byte, self.materialises, reads, self.tile, self.near_bytes, self.sends_rounded is False
-
     def flop_seconds(self, dtype: str) -> float:
         """Seconds of one floating-point operation in a dtype."""
         return self.seconds_per_flop.get(dtype, self.seconds_per_flop["float32"])
@@ -108,6 +104,15 @@ class Machine:
     def slower(self, axis: str, factor: float, mesh_shape: Mapping[str, int]) -> Machine:
         """The same machine with one mesh axis `factor` times slower than it would be on a mesh of this shape."""
         return self.with_axis(axis, axis_links(self, mesh_shape)[axis].slower(factor))
+
+
+def apart_from_links(machine: Machine) -> tuple[Hashable, ...]:
+    """All that a device does by itself: equal for machines that differ by name, memory and links only."""
+    found = [getattr(machine, field.name) for field in fields(machine) if field.name not in _AROUND]
+    return tuple([tuple(value.items()) if isinstance(value, Mapping) else value for value in found])
+
+
+_AROUND = ("name", "memory_bytes", "inner", "outer", "node", "axis_links")
 
 
 def element_bytes(dtype: str) -> int:

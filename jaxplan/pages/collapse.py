@@ -91,8 +91,22 @@ def lanes(edges: set[tuple[int, int]], count: int) -> list[tuple[str, ...]]:
     return [tuple(row[:used]) for row in rows]
 
 
-def shortened(block: Block, most: int) -> tuple[Block, int]:
-    """A block with its first steps only, and how many are left out."""
-    if len(block.steps) <= most:
-        return block, 0
-    return replace(block, steps=block.steps[:most]), len(block.steps) - most
+def grouped(blocks: Sequence[Block], size: int, most: int) -> tuple[list[list[Block]], int]:
+    """Blocks in groups of about `size` steps, `most` steps in all; and how many steps are left out. Blocks stay whole, but for
+    those of more than `size` steps."""
+    groups: list[list[Block]] = []
+    room, left = 0, 0
+    for block in blocks:
+        start, number = 0, 0
+        while start < len(block.steps):
+            rest = len(block.steps) - start
+            if rest > room and (rest <= size or room < size // 2):
+                groups.append([])
+                room = size
+            part = replace(block, steps=block.steps[start : start + room], part=(number := number + 1))
+            if len(part.steps) > most:
+                left, most = left + rest, 0  # nor what comes after
+                break
+            groups[-1].append(part)
+            start, room, most = start + len(part.steps), room - len(part.steps), most - len(part.steps)
+    return [group for group in groups if group], left

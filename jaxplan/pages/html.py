@@ -10,11 +10,15 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from jaxplan.pages.collapse import shortened
+from jaxplan.pages.collapse import grouped
 from jaxplan.pages.nouns import AxisView, Block, Dim, ExchangeView, InputView, LineView, Picture, StepView, SweepView
 from jaxplan.report import show_bytes, show_seconds
 
-MOST_STEPS, MOST_LINES, MOST_EXCHANGES, MOST_INPUTS, MOST_CELLS = 80, 14, 20, 400, 16
+MOST_LINES, MOST_EXCHANGES, MOST_INPUTS, MOST_CELLS = 14, 20, 400, 16
+PER_GROUP = 64
+"""Steps that are shown at once; those that follow are in groups to open, about so many each."""
+MOST_STEPS = 4000
+"""Steps on one page: of more, a browser takes long."""
 TIMES = " \N{MULTIPLICATION SIGN} "
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -126,13 +130,17 @@ def _grid(axes: Sequence[AxisView]) -> str:
 
 def _steps(picture: Picture) -> str:
     most = max((s.seconds + sum(e.seconds for e in s.exchanges) for b in picture.blocks for s in b.steps), default=0.0) or 1.0
-    budget, drawn, left = MOST_STEPS, [], 0
-    for block in picture.blocks:
-        part, without = shortened(block, max(0, budget))
-        budget -= len(part.steps)
-        left += without * block.alike
-        if part.steps:
-            drawn.append(_block(part, without, picture.axes, most))
+    groups, left = grouped(picture.blocks, PER_GROUP, MOST_STEPS)
+    total, done, drawn = sum(len(block.steps) for group in groups for block in group) + left, 0, []
+    for group in groups:
+        first, done = done + 1, done + sum(len(block.steps) for block in group)
+        body = "".join(_block(block, picture.axes, most) for block in group)
+        if len(groups) == 1:
+            drawn.append(body)
+            continue
+        told = f"Steps {first} to {done} of {total} <small>{_told(group, picture.seconds)}</small>"
+        opened = " open" if first == 1 else ""
+        drawn.append(f'<details class="group"{opened}><summary>{told}</summary>{body}</details>')
     if left:
         drawn.append(f'<p class="soft">and {left} further steps, not drawn</p>')
     sub = (
@@ -142,13 +150,22 @@ def _steps(picture: Picture) -> str:
     return _section("program", "Program", sub, "".join(drawn) or '<p class="soft">nothing is computed</p>')
 
 
-def _block(block: Block, without: int, axes: Sequence[AxisView], most: float) -> str:
+def _told(group: Sequence[Block], seconds: float) -> str:
+    """What a group of blocks takes and sends, all that look alike together."""
+    moves = [(block.alike, e) for block in group for step in block.steps for e in step.exchanges]
+    work = math.fsum(block.alike * step.seconds for block in group for step in block.steps)
+    taken = work + math.fsum(count * e.seconds for count, e in moves)
+    share = f" ({taken / seconds:.0%} of the call)" if seconds else ""
+    return f"{show_seconds(taken)}{share}, {show_bytes(math.fsum(count * e.nbytes for count, e in moves))} sent"
+
+
+def _block(block: Block, axes: Sequence[AxisView], most: float) -> str:
     items = "".join(_step(step, axes, most) for step in block.steps)
-    if without:
-        items += f'<li class="soft">and {without} more</li>'
     title = f"{block.alike} in a row that look alike" if block.alike > 1 else ""
     if block.times > 1:
         title = f"loop body, runs {block.times:g} times"
+    if block.part > 1:
+        title = f"{title}, continued" if title else ""
     head = f"<h3>{title}</h3>" if title else ""
     return f'<div class="block{" many" if title else ""}">{head}<ol class="steps">{items}</ol></div>'
 

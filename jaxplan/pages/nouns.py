@@ -53,11 +53,12 @@ class StepView:
 @dataclass(frozen=True)
 class Block:
     """Steps one after the other. `times`: how often a loop runs them; `alike`: how many blocks of the program look like this one,
-    of which it is the first."""
+    of which it is the first; `part`: which part of a long block this is."""
 
     steps: tuple[StepView, ...]
     times: float = 1.0
     alike: int = 1
+    part: int = 1
 
 
 @dataclass(frozen=True)

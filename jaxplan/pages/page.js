@@ -4,7 +4,12 @@
 var steps=Array.prototype.slice.call(document.querySelectorAll(".step summary"));
 steps.forEach(function(s,i){s.addEventListener("keydown",function(e){
  var to={ArrowDown:i+1,ArrowUp:i-1,Home:0,End:steps.length-1}[e.key];
- if(to!==undefined&&steps[to]){e.preventDefault();steps[to].focus();}
+ if(to!==undefined&&steps[to]){
+  e.preventDefault();
+  var group=steps[to].closest(".group");
+  if(group)group.open=true;
+  steps[to].focus();
+ }
 });});
 // the slider over the sweep
 var slider=document.getElementById("slider"),data=document.getElementById("sweep-data");

@@ -18,6 +18,7 @@ from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_s
 from jaxplan.cost.stages import stacks
 from jaxplan.graph import Cluster, Graph
 from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.machine import apart_from_links
 from jaxplan.pipeline.nouns import Chain, Pipeline, even_layers
 from jaxplan.pipeline.staging import stages_of
 
@@ -71,7 +72,7 @@ class Outline:
 
 def outline(graph: Graph, numbers: Numbers, chains: Sequence[Chain]) -> Outline:
     """Of a graph that is not cut; neither the mesh nor its links matter."""
-    key = numbers.machine.local, tuple([(chain.path, chain.length, chain.rows) for chain in chains])
+    key = apart_from_links(numbers.machine), tuple([(chain.path, chain.length, chain.rows) for chain in chains])
     return graph.remembered("outline", key, lambda: _outline(graph, numbers, tuple(chains)))
 
 
