@@ -251,9 +251,10 @@ def test_a_merge_is_the_best_of_all_that_its_parents_hold(cells):
         first, *others = ((rng.random(len(counts)) * counts).astype(np.int64) for _ in range(3))
         prices = np.concatenate([[0.0], np.cumsum(rng.random(len(core.capacity)))])
         charge = np.diff(prices)
-        found = merge(core, first, others, prices, cells)
+        found, free = merge(core, first, others, np.stack([prices, 0 * prices]), cells)
         held = [sorted({int(parent[v]) for parent in (first, *others)}) for v in range(len(counts))]
         assert all(position in some for position, some in zip(found, held))
+        assert (free == merge(core, first, others, 0 * prices[None], cells)[0]).all()
 
         def priced(chosen, core=core, charge=charge):
             return core_cost(core, chosen) + charge @ core_usage(core, chosen)

@@ -6,15 +6,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from jaxplan.solve.branching import Tree
 from jaxplan.solve.compiled import HAVE_NUMBA
 from jaxplan.solve.core import BARRED, core_of, core_usage
-from jaxplan.solve.crossover import cross
 from jaxplan.solve.dual import Dual
-from jaxplan.solve.merging import merge
+from jaxplan.solve.family import Family
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
@@ -25,12 +25,15 @@ ASCENT = 300
 """Steps of one ascent."""
 REFINEMENT = 20
 """Steps of each later ascent."""
-SPREADS = (0.0, 0.1, 0.0, 0.3)
-"""Standard deviations of the logarithm by which the multipliers of a new start differ from the best ones, one after the other."""
 PASSES = 6
-"""Passes of the dual before a new start is rounded."""
-FOREST = 40
-"""Nodes of a forest, at most."""
+"""Passes of the dual before it is read."""
+ROUNDING, NOISE, LEAN = 2, (0.0003, 0.01), 0.1
+"""Passes before the dual is rounded; what strategies then cost more at random, in costs per node, between these; and the standard
+deviation of the logarithm by which multipliers differ from the best ones."""
+RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
+"""Chunks of moves of a walk that pays for its usage, and its first heat, in costs per node, between these."""
+FOREST = 80
+"""Nodes of a forest, at most; as a rule far fewer, for the logarithm of the number is uniform."""
 MOVES = 1.0 if HAVE_NUMBA else 0.1
 """Forests tried in one annealing, per node."""
 CHUNKS = 20
@@ -44,13 +47,15 @@ COOLING = 1e-3
 GROWTH, HURRIED, ATTEMPTS = 1.2, 2.0, 120
 """The penalty's growth from one attempt at repair to the next; where any solution will do; and the most attempts."""
 TURN = 2
-"""New walks of which one starts anew and the others are shaken from the best."""
+"""New walks from the dual for each one that is brought within the limit."""
 ASCENDING = 0.3
 """Of the time, for the first ascent of the dual, at most."""
-POOL, TRIALS = 5, 5
-"""Latest walks that are merged with the best, and prices at which."""
-REFINED = 6
+REFINED = 12
 """New walks between two ascents of the dual."""
+PATIENCE = 12
+"""Merges that gain nothing to speak of, after which a new family begins."""
+BRANCHED, BRANCHES = 1000, 3
+"""Nodes of the largest problem that branches, and problems that are split after each new walk."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
 PROVEN = 1e-9
@@ -61,7 +66,7 @@ PROVEN = 1e-9
 class Incumbent:
     """The best known so far, readable at any moment. `log`: called with a line of text when something improves.
 
-    `stopped`: set it from another thread to end the search.
+    `stopped`: set it from another thread to end the search. `clock`: what time limits are read off, from `began` on.
     """
 
     problem: IntervalProblem
@@ -69,17 +74,22 @@ class Incumbent:
     cost: float = math.inf
     bound: float = -math.inf
     reducer: Reducer | None = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = math.nan
     stopped: bool = False
     nearest: tuple[Reducer, np.ndarray] | None = None
+    clock: Callable[[], float] = time.monotonic
     _held: tuple[Reducer | None, np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.began):
+            self.began = self.clock()
 
     def offer(self, reducer: Reducer | None, chosen: np.ndarray, cost: float) -> None:
         """Take a feasible assignment of the reduced problem (of the problem itself without a reducer) if it is better."""
         if cost < self.cost:
             self._held = (reducer, chosen.copy())
             self.cost = cost
-            self.log(f"{time.monotonic() - self.began:7.1f} s  cost {cost:.9g}  bound {self.bound:.9g}")
+            self.log(f"{self.clock() - self.began:7.1f} s  cost {cost:.9g}  bound {self.bound:.9g}")
 
     def solution(self) -> Solution | None:
         """The best solution, its cost and usages computed again from the problem; None if there is none."""
@@ -145,8 +155,7 @@ class Search:
         self.step = LAST_STEP
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
-        self.best: Walk | None = None
-        self.pool: list[np.ndarray] = []
+        self.best: Walk | None = None  # of all families
 
     def run(self) -> None:
         """Search until the deadline or a proof. Raises NoSolutionError if the reductions show that there is no solution."""
@@ -172,11 +181,11 @@ class Search:
 
     def check(self) -> None:
         """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
-        if self.incumbent.stopped or self.incumbent.proven or time.monotonic() >= self.deadline:
+        if self.incumbent.stopped or self.incumbent.proven or self.incumbent.clock() >= self.deadline:
             raise OutOfTime
 
     def improve(self) -> None:
-        """The whole search on the reduced problem: new starts and annealing of the best walks take turns."""
+        """The whole search on the reduced problem: walks from the dual are merged, and what comes out is repaired."""
         self.check()
         self.size = len(self.core.start) - 1
         chosen = np.zeros(self.size, dtype=np.int64)
@@ -184,39 +193,58 @@ class Search:
             _, chosen, _ = self.dual.passes(1)
             self.note_bound()
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
-        began = time.monotonic()
+        began = self.incumbent.clock()
         self.ascend(began + ASCENDING * (self.deadline - began))
-        number = 0
+        family, number = Family(self.core, self.rng), 0
+        tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
         while number < self.rounds:
-            turn, spread = number % TURN, SPREADS[number // TURN % len(SPREADS)]
-            self.take(self.start(spread) if turn == 0 or self.best is None else self.shaken(self.best))
             number += 1
-            if number % REFINED == 0:
+            family.add(self.relaxed())
+            self.breed(family)
+            if number % TURN == 0:
+                walk = self.returned(family)
+                family.add(walk)
+                self.keep(family)
+            if family.stale >= PATIENCE:
+                family = self.succeed(family)
+            if tree is not None:
+                self.branch(tree)
+            elif number % REFINED == 0:
                 self.refine()
 
-    def take(self, walk: Walk) -> None:
-        """Keep what is best in a walk and in the latest ones before it, at prices of usage between none and ever more."""
-        other: Walk | None = walk
-        if self.best is None or (walk.feasible and walk.cost < self.best.cost):
-            other, self.best = self.best, walk if walk.feasible else None
-        if other is not None:
-            self.pool = [*self.pool, other.chosen.copy()][-POOL:]
-        if self.best is None or not self.pool:
-            return
-        prices = np.concatenate([[0.0], np.cumsum(self.dual.best_multipliers)])
-        low, high, scale = 0.0, math.inf, 0.0
-        for _ in range(TRIALS):
-            merged = merge(self.core, self.best.chosen, self.pool, scale * prices)
-            if cross(self.best, merged):
-                self.offer(self.best)
+    def breed(self, family: Family) -> None:
+        """Merge a family, and keep what is better than anything known."""
+        family.merge(self.dual.best_multipliers, self.check)
+        self.keep(family)
+
+    def branch(self, tree: Tree) -> None:
+        """Split some of the open problems, once there is a cost to compare bounds with."""
+        for _ in range(BRANCHES if math.isfinite(self.incumbent.cost) else 0):
+            tree.grow(self.incumbent.cost)
+            self.incumbent.bound = max(self.incumbent.bound, min(tree.bound, self.incumbent.cost))
             self.check()
-            if (core_usage(self.core, merged) <= self.core.capacity).all():
-                if scale == 0.0:
-                    break
-                high = scale
-            else:
-                low = scale
-            scale = 0.5 * (low + high) if math.isfinite(high) else max(0.5, 2 * scale)
+
+    def look(self, chosen: np.ndarray) -> None:
+        """Offer positions if they are within the limit."""
+        if (core_usage(self.core, chosen) <= self.core.capacity).all():
+            walk = Walk(self.core, chosen)
+            self.offer(walk)
+            if walk.feasible and (self.best is None or walk.cost < self.best.cost):
+                self.best = walk
+
+    def keep(self, family: Family) -> None:
+        """Offer the best of a family."""
+        if family.best is not None:
+            self.offer(family.best)
+            if self.best is None or family.best.cost < self.best.cost:
+                self.best = Walk(self.core, family.best.chosen)
+
+    def succeed(self, family: Family) -> Family:
+        """A new family, or, if there is a better one, this family with the best known one among its parents."""
+        if self.best is not None and family.cost > self.best.cost:
+            family.add(Walk(self.core, self.best.chosen))
+            self.breed(family)
+        return Family(self.core, self.rng)
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""
@@ -229,7 +257,7 @@ class Search:
             self.step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (number / ASCENT)
             self.dual.ascend(self.step)
             self.note_bound()
-            if time.monotonic() > until:
+            if self.incumbent.clock() > until:
                 break
 
     def refine(self) -> None:
@@ -243,16 +271,29 @@ class Search:
         if self.dual.best - before <= 1e-3 * abs(before):
             self.step *= 0.5
 
-    def start(self, spread: float) -> Walk:
-        """A new walk, from the dual's solution at multipliers near the best ones."""
+    def relaxed(self) -> Walk:
+        """A short walk that pays for its usage instead of keeping the limit, from the dual's solution at other costs and
+        multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time."""
         best = self.dual.best_multipliers
-        self.dual.multipliers = multipliers = best * np.exp(spread * self.rng.standard_normal(len(best)))
-        _, chosen, _ = self.dual.passes(PASSES)
-        self.note_bound()
-        walk = Walk(self.core, chosen)
-        self.repair(walk, multipliers)
+        multipliers = best * np.exp(LEAN * self.rng.standard_normal(len(best)))
+        noise = _between(NOISE, self.rng) * abs(self.dual.best + self.dual.offset) / self.size
+        walk = Walk(self.core, self.dual.rounded(multipliers, ROUNDING, noise, self.rng))
+        heat = _between(RELAXED_HEATS, self.rng)
+        for chunk in range(RELAXED):
+            cool = chunk / max(1, RELAXED - 2)
+            self.move(walk, multipliers, 0.0, heat * COOLING**cool if cool < 1 else 0.0, 1.0)
+        return walk
+
+    def returned(self, family: Family) -> Walk:
+        """A walk within the limit: from where merging has left it, or shaken from the best."""
+        outside = family.outside()
+        if outside is None or (family.best is not None and self.rng.random() < 1 / 3):
+            return self.shaken(Walk(self.core, family.recent[-1]) if family.best is None else family.best)
+        walk, multipliers = Walk(self.core, outside), self.dual.best_multipliers
+        heat = HEATS[0] * COOLING ** self.rng.random()
+        self.repair(walk, multipliers, heat=heat)
         if walk.feasible:
-            self.anneal(walk, multipliers)
+            self.anneal(walk, multipliers, heat)
         return walk
 
     def shaken(self, walk: Walk) -> Walk:
@@ -262,7 +303,7 @@ class Search:
         if self.rng.random() < 1 / 3:
             self.anneal(again, multipliers, HEATS[0] * COOLING ** self.rng.random())
             return again
-        heat, first = (low * (high / low) ** self.rng.random() for low, high in (HEATS, PENALTIES))
+        heat, first = _between(HEATS, self.rng), _between(PENALTIES, self.rng)
         penalty = first * (float(multipliers.max(initial=0.0)) or 1e-6 * abs(walk.cost))
         for _ in range(3):
             self.move(again, multipliers, penalty, heat)
@@ -294,14 +335,20 @@ class Search:
             self.move(walk, multipliers, barrier, heat * COOLING**cool if cool < 1 else 0.0)
             self.offer(walk)
 
-    def move(self, walk: Walk, multipliers: np.ndarray, penalty: float, heat: float) -> None:
-        """Some moves at a heat in costs per node."""
+    def move(self, walk: Walk, multipliers: np.ndarray, penalty: float, heat: float, weight: float = 0.0) -> None:
+        """Some moves at a heat in costs per node; `weight`: how much of what usage costs at the multipliers counts."""
         heat *= abs(walk.cost + self.dual.offset) / self.size if walk.cost < BARRED / 10 else 0.0
         moves = max(20, int(MOVES * self.size / CHUNKS))
-        walk.move(self.rng, multipliers, penalty, moves, FOREST, 0.95, heat, BLUR * heat)
+        walk.move(self.rng, multipliers, penalty, moves, FOREST, 0.95, heat, BLUR * heat, weight)
         self.check()
 
     def offer(self, walk: Walk) -> None:
         """Offer where a walk stands."""
         if walk.feasible:
             self.incumbent.offer(self.reducer, walk.chosen, walk.cost + self.dual.offset)
+
+
+def _between(ends: tuple[float, float], rng: np.random.Generator) -> float:
+    """A number between two, its logarithm uniform."""
+    low, high = ends
+    return low * (high / low) ** rng.random()

@@ -154,6 +154,17 @@ class Dual:
             self.best, self.best_multipliers = bound, self.multipliers.copy()
         return bound, chosen, np.cumsum(change)[:-1]
 
+    def rounded(self, multipliers: np.ndarray, count: int, noise: float, rng: np.random.Generator) -> np.ndarray:
+        """Positions by conditioning after a few passes at other multipliers, with strategies that cost `noise` times an
+        exponential variate more. The messages and the bound stay as they are."""
+        core = self.core
+        costs, message, chosen = self.costs.copy(), self.message.copy(), np.zeros(len(core.start) - 1, dtype=np.int64)
+        relaxed_costs(core, np.concatenate([[0.0], np.cumsum(multipliers)]), costs)
+        costs += noise * rng.standard_exponential(len(costs))
+        for number in range(2 * count):
+            sweep(core, costs, self.inbox, message, number % 2 == 0, self.scratch, chosen)
+        return chosen
+
     def ascend(self, step: float) -> tuple[float, np.ndarray]:
         """A pass each way, then a move of the multipliers along the smoothed excess of usage: (bound, positions by conditioning).
 

@@ -190,18 +190,20 @@ def usage_change(core, work, placed, chosen):
 
 
 @compiled()
-def overflow_change(core, work, usage, low, high):
-    """(change of the summed excess over the limit, the time where it grows most or -1, the usage's growth there)."""
-    total, worst, at, growth, level = 0.0, 0.0, -1, 0.0, 0.0
+def overflow_change(core, work, usage, low, high, prices):
+    """(change of the summed excess over the limit, the time where it grows most or -1, the usage's growth there, the change of
+    usage at prices)."""
+    total, worst, at, growth, level, worth = 0.0, 0.0, -1, 0.0, 0.0, 0.0
     for t in range(low, high):
         level += work.change[t]
         if level != 0.0:
+            worth += level * (prices[t + 1] - prices[t])
             before = max(0.0, usage[t] - core.capacity[t])
             more = max(0.0, usage[t] + level - core.capacity[t]) - before
             total += more
             if more > worst:
                 worst, at, growth = more, t, level
-    return total, at, growth
+    return total, at, growth, worth
 
 
 @compiled()
@@ -213,10 +215,11 @@ def penalise(core, usage, penalty, penalties):
 
 
 @compiled()
-def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, joins, heat, noise, randoms):
+def improve(core, work, chosen, usage, prices, weight, penalty, penalties, moves, size, joins, heat, noise, randoms):
     """Try `moves` forests; `chosen` and `usage` follow what is accepted. Gives (change of cost, change of summed excess).
 
-    Accepted is what does not raise cost + penalty * excess by more than `heat` times an exponential variate.
+    Accepted is what does not raise cost + weight * usage at prices + penalty * excess by more than `heat` times an exponential
+    variate.
     """
     at = int(randoms[0] * len(randoms))
     cost, over = 0.0, 0.0
@@ -227,7 +230,7 @@ def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, 
         if at + 4 >= len(randoms):
             at = 0
         scale = 0.0 if randoms[at] < 0.5 else 1.5 * randoms[at + 1]
-        wanted = 1 + int(randoms[at + 2] * size)
+        wanted = int(np.exp(randoms[at + 2] * np.log(size + 1.0)))
         allowed = -heat * np.log(1.0 - randoms[at + 3])
         placed, at = grow(core, work, number, wanted, joins, randoms, at)
         condition(core, work, number, placed, chosen)
@@ -239,8 +242,8 @@ def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, 
             if moved == 0:
                 break
             low, high = usage_change(core, work, placed, chosen)
-            excess, worst, growth = overflow_change(core, work, usage, low, high)
-            merit = delta + penalty * excess
+            excess, worst, growth, worth = overflow_change(core, work, usage, low, high, prices)
+            merit = delta + weight * worth + penalty * excess
             if merit <= allowed:
                 level = 0.0
                 for t in range(low, high):
@@ -264,7 +267,7 @@ def improve(core, work, chosen, usage, prices, penalty, penalties, moves, size, 
                     if work.cut_time[c] == t:
                         gain -= level * work.cut_price[c]
             work.change[low : high + 1] = 0.0
-            if cuts == CUTS or worst < 0 or delta >= 0.0 or gain <= 0.0:
+            if cuts == CUTS or worst < 0 or delta + weight * worth >= 0.0 or gain <= 0.0:
                 break
             work.cut_time[cuts], work.cut_price[cuts] = worst, 1.05 * gain / growth
             cuts += 1
@@ -299,12 +302,13 @@ class Walk:
         joins: float,
         heat: float,
         noise: float = 0.0,
+        weight: float = 0.0,
     ) -> None:
         """Try so many forests of up to `size` nodes, at most LARGEST."""
         prices = np.concatenate([[0.0], np.cumsum(multipliers)])
         penalise(self.core, self.usage, penalty, self.penalties)
         improve(
-            self.core, self.work, self.chosen, self.usage, prices, penalty, self.penalties,
+            self.core, self.work, self.chosen, self.usage, prices, weight, penalty, self.penalties,
             moves, min(size, LARGEST), joins, heat, noise, rng.random(65536),
         )  # fmt: skip
         self.settle()

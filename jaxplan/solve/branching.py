@@ -1,0 +1,153 @@
+"""Branching: a tree of problems with fewer strategies, whose least dual bound is one of the whole problem.
+
+Where few nodes take much of what is limited, the dual may mix a strategy that takes much with one that takes little, and its
+bound stays far below every feasible cost. So a node's strategies are split by what their usage costs at the multipliers, where
+that differs most; both halves have a dual of their own, which begins at the messages and multipliers of what was split. The
+problem of least bound is split next. Where usage does not differ, it is the node on most chains that has two strategies left.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxplan.solve.core import BARRED
+from jaxplan.solve.dual import Dual
+
+STEPS, FIRST_STEP, LAST_STEP = 30, 0.01, 1e-5
+"""Steps of the ascent in each half, falling geometrically between these."""
+SETTLING = 2
+"""Passes before a dual is read."""
+LUMP = 1e-4
+"""Difference of usage at its price, as a share of the bound, above which a node is split by usage."""
+HELD = 1 << 28
+"""Bytes of messages that open problems may hold; further ones begin at those of the whole problem."""
+
+
+class Leaf(NamedTuple):
+    """An open problem: strategies that are left, and where its dual stands. In order of bounds, then of age."""
+
+    bound: float
+    number: int
+    open: np.ndarray
+    multipliers: np.ndarray
+    message: np.ndarray | None
+
+
+class Tree:
+    """Open problems, of which `bound` is the least bound; `found` is called with the positions that each dual is read as."""
+
+    def __init__(self, dual: Dual, found: Callable[[np.ndarray], None]) -> None:
+        core = self.core = dual.core
+        self.dual, self.found = Dual(core, dual.offset), found
+        self.message = dual.message.copy()
+        self.active = dual.active.copy()
+        counts = np.diff(core.start)
+        self.owner = np.repeat(np.arange(len(counts)), counts)
+        ends = np.repeat(np.arange(len(counts)), np.diff(core.first))
+        later = np.bincount(ends, core.other > ends, len(counts))
+        self.chains = np.maximum(1, np.maximum(later, np.diff(core.first) - later))
+        width = counts[ends]
+        self.strategy = np.repeat(core.start[ends] - (np.cumsum(width) - width), width) + np.arange(int(width.sum()))
+        self.numbers = itertools.count()
+        everything = np.ones(len(core.cost), dtype=bool)
+        self.leaves = [Leaf(dual.best + dual.offset, next(self.numbers), everything, dual.best_multipliers, None)]
+        self.closed = math.inf
+        self.bar = 0.0  # what a closed strategy costs more: any sum makes the bound hold, a moderate one keeps its digits
+
+    @property
+    def bound(self) -> float:
+        """Of every feasible cost of the whole problem."""
+        return min(self.closed, self.leaves[0].bound if self.leaves else math.inf)
+
+    def grow(self, cutoff: float) -> None:
+        """Split the open problem of least bound; halves whose bound reaches the cutoff are not looked at again."""
+        if not self.leaves:
+            return
+        leaf = heapq.heappop(self.leaves)
+        self.bar = 4.0 * abs(cutoff)
+        self.load(leaf)
+        self.dual.passes(SETTLING)
+        split = self.split(leaf, cutoff)
+        if split is None:
+            self.closed = min(self.closed, leaf.bound)
+            return
+        for half in (leaf.open & ~split[0], leaf.open & ~split[1]):
+            if not self.propagate(half):
+                continue  # nothing is possible in it
+            self.load(leaf, half)
+            bound = max(leaf.bound, self.climb(cutoff))
+            if bound >= cutoff:
+                self.closed = min(self.closed, bound)
+                continue
+            held = self.dual.message.copy() if len(self.leaves) * self.message.nbytes < HELD else None
+            heapq.heappush(self.leaves, Leaf(bound, next(self.numbers), half, self.dual.best_multipliers, held))
+
+    def load(self, leaf: Leaf, half: np.ndarray | None = None) -> None:
+        """Set the dual to an open problem, or to a part of it."""
+        dual = self.dual
+        still = leaf.open if half is None else half
+        dual.core = self.core._replace(cost=self.core.cost + np.where(still, 0.0, self.bar))
+        dual.message[:] = self.message if leaf.message is None else leaf.message
+        dual.multipliers, dual.active = leaf.multipliers.copy(), self.active | (leaf.multipliers > 0)
+        dual.best, dual.direction = -math.inf, None
+
+    def propagate(self, left: np.ndarray) -> bool:
+        """Close, in place, strategies that have no possible partner left at some neighbour. False where a node has none left."""
+        core = self.core
+        queue = sorted(set(self.owner[~left].tolist()))
+        while queue:
+            v = queue.pop()
+            mine = left[core.start[v] : core.start[v + 1]]
+            if not mine.any():
+                return False
+            for i in range(core.first[v], core.first[v + 1]):
+                w = int(core.other[i])
+                theirs = left[core.start[w] : core.start[w + 1]]
+                table = core.table[core.push[i] : core.push[i] + len(mine) * len(theirs)].reshape(len(mine), -1)
+                supported = table[mine].min(axis=0) < BARRED
+                if not supported[theirs].all():
+                    theirs &= supported
+                    queue.append(w)
+        return True
+
+    def climb(self, cutoff: float) -> float:
+        """Ascend the loaded dual: its bound."""
+        dual = self.dual
+        for step in np.geomspace(FIRST_STEP, LAST_STEP, STEPS).tolist():
+            _, chosen = dual.ascend(step)
+            if dual.best + dual.offset >= cutoff:
+                break
+        self.found(chosen)
+        dual.multipliers = dual.best_multipliers.copy()
+        dual.passes(SETTLING)
+        return dual.best + dual.offset
+
+    def split(self, leaf: Leaf, cutoff: float) -> tuple[np.ndarray, np.ndarray] | None:
+        """What is closed in either half; None if no node has two strategies that could be in a cheaper solution."""
+        dual, start = self.dual, self.core.start[:-1]
+        total = dual.costs + np.bincount(self.strategy, dual.message, len(dual.costs))
+        beyond = (total - np.minimum.reduceat(total, start)[self.owner]) / self.chains[self.owner]
+        near = leaf.open & (beyond <= cutoff - leaf.bound)
+        priced = dual.costs - dual.core.cost
+        high = np.maximum.reduceat(np.where(near, priced, -math.inf), start)
+        low = np.minimum.reduceat(np.where(near, priced, math.inf), start)
+        node = int((high - low).argmax())
+        if high[node] - low[node] > LUMP * abs(leaf.bound):
+            left = priced <= 0.5 * (high[node] + low[node])
+        else:
+            ties = np.where(np.add.reduceat(near, start, dtype=np.int64) > 1, self.chains, 0)
+            node = int(ties.argmax())
+            if not ties[node]:
+                return None
+            mine = np.flatnonzero(near & (self.owner == node))
+            left = beyond <= np.sort(beyond[mine])[(len(mine) - 1) // 2]
+            if left[mine].all():  # all tie
+                left[mine[len(mine) // 2 :]] = False
+        mine = self.owner == node
+        return mine & ~left, mine & left
