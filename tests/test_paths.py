@@ -64,7 +64,7 @@ def named(name):
         def loss(params):
             y = x
             for i in range(LAYERS):
-                y = y + jnp.tanh(y @ params[name(i)]["up"]) @ params[name(i)]["down"]
+                y = y + jnp.tanh(y @ params[name.format(i)]["up"]) @ params[name.format(i)]["down"]
             return jnp.mean(jnp.square(y))
 
         return jax.tree.map(lambda w, g: w - 0.1 * g, params, jax.grad(loss)(params))
@@ -72,10 +72,10 @@ def named(name):
     def f32(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    return step, ({name(i): {"up": f32(256, 512), "down": f32(512, 256)} for i in range(LAYERS)}, f32(64, 256))
+    return step, ({name.format(i): {"up": f32(256, 512), "down": f32(512, 256)} for i in range(LAYERS)}, f32(64, 256))
 
 
-@pytest.mark.parametrize("name", [lambda i: f"Block_{i}", lambda i: f"layer{i}", lambda i: f"h.{i}.mlp"], ids=str)
+@pytest.mark.parametrize("name", ["Block_{}", "layer{}", "h.{}.mlp"])
 def test_layers_that_are_told_apart_by_name_are_one_row_and_one_entry(name, tmp_path):
     step, args = named(name)
     plan = jaxplan.make_plan(step, *args, mesh=AbstractMesh((4, 2), ("x", "y")), machine="v4")
