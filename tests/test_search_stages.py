@@ -83,7 +83,7 @@ def test_cuts_are_the_best_there_are_where_edges_join_neighbouring_runs(seed):
 def test_a_limit_moves_the_cut():
     """A layer along the batch takes 2 units throughout, one along the width 1: 11 units let 3 of 8 layers go along the batch."""
     problem = two_kinds_of_layers()
-    usages = tuple(Usage(node, taking([4.0, 2.0, 1.0]), 0, 10) for node in range(8))
+    usages = tuple(Usage((node,), taking([4.0, 2.0, 1.0]), 0, 10) for node in range(8))
     problem = replace(problem, usages=usages, limit=11.0)
     found = search(problem, "piper")
     assert within_limit(problem, found.choices)
@@ -116,6 +116,6 @@ def test_most_of_these_limits_are_met():
 
 def test_where_no_stage_is_small_enough_the_nearest_is_told():
     problem = two_kinds_of_layers(1, 1)
-    usages = (Usage(0, taking([4.0, 3.0, 3.0]), 2, 5), Usage(1, taking([4.0, 3.0, 3.0]), 3, 7))
+    usages = (Usage((0,), taking([4.0, 3.0, 3.0]), 2, 5), Usage((1,), taking([4.0, 3.0, 3.0]), 3, 7))
     with pytest.raises(ValueError, match=r"limit of 5: the nearest uses 6 in \[3, 5\), 1 too much"):
         search(replace(problem, usages=usages, limit=5.0), "piper")
