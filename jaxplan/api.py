@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline
+from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
 from jaxplan.budget import Limit, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
@@ -309,6 +309,7 @@ class Plan(_plan.Plan):
                 origin = self.origin
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
                 differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+                check_resized(request.pipeline, bool(differ))
                 request = replace(request, sizes=differ, origin=origin if differ else None)
             return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
 

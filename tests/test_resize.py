@@ -246,3 +246,14 @@ def test_the_first_rows_of_a_longer_table_follow():
 def test_numbers_that_may_be_reckoned_from_an_extent():
     assert all(suspicious(n, [16]) for n in (15, 16, 17, 32, 8, 4, 48))
     assert not any(suspicious(n, [16]) for n in (1, 0, 10, 18, 24, 100))
+
+
+def test_a_pipeline_that_is_insisted_on_is_not_dropped_silently():
+    def step(layers, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+    plan = jaxplan.make_plan(step, f32(4, 16, 16), f32(32, 16), mesh=MESH, machine="v4", pipeline="y", dims=("L _ _", "B _"))
+    with pytest.raises(ValueError, match="pipeline='y' at other sizes than traced: call make_plan"):
+        plan.replan(sizes={"B": 64})
+    assert plan.replan(sizes={"B": 64}, pipeline=None).in_specs is not None
+    assert plan.replan(sizes={"B": 32}).pipeline == plan.pipeline
