@@ -98,7 +98,7 @@ def candidates(
         shortest = min([chain.length for chain in chains])
         rows = math.gcd(*[chain.rows for chain in chains])
         stages = [axis for axis in axes if 1 < numbers.sizes[axis] <= shortest]
-        if not stages:
+        if not stages or rows < 2:
             continue
         about = outline(graph, numbers, chains)
         for axis in stages:

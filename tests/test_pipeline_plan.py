@@ -270,3 +270,31 @@ def test_a_loop_of_unknown_length_is_no_chain():
 
     with pytest.raises(ValueError, match=r"it has none.*jax\.lax\.scan over stacked layers"):
         jaxplan.make_plan(until, *shapes(), mesh=AbstractMesh((2,), ("s",)), machine="v4", pipeline="s")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 9, 549])
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_batch_that_two_does_not_divide(rows, written_out):
+    """Cut into what divides it, or not at all; never an error that nobody asked for."""
+
+    def step(layers, x):
+        def loss(layers):
+            y = x
+            if not written_out:
+                return jnp.sum(jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y, layers)[0] ** 2)
+            for layer in range(4):
+                y = jnp.tanh(y @ layers[layer])
+            return jnp.sum(y**2)
+
+        return layers - 0.1 * jax.grad(loss)(layers)
+
+    args = jax.ShapeDtypeStruct((4, 64, 64), jnp.float32), jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+    mesh, slow = AbstractMesh((2, 2), ("s", "d")), machine("v4").slower("s", 1000, {"s": 2, "d": 2})
+    assert jaxplan.make_plan(step, *args, mesh=mesh, machine=slow).seconds > 0
+    if written_out:
+        return
+    if rows == 1:
+        with pytest.raises(ValueError, match="batch is too small|cannot run in stages"):
+            jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s")
+    else:
+        assert rows % jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s").pipeline.microbatches == 0

@@ -112,13 +112,13 @@ FULL = {"mlp_sgd": 0.03, "decode_kv": 1e-3, "conjugate_gradient": 1e-3, "stencil
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_libtpu) for name in FULL])
 def test_full_size_programs_send_and_hold_what_was_predicted(name):
-    """As `scripts/check_tpu.py` prints it. No exchange above 1% of the total is unplanned; memory within a fifth, and never more
-    than a tenth too little. Decoders and ResNet take 5 to 20 minutes to compile: the script does them."""
+    """As `scripts/check_tpu.py` prints it. What is unplanned is at most what the bytes are off; memory within a fifth, and never
+    more than a tenth too little. Decoders and ResNet take 5 to 20 minutes to compile: the script does them."""
     (row,) = runpy.run_path(str(SCRIPTS / "check_tpu.py"))["rows"]([name], (4, 4), "full", "v5e:4x4")
     _, peak, found = row
     assert found.predicted_bytes == pytest.approx(math.fsum(found.compiled.values()), rel=FULL[name])
     unplanned = [row.total_bytes for row in found.exchanges if row.status == "unplanned"]
-    assert max(unplanned, default=0.0) <= 0.01 * found.predicted_bytes
+    assert max(unplanned, default=0.0) <= FULL[name] * found.predicted_bytes
     assert 0.9 <= peak / found.compiled_peak_bytes <= 1.2
 
 

@@ -22,9 +22,6 @@ from jaxplan.machine import apart_from_links
 from jaxplan.pipeline.nouns import Chain, Pipeline, even_layers
 from jaxplan.pipeline.staging import stages_of
 
-PROBE = 2
-"""Micro-batches of the probe that tells what of the work is divided by their number: any number above one would do."""
-
 
 @dataclass(frozen=True, eq=False)
 class Outline:
@@ -71,21 +68,24 @@ class Outline:
 
 
 def outline(graph: Graph, numbers: Numbers, chains: Sequence[Chain]) -> Outline:
-    """Of a graph that is not cut; neither the mesh nor its links matter."""
+    """Of a graph that is not cut, whose chains have a batch that can be: probed with the fewest micro-batches that divide it.
+    Neither the mesh nor its links matter."""
     key = apart_from_links(numbers.machine), tuple([(chain.path, chain.length, chain.rows) for chain in chains])
     return graph.remembered("outline", key, lambda: _outline(graph, numbers, tuple(chains)))
 
 
 def _outline(graph: Graph, numbers: Numbers, chains: tuple[Chain, ...]) -> Outline:
     two = tuple([replace(chain, layers=even_layers(chain.length, 2)) for chain in chains])
-    probe = stages_of(graph, Pipeline("", 2, PROBE, "gpipe", two), ("",))
+    common = math.gcd(*[chain.rows for chain in chains])
+    cuts = next(m for m in range(2, common + 1) if common % m == 0)
+    probe = stages_of(graph, Pipeline("", 2, cuts, "gpipe", two), ("",))
     before, after = [_work(c, numbers) for c in graph.clusters], micro_numbers(numbers, probe)
     rows, outside = [], 0.0
     for index, cluster in enumerate(graph.clusters):
         arithmetic, moved = before[index]
         if index in probe.inside:
             less, fewer = _work(probe.graph.clusters[index], after)
-            shared, some = (arithmetic - less) * PROBE / (PROBE - 1), (moved - fewer) * PROBE / (PROBE - 1)
+            shared, some = ((whole - part) * cuts / (cuts - 1) for whole, part in ((arithmetic, less), (moved, fewer)))
             rows.append((cluster.times, shared, arithmetic - shared, some, moved - some))
         else:
             outside += cluster.times * max(arithmetic, moved)
