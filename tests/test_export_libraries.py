@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -259,6 +260,20 @@ def test_maxtexts_rules_load_and_give_the_layouts(plan, tmp_path):
         plan.traced.in_paths, jax.tree.leaves(plan.in_specs, is_leaf=lambda node: isinstance(node, P)), strict=True
     ):
         same_specs(plan.mesh, [spec], [nn.logical_to_mesh_axes(names[path], rules)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("maxtext") is None, reason="maxtext not installed: it takes Python 3.12 or later")
+def test_maxtexts_own_reader_takes_the_rules(plan, tmp_path):
+    """Over its base configuration, which has mesh axes and rules of its own."""
+    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+    path = tmp_path / "rules.yml"
+    path.write_text(plan.export("maxtext"))
+    asked = ("run_name=test", "hardware=cpu", "enable_checkpointing=false", "skip_jax_distributed_system=true")
+    found = pyconfig.initialize(["test", str(path), *asked, "log_config=false"])
+    assert list(found.mesh_axes) == ["x", "y"]
+    rules = {name: tuple([axes] if isinstance(axes, str) else axes) for name, axes in found.logical_axis_rules}
+    told = [axes for spec in jax.tree.leaves(plan.in_specs, is_leaf=lambda node: isinstance(node, P)) for axes in spec if axes]
+    assert set(rules.values()) - {()} == {(axes,) if isinstance(axes, str) else tuple(axes) for axes in told}
 
 
 # --- Haliax ----------------------------------------------------------------------------------------------------------
