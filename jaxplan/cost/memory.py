@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -297,6 +297,17 @@ class Roots:
             self._into[tensor] = other
 
 
+def _at_loops(facts: Facts) -> Iterator[tuple[int, int, int]]:
+    """(tensor, from, until) of what loops stack, which is there from their beginning, and of what they are given."""
+    for op in facts.operators:
+        if op.name == BOUNDARY and op.path[-2] != "carry":
+            begin, end = facts.order.begins[op.path[:-2]], facts.order.ends[op.path[:-2]]
+            if op.path[-2] == "out":
+                yield op.results[0], begin, end
+            elif op.operands[0] >= 0:
+                yield op.operands[0], facts.made.get(op.operands[0], 0), end
+
+
 def held_buffers(
     graph: Graph,
     facts: Facts,
@@ -362,13 +373,8 @@ def held_buffers(
                 touch(initial, made.get(initial, 0), order.ends[loop])
         if roots.of(produced) in nbytes:
             touch(produced, made.get(produced, place), order.ends[loop])
-    for op in operators:
-        if op.name == BOUNDARY and op.path[-2] != "carry":
-            loop = op.path[:-2]
-            if op.path[-2] == "out":  # what a loop stacks is there from its beginning
-                touch(op.results[0], order.begins[loop], order.ends[loop])
-            elif op.operands[0] >= 0:
-                touch(op.operands[0], made.get(op.operands[0], 0), order.ends[loop])
+    for tensor, begin, end in _at_loops(facts):
+        touch(tensor, begin, end)
     end = len(operators) + 1
     kinds = dict.fromkeys(nbytes, HELD)
     for tensor in own:

@@ -210,8 +210,7 @@ class _Loop:
             return (arrived, returned, left, totals, finals, added, stores, ys), None
 
         row = jnp.int32(0)
-        zeros_ahead = self._zeros(self.ahead)
-        zeros_back = self._zeros(self.back)
+        zeros_ahead, zeros_back = self._zeros(self.ahead), self._zeros(self.back)
         entering = ahead.entering(carries, row)
         first_starts, values = jax.eval_shape(between, row, entering)
         roles = [back.chain.carries[k] for k in back.chain.circulating]
