@@ -1,4 +1,4 @@
-"""What a table of costs over two nodes' strategies allows, and which strategies another one replaces: the kernels of reductions."""
+"""What a table of costs over two nodes' strategies allows, and which strategies another replaces: kernels of the reductions."""
 
 from __future__ import annotations
 
