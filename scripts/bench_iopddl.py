@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESERVE = 1.0
+RESERVE = 0.5
 """Seconds of a limit in processor time that are left for writing the answer down, as the command leaves them."""
 
 

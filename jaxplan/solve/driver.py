@@ -67,6 +67,7 @@ class Incumbent:
     """The best known so far, readable at any moment. `log`: called with a line of text when something improves.
 
     `stopped`: set it from another thread to end the search. `clock`: what time limits are read off, from `began` on.
+    `grace`: seconds that a search goes on after its time limit while it has found nothing at all.
     """
 
     problem: IntervalProblem
@@ -78,6 +79,7 @@ class Incumbent:
     stopped: bool = False
     nearest: tuple[Reducer, np.ndarray] | None = None
     clock: Callable[[], float] = time.monotonic
+    grace: float = 0.0
     _held: tuple[Reducer | None, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
@@ -181,7 +183,9 @@ class Search:
 
     def check(self) -> None:
         """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
-        if self.incumbent.stopped or self.incumbent.proven or self.incumbent.clock() >= self.deadline:
+        known, now = self.incumbent, self.incumbent.clock()
+        late = now >= self.deadline + (0.0 if math.isfinite(known.cost) else known.grace)
+        if late or known.stopped or known.proven:
             raise OutOfTime
 
     def improve(self) -> None:
