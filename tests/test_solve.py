@@ -12,6 +12,7 @@ from jaxplan.solve.core import add, add_scaled, argmin_sum, core_cost, core_of, 
 from jaxplan.solve.crossover import cross
 from jaxplan.solve.driver import Search
 from jaxplan.solve.dual import Dual
+from jaxplan.solve.elimination import by_arrays, eliminate
 from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.profiles import disjoint
@@ -356,3 +357,30 @@ def test_usages_over_overlapping_spans_are_cut_apart():
             whole = sum((usage for (a, b), usage in loads.items() if a <= time < b), start=np.zeros(3))
             parts = sum((usage for (a, b), usage in cut.items() if a <= time < b), start=np.zeros(3))
             assert np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("cells", [8, 64, 1 << 11])
+def test_elimination_with_and_without_numba(cells):
+    """Whole costs: sums are exact in any order, so both find the same where every table fits, and as good where hubs are fixed."""
+    rng = np.random.default_rng(cells)
+    for nodes in (1, 2, 3, 8, 30, 60):
+        sizes = rng.integers(2, 4, nodes)
+        pairs = np.unique(np.sort(rng.integers(0, nodes, (2 * nodes, 2)), axis=1), axis=0)
+        pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+        costs = rng.integers(0, 50, (int(sizes.sum()), 3)).astype(float)
+        tables = rng.integers(0, 50, int(sizes[pairs].prod(axis=1).sum())).astype(float)
+        begin = np.cumsum(sizes) - sizes
+
+        def cost(found, sizes=sizes, pairs=pairs, costs=costs, tables=tables, begin=begin):
+            at = np.cumsum(sizes[pairs].prod(axis=1)) - sizes[pairs].prod(axis=1)
+            a, b = pairs.T
+            joint = tables[at[:, None] + found[a] * sizes[b][:, None] + found[b]]
+            return costs[begin[:, None] + found, np.arange(3)].sum(axis=0) + joint.sum(axis=0)
+
+        found, expected = (way(sizes, costs, pairs, tables, cells) for way in (eliminate, by_arrays))
+        assert found.shape == (nodes, 3) and (found >= 0).all() and (found < sizes[:, None]).all()
+        assert (cost(found) <= cost(np.zeros_like(found))).all()
+        if nodes <= 8:
+            every = [cost(np.repeat(np.array(choice)[:, None], 3, axis=1)) for choice in itertools.product(*map(range, sizes))]
+            assert cells == 8 or np.array_equal(cost(found), np.min(every, axis=0))
+        assert np.array_equal(cost(found), cost(expected))
