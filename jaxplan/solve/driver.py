@@ -18,6 +18,7 @@ from jaxplan.solve.family import Family
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
+from jaxplan.solve.repeats import Repeats
 
 FIRST_STEP, LAST_STEP = 0.05, 5e-6
 """Steps of the dual's ascent, as `Dual.ascend` takes them, falling geometrically."""
@@ -199,7 +200,8 @@ class Search:
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
         began = self.incumbent.clock()
         self.ascend(began + ASCENDING * (self.deadline - began))
-        family, number = Family(self.core, self.rng), 0
+        self.repeats = Repeats(self.reducer)
+        family, number = Family(self.core, self.rng, self.repeats), 0
         tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
         while number < self.rounds:
             number += 1
@@ -248,7 +250,7 @@ class Search:
         if self.best is not None and family.cost > self.best.cost:
             family.add(Walk(self.core, self.best.chosen))
             self.breed(family)
-        return Family(self.core, self.rng)
+        return Family(self.core, self.rng, self.repeats)
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""

@@ -17,9 +17,12 @@ from jaxplan.solve.core import Core, core_cost, core_usage
 from jaxplan.solve.crossover import cross
 from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
+from jaxplan.solve.repeats import Repeats
 
 RECENT, KEPT = 3, 4
 """Latest walks that are merged, and of what merging made before."""
+OFFERS = 2
+"""Of the best one, with layers that do as others do, merged along."""
 PRICES = 8
 """Prices at which one merge is made; the first are the multipliers themselves."""
 SPREAD, BLUR = 0.5, 0.1
@@ -34,6 +37,7 @@ class Family:
 
     core: Core
     rng: np.random.Generator
+    repeats: Repeats
     best: Walk | None = None
     recent: list[np.ndarray] = field(default_factory=list)
     made: list[np.ndarray] = field(default_factory=list)
@@ -57,6 +61,7 @@ class Family:
         core, before = self.core, self.cost
         others = [*self.recent, *self.made]
         base = others.pop() if self.best is None else self.best.chosen
+        others += self.repeats.offers(base, OFFERS, self.rng)
         if not others:
             return
         learned = multipliers if self.prices is None else self.prices
