@@ -53,8 +53,8 @@ ASCENDING = 0.3
 """Of the time, for the first ascent of the dual, at most."""
 REFINED = 12
 """New walks between two ascents of the dual."""
-PATIENCE = 12
-"""Merges that gain nothing to speak of, after which a new family begins."""
+PATIENCE = 6
+"""Merges that gain nothing to speak of, after which it is another family's turn."""
 BRANCHED, BRANCHES = 1000, 3
 """Nodes of the largest problem that branches, and problems that are split after each new walk."""
 BLUR = 3.0
@@ -159,6 +159,7 @@ class Search:
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
         self.best: Walk | None = None  # of all families
+        self.champion: Family | None = None  # the best of those that have come to a stop
 
     def run(self) -> None:
         """Search until the deadline or a proof. Raises NoSolutionError if the reductions show that there is no solution."""
@@ -246,11 +247,20 @@ class Search:
                 self.best = Walk(self.core, family.best.chosen)
 
     def succeed(self, family: Family) -> Family:
-        """A new family, or, if there is a better one, this family with the best known one among its parents."""
-        if self.best is not None and family.cost > self.best.cost:
-            family.add(Walk(self.core, self.best.chosen))
-            self.breed(family)
-        return Family(self.core, self.rng, self.repeats)
+        """Whose turn it is after a family has come to a stop: a new one's after the best one, else the best one's, which takes in
+        what the other one came to."""
+        family.stale = 0
+        champion = self.champion
+        if champion is None or family is champion:
+            self.champion = family
+            return Family(self.core, self.rng, self.repeats)
+        if family.cost < champion.cost:
+            champion, family = family, champion
+        self.champion = champion
+        if family.best is not None:
+            champion.add(Walk(self.core, family.best.chosen))
+            self.breed(champion)
+        return champion
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""

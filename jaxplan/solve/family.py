@@ -22,7 +22,9 @@ from jaxplan.solve.repeats import Repeats
 RECENT, KEPT = 3, 4
 """Latest walks that are merged, and of what merging made before."""
 OFFERS = 2
-"""Of the best one, with layers that do as others do, merged along."""
+"""Of the best one, and of the latest walk, with layers that do as others do, merged along."""
+GAIN = 3e-4
+"""What a merge has to gain, as a share of the cost, for a family not to be nearer to its end."""
 PRICES = 8
 """Prices at which one merge is made; the first are the multipliers themselves."""
 SPREAD, BLUR = 0.5, 0.1
@@ -52,7 +54,8 @@ class Family:
     def add(self, walk: Walk) -> None:
         """Take a walk in: as the best, or to be merged with it."""
         if walk.feasible and walk.cost < self.cost:
-            walk, self.best, self.stale = self.best or walk, walk, 0
+            self.stale = 0 if walk.cost < self.cost - GAIN * abs(walk.cost) else self.stale
+            walk, self.best = self.best or walk, walk
         if walk is not self.best:
             self.recent = [*self.recent, walk.chosen.copy()][-RECENT:]
 
@@ -61,7 +64,8 @@ class Family:
         core, before = self.core, self.cost
         others = [*self.recent, *self.made]
         base = others.pop() if self.best is None else self.best.chosen
-        others += self.repeats.offers(base, OFFERS, self.rng)
+        for chosen in [base, *self.recent[-1:]]:
+            others += self.repeats.offers(chosen, OFFERS, self.rng)
         if not others:
             return
         learned = multipliers if self.prices is None else self.prices
@@ -81,7 +85,7 @@ class Family:
         self.learn(learned, multipliers, over, fits, abs(float(costs.min())))
         made = list({chosen.tobytes(): chosen for chosen in merged}.values())
         self.made = [made[i] for i in np.unique(np.linspace(0, len(made) - 1, KEPT).astype(int))]
-        self.stale = 0 if self.cost < before - 1e-4 * abs(before) or before == math.inf else self.stale + 1
+        self.stale = 0 if self.cost < before - GAIN * abs(before) or before == math.inf else self.stale + 1
 
     def learn(self, prices: np.ndarray, multipliers: np.ndarray, over: np.ndarray, fits: np.ndarray, cost: float) -> None:
         """Change the prices by what came out: lower where the middle one fits, else higher where the limit is exceeded."""
