@@ -206,9 +206,9 @@ class Search:
         tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
         while number < self.rounds:
             number += 1
-            family.add(self.relaxed())
+            family.add(family.level(self.relaxed(), self.dual.best_multipliers))
             self.breed(family)
-            if number % TURN == 0:
+            if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
                 family.add(walk)
                 self.keep(family)

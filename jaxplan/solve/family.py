@@ -22,7 +22,9 @@ from jaxplan.solve.repeats import Repeats
 RECENT, KEPT = 3, 4
 """Latest walks that are merged, and of what merging made before."""
 OFFERS = 2
-"""Of the best one, and of the latest walk, with layers that do as others do, merged along."""
+"""Of the best one, with layers that do as others do, merged along."""
+LEVELLED, WIDELY = 3, 4
+"""Merges of a new walk with what its own layers offer one another, and offers in each."""
 GAIN = 3e-4
 """What a merge has to gain, as a share of the cost, for a family not to be nearer to its end."""
 PRICES = 8
@@ -59,13 +61,20 @@ class Family:
         if walk is not self.best:
             self.recent = [*self.recent, walk.chosen.copy()][-RECENT:]
 
+    def level(self, walk: Walk, multipliers: np.ndarray) -> Walk:
+        """The walk with its better layers' choices in all its layers, at the family's prices."""
+        prices = np.concatenate([[0.0], np.cumsum(multipliers if self.prices is None else self.prices)])
+        for _ in range(LEVELLED if self.repeats.count else 0):
+            offers = self.repeats.offers(walk.chosen, WIDELY, self.rng)
+            walk = Walk(self.core, merge(self.core, walk.chosen, offers, prices[None])[0])
+        return walk
+
     def merge(self, multipliers: np.ndarray, check: Callable[[], None]) -> None:
         """Merge all there is, at several prices near the family's; `multipliers`: the dual's. `check` may raise."""
         core, before = self.core, self.cost
         others = [*self.recent, *self.made]
         base = others.pop() if self.best is None else self.best.chosen
-        for chosen in [base, *self.recent[-1:]]:
-            others += self.repeats.offers(chosen, OFFERS, self.rng)
+        others += self.repeats.offers(base, OFFERS, self.rng)
         if not others:
             return
         learned = multipliers if self.prices is None else self.prices
