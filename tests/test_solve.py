@@ -361,7 +361,7 @@ def test_usages_over_overlapping_spans_are_cut_apart():
 
 @pytest.mark.parametrize("cells", [8, 64, 1 << 11])
 def test_elimination_with_and_without_numba(cells):
-    """Whole costs: sums are exact in any order, so both find the same where every table fits, and as good where hubs are fixed."""
+    """Whole costs: sums are exact in any order, so both find the same cost, where every table fits and where hubs are fixed."""
     rng = np.random.default_rng(cells)
     for nodes in (1, 2, 3, 8, 30, 60):
         sizes = rng.integers(2, 4, nodes)

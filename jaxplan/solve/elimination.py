@@ -1,7 +1,7 @@
 """Exact elimination over a few positions a node, at several prices of usage at once: what `merging` is made of.
 
-A problem here is flat: node v has `sizes[v]` positions, whose costs are rows of `costs` (positions, prices); pair k ties the nodes
-`pairs[k]`, the first the smaller, by a table over both, row by row, one after the other in `tables`.
+A problem here is flat: node v has `sizes[v]` positions, whose costs are rows of `costs` (positions, prices). Pair k ties the
+nodes `pairs[k]`, the first the smaller, by a table over both, row by row; all tables are one after the other in `tables`.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ class Board(NamedTuple):
 
     Table f is over the nodes `scope[f, :width[f]]`, its cells are at `store[start[f]:]`, and it is not `dead` yet. The tables of
     node v are a list: `entry[i]` from i = `head[v]` on, by `following[i]`, to -1; dead ones may be on it. `free[k]`: a dead table
-    whose room is 2 ** k cells, or -1; `waiting` leads to the next one. Nodes were decided in `order`, each by the first `number` of
-    `by`, as the rows of `best` from `chosen` on say. `counters`: stamp of `seen`; entries, tables, cells, nodes, rows of `best` in use.
+    whose room is 2 ** k cells, or -1; `waiting` leads to the next one. Nodes were decided in `order`, each by the first `number`
+    of `by`, as the rows of `best` from `chosen` on say. `counters`: stamp of `seen`; then how many entries, tables, cells, nodes
+    and rows of `best` are in use.
     """
 
     sizes: np.ndarray
@@ -216,7 +217,7 @@ def joint_cells(board, v, count, around, most):
 
 @compiled()
 def fix(board, v):
-    """Leave v at its first position: its tables lose a dimension, in place, and those over two nodes become costs of the other."""
+    """Leave v at its first position: its tables lose a dimension, in place; those over two nodes become costs of the other."""
     sizes, store = board.sizes, board.store
     i = board.head[v]
     while i >= 0:
@@ -251,7 +252,7 @@ def fix(board, v):
 def least_over(board, v, count, around, offset, steps, least, best):
     """Into `least` and `best`, (cells of `around`, prices): the least joint cost over v's positions, and the first that has it.
 
-    `offset`: of v's tables in the store; `steps[f, k]`: how far cells lie apart along `around[k]`, and along v where k is `count`.
+    `offset`: of v's tables in the store; `steps[f, k]`: how far cells lie apart along `around[k]`, along v where k is `count`.
     """
     cost = board.cost[board.begin[v] : board.begin[v] + board.sizes[v]]
     prices = cost.shape[1]

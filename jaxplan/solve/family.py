@@ -35,7 +35,7 @@ RISE, FALL = 1.3, 0.1
 """Factor by which all prices rise if nothing was within the limit, and logarithm by which they fall where it was."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Family:
     """`best`: the best within the limit; `recent`: walks; `made`: what merging made, cheapest usage last; `prices`: per time."""
 

@@ -1,10 +1,10 @@
 """Layers that repeat: what one of them chose is offered to the others.
 
-Programs are made of layers that are alike, and a search that works on all of them finds a good choice in one layer here, in another
-there. Nodes are sorted into classes by their numbers of strategies and those of the nodes around them (colour refinement after
-Weisfeiler and Leman, 1968). Where many classes have about as many members as there are layers, edges between two classes say whether
-their members, in order of their numbers, run through the layers the same way or, as a backward pass does, the other way. Nothing
-has to be right here: an offer is one more parent of a merge, which takes of it what lowers the cost.
+Programs are made of layers that are alike, and a search that works on all of them finds a good choice in one layer here, in
+another there. Nodes are sorted into classes by their numbers of strategies and those of the nodes around them (colour refinement
+after Weisfeiler and Leman, 1968). Where many classes have about as many members as there are layers, edges between two classes
+say whether their members, in order of their numbers, run through the layers the same way or, as a backward pass does, the other
+way. Nothing has to be right here: an offer is one more parent of a merge, which takes of it what lowers the cost.
 """
 
 from __future__ import annotations
@@ -128,21 +128,22 @@ class Repeats:
 def aligned(
     problem: IntervalProblem, classes: Classes, each: np.ndarray, fits: np.ndarray, layers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per class (turn, shift): the member of place k is in layer turn * (k // each) + shift. Turn 0: in no layer that is known."""
+    """Per class (turn, shift): the member of place k is in layer turn * (k // each) + shift. Turn 0: no layer is known."""
     tail, head = problem.edges.reshape(-1, 2).T
     one, two = classes.colour[tail], classes.colour[head]
     kept = fits[one] & fits[two] & (one != two)
     tail, head, one, two = tail[kept], head[kept], one[kept], two[kept]
     places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for a, b, i, j in zip(one.tolist(), two.tolist(), (classes.rank[tail] // each[one]).tolist(), (classes.rank[head] // each[two]).tolist()):
+    ends = one, two, classes.rank[tail] // each[one], classes.rank[head] // each[two]
+    for a, b, i, j in np.stack(ends, axis=1).tolist():
         places[a, b].append((i, j))
     near: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
-    for (a, b), ends in places.items():
-        if len(ends) < layers // 2:
+    for (a, b), found in places.items():
+        if len(found) < layers // 2:
             continue
-        along, same = Counter(i - j for i, j in ends).most_common(1)[0]
-        against, opposite = Counter(i + j for i, j in ends).most_common(1)[0]
-        sure = max(same, opposite) / len(ends)
+        along, same = Counter(i - j for i, j in found).most_common(1)[0]
+        against, opposite = Counter(i + j for i, j in found).most_common(1)[0]
+        sure = max(same, opposite) / len(found)
         if 2 * sure > 1:  # i is turn * j + apart for most, so j is turn * (i - apart)
             turn, apart = (1, along) if same >= opposite else (-1, against)
             near[a].append((sure, b, turn, apart))
