@@ -284,6 +284,6 @@ def test_a_signal_ends_it_with_the_best_known(hard, number):
 
 def test_the_time_limit_ends_it(hard):
     problem, path = hard
-    done = run(path, "--time-limit", "8", "--json")
+    done = run(path, "--time-limit", "12", "--json")
     facts, answer = map(json.loads, done.stdout.splitlines())
     assert facts["ended"] == "time limit" and facts["bound"] <= facts["cost"] == cost_of(problem, answer)

@@ -216,6 +216,14 @@ def joint_cells(board, v, count, around, most):
 
 
 @compiled()
+def add_rows(out, to, rows, begin, count):
+    """Add `count` rows of an array from `begin` on to those of another from `to` on. Loops compile in a tenth of the time."""
+    for i in range(count):
+        for p in range(out.shape[1]):
+            out[to + i, p] += rows[begin + i, p]
+
+
+@compiled()
 def fix(board, v):
     """Leave v at its first position: its tables lose a dimension, in place; those over two nodes become costs of the other."""
     sizes, store = board.sizes, board.store
@@ -235,13 +243,14 @@ def fix(board, v):
         start = board.start[f]
         for a in range(outer):
             for b in range(inner):
-                store[start + a * inner + b] = store[start + a * sizes[v] * inner + b]
+                for p in range(store.shape[1]):
+                    store[start + a * inner + b, p] = store[start + a * sizes[v] * inner + b, p]
         for k in range(axis, board.width[f] - 1):
             board.scope[f, k] = board.scope[f, k + 1]
         board.width[f] -= 1
         if board.width[f] == 1:
             u = board.scope[f, 0]
-            board.cost[board.begin[u] : board.begin[u] + sizes[u]] += store[start : start + sizes[u]]
+            add_rows(board.cost, board.begin[u], store, start, sizes[u])
             board.dead[f] = True
     board.gone[v] = True
     board.order[board.counters[4]] = v  # by nobody, and `best` begins with a row of zeros
@@ -259,7 +268,8 @@ def least_over(board, v, count, around, offset, steps, least, best):
     index, row = np.zeros(count + 1, dtype=np.int64), np.empty(prices)
     for cell in range(len(least)):
         for position in range(len(cost)):
-            row[:] = cost[position]
+            for p in range(prices):
+                row[p] = cost[position, p]
             for f in range(len(offset)):
                 more = board.store[offset[f] + position * steps[f, count]]
                 for p in range(prices):
@@ -333,20 +343,20 @@ def decide(board, v, count, around, rows):
             board.free[board.room[f]] = f
     done = board.counters[4]
     board.order[done], board.number[done], board.chosen[done] = v, count, kept
-    board.by[done, :count] = around[:count]
     board.gone[v] = True
     board.counters[4], board.counters[5] = done + 1, kept + rows
     f = board.counters[2]
     board.counters[2] += 1
     board.start[f], board.room[f], board.width[f] = place, need, count
-    board.scope[f, :count] = around[:count]
+    for k in range(count):
+        board.by[done, k] = board.scope[f, k] = around[k]
     if count < 2:
         board.dead[f] = True
         board.waiting[f] = board.free[need]
         board.free[need] = f
         if count:
             u = around[0]
-            board.cost[board.begin[u] : board.begin[u] + rows] += least
+            add_rows(board.cost, board.begin[u], board.store, place, rows)
         return True
     for k in range(count):
         u, i = around[k], board.counters[1]
