@@ -201,6 +201,7 @@ class Search:
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
         began = self.incumbent.clock()
         self.ascend(began + ASCENDING * (self.deadline - began))
+        assert self.reducer is not None
         self.repeats = Repeats(self.reducer)
         family, number = Family(self.core, self.rng, self.repeats), 0
         tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None

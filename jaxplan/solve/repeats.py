@@ -77,10 +77,8 @@ class Repeats:
         problem = reducer.problem
         self.reducer = reducer
         self.alive = np.flatnonzero(reducer.alive)
-        self.classes = Classes(colours(problem)) if len(self.alive) else None
+        self.classes = Classes(colours(problem))
         self.count = 0
-        if self.classes is None:
-            return
         found = self.classes.layers(problem.counts > 1)
         if not found:
             return
