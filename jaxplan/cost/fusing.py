@@ -61,16 +61,18 @@ def stored(
     scattered: frozenset[int] = frozenset(),
     hidden: Mapping[int, float] = NO_SHARES,
     loops: Sequence[tuple[int, int]] = (),
+    gathers: int = 0,
+    groups: int = 1,
 ) -> Stored:
     """Of operators in the order in which they run.
 
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
     `hidden`: {place of what can run beside the gathers of state that end a call: what share of their time it takes}. `loops`:
-    (first, last place) of each.
+    (first, last place) of each. `gathers`: how many there are, `groups`: in how many at once partial sums are combined.
     """
     kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
     found = _Fused(kernels, scattered)
-    found.put_off(hidden, loops)
+    found.put_off(hidden, loops, gathers, groups)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(
         frozenset(found.origins) | frozenset(found.moved), found.readers(),
@@ -165,22 +167,36 @@ class _Fused:
         for place in kernels.inner:
             self._visit(place, self.operators[place])
 
-    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]]) -> None:
+    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> None:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
-        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide."""
+        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide.
+
+        Partial sums are combined in `groups`, of which each is gathered, when it has been updated, beside products whose sums
+        belong to later ones: one for each of `gathers`, if it takes no longer.
+        """
         done = max([p for p, operator in enumerate(self.operators) if operator.rule.product], default=0)
-        left = 1.0
+        left, beside = 1.0, gathers * (groups - 1) // groups
         for place, share in sorted(hidden.items()):
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
             near = self.near.get(tensor, ())
             if not near or tensor in self.origins or any(first <= place <= last for first, last in loops):
                 continue
-            behind = [last for first, last in loops if place < first and last < min(near)]
-            if not loops and done < min(near) and share <= left:
+            behind = [last for first, last in loops if place < first and last < min(near) and share <= 1.0]
+            if not loops and done < min(near) and (share <= left or left == 1.0):
                 behind, left = [done], left - share
+            elif not loops and beside and share * gathers <= 1.0 and done < self._needed(tensor):
+                behind, beside = [done], beside - 1
             if behind:
                 self.at[place] = max(behind) + 1
+
+    def _needed(self, tensor: int) -> int:
+        """The place of the first kernel that reads a value, be it through what is computed again there."""
+        found = len(self.operators)
+        for reader in self.near.get(tensor, ()):
+            again = [t for t in self.operators[reader].results if t in self.origins]
+            found = min([found, *[self._needed(t) for t in again]] if again else [found, self.at.get(reader, reader)])
+        return found
 
     def readers(self) -> dict[int, list[int]]:
         """{stored tensor: places of the kernels that read it}."""
