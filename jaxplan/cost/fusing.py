@@ -21,7 +21,7 @@ from jaxplan.rules import Kind, Rule
 
 LARGE = 0.5
 """From this share of a value's elements on, what it is computed from counts as large."""
-FEW = 2
+FEW = 1
 """Products that sum over no more elements are computed like element-wise work."""
 
 
@@ -293,15 +293,25 @@ def _beside(operators: Sequence[Operator], loops: Sequence[tuple[int, int]]) -> 
     return found
 
 
+def _batch(rule: Rule) -> frozenset[int]:
+    """The factors of a product that all its operands have and its result keeps."""
+    if not rule.product or len(rule.operands) < 2:
+        return frozenset()
+    shared = [frozenset(f for factors in dims for f in factors) for dims in (*rule.operands, *rule.results)]
+    return frozenset.intersection(*shared)
+
+
 def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
-    """Dimensions in space of what convolutions make, and of what is computed from it place by place."""
+    """Dimensions in space of what convolutions make, and of batches of what products make, and of what is computed from it place
+    by place."""
     outer: dict[int, tuple[int, ...]] = {}
     inner = set(kernels.inner)
     for place, operator in enumerate(kernels.operators):
         rule = operator.rule
         for tensor, dims in zip(operator.results, rule.results, strict=True):
-            if rule.spatial:
-                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in rule.spatial for f in factors)])
+            apart = rule.spatial or _batch(rule)
+            if apart:
+                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in apart for f in factors)])
             elif place in inner:
                 size = len(dims)
                 alike = [t for t in operator.operands if t in outer and graph.tensors[t].shape == graph.tensors[tensor].shape]

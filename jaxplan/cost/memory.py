@@ -21,7 +21,7 @@ from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.schedule import Order, run_order
-from jaxplan.cost.tiles import local_shape, padding
+from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
@@ -31,6 +31,8 @@ Local = Callable[[int, Layout | None], float]
 
 COMBINED_BYTES = 128e6
 """Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, of which the next would not have fit."""
+
+SUMS = ("all_reduce", "reduce_scatter")
 
 HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
 
@@ -116,7 +118,10 @@ def memory(
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
-                buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
+                about, layout = graph.tensors[old], layouts.get(tensor)
+                tiled = machine.tile is None or whole_tiles(about.shape, layout, modelled.numbers.sizes, machine.tile)
+                layout = layouts.get(old) if tiled else layout  # else only a part is copied, since it has to be moved anyway
+                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
         late = _overtaken(graph, facts, replaced, layouts, local)
         turned = [(tensor, at, late.pop(tensor, at)) for tensor, at in facts.more.turned]
         buffers += [copy(tensor, facts.made[tensor], until) for tensor, until in late.items()]
@@ -250,15 +255,18 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 
 
 def _groups(modelled: Modelled, choices: np.ndarray) -> int:
-    """In how many groups the partial sums are combined that wait for the end of a call."""
-    graph, sizes, total = modelled.graph, modelled.numbers.sizes, 0.0
+    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they go."""
+    graph, sizes = modelled.graph, modelled.numbers.sizes
     shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
+    totals: dict[frozenset[int], float] = {}
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             about = graph.tensors[exchange.tensor]
             if tuple(sorted(about.shape)) in shapes:
-                total += about.nbytes / math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
-    return max(1, math.ceil(total / COMBINED_BYTES))
+                over = frozenset(axis for step in exchange.steps if step.kind in SUMS for axis in step.axes)
+                split = math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
+                totals[over] = totals.get(over, 0.0) + about.nbytes / split
+    return max([1, *[math.ceil(total / COMBINED_BYTES) for total in totals.values()]])
 
 
 @lru_cache(maxsize=16)
