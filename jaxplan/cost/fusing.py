@@ -25,6 +25,9 @@ FEW = 1
 """Products that sum over no more elements are computed like element-wise work."""
 
 
+HALF_HIDDEN = 2.0
+"""The first product that is put off may take so many times as long as the exchange that it hides behind: half of it does."""
+
 NO_SHARES: Mapping[int, float] = MappingProxyType({})
 
 
@@ -169,7 +172,8 @@ class _Fused:
 
     def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> None:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
-        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide.
+        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide, the very
+        first also if only half of it does.
 
         Partial sums are combined in `groups`, of which each is gathered, when it has been updated, beside products whose sums
         belong to later ones: one for each of `gathers`, if it takes no longer.
@@ -183,7 +187,7 @@ class _Fused:
             if not near or tensor in self.origins or any(first <= place <= last for first, last in loops):
                 continue
             behind = [last for first, last in loops if place < first and last < min(near) and share <= 1.0]
-            if not loops and done < min(near) and (share <= left or left == 1.0):
+            if not loops and done < min(near) and share <= (left if left < 1.0 else HALF_HIDDEN):
                 behind, left = [done], left - share
             elif not loops and beside and share * gathers <= 1.0 and done < self._needed(tensor):
                 behind, beside = [done], beside - 1

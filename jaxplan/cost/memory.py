@@ -255,17 +255,17 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 
 
 def _groups(modelled: Modelled, choices: np.ndarray) -> int:
-    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they go."""
-    graph, sizes = modelled.graph, modelled.numbers.sizes
+    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they go.
+    Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
+    graph = modelled.graph
     shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
     totals: dict[frozenset[int], float] = {}
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             about = graph.tensors[exchange.tensor]
-            if tuple(sorted(about.shape)) in shapes:
+            if tuple(sorted(about.shape)) in shapes and not any(exchange.steps[0].before):
                 over = frozenset(axis for step in exchange.steps if step.kind in SUMS for axis in step.axes)
-                split = math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
-                totals[over] = totals.get(over, 0.0) + about.nbytes / split
+                totals[over] = totals.get(over, 0.0) + about.nbytes
     return max([1, *[math.ceil(total / COMBINED_BYTES) for total in totals.values()]])
 
 
