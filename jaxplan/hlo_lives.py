@@ -20,7 +20,7 @@ _UNREAD = frozenset(("tuple", "get-tuple-element", "bitcast"))
 
 
 def stored_bytes(kind: str) -> list[int]:
-    """Of each array in a printed type, its bytes in the machine's main memory, whole tiles; 0 where it lies elsewhere (`S(1)`)."""
+    """Of each array in a printed type, its bytes in main memory, whole tiles; 0 where it lies elsewhere (`S(1)`)."""
     return [_padded(*found.groups()) for found in _ARRAY.finditer(kind)]
 
 
@@ -150,14 +150,14 @@ def _elements(kind: str) -> list[str]:
 
 
 def without_gaps_twice(reported: int, alive: int) -> int:
-    """The size of a heap, of which what was reported counts the gaps twice: reported = heap + (heap - alive). Where more is read to
-    be alive than was reported (temporaries may lie in the buffers of donated arguments), what was reported stays."""
+    """The size of a heap, of which what was reported counts the gaps twice: reported = heap + (heap - alive). Where more is read
+    to be alive than was reported (temporaries may lie in the buffers of donated arguments), what was reported stays."""
     return (reported + min(alive, reported)) // 2
 
 
 def bytes_alive(text: str) -> int:
-    """The most bytes of temporaries in main memory that live at once in a scheduled program: neither parameters, nor constants, nor
-    what is returned. An estimate from above: a loop's carry that is written in place is found only where the text says so."""
+    """The most bytes of temporaries in main memory that live at once in a scheduled program: neither parameters, nor constants,
+    nor what is returned. An estimate from above: a loop's carry that is written in place is found only where the text says so."""
     module = Module(text)
     entry = module.computations.get(module.entry)
     return _Walk(module, entry).most() if entry else 0

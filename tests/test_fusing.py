@@ -370,7 +370,7 @@ def test_short_products_wait_one_beside_each_gather_of_a_group_that_is_summed_be
 
 
 def test_a_new_value_waits_for_products_that_still_read_the_old_one_and_make_more():
-    """Both products read `w`; the one whose result becomes the new `w` comes first. The other makes eight times as much, or less."""
+    """Both products read `w`; the one whose result becomes the new `w` comes first. The other makes more, or less."""
 
     def fn(w, x, y):
         new = w - high(x.T, x)

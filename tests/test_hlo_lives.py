@@ -1,4 +1,4 @@
-"""What a scheduled program holds at once, read from text as TPU compilers print it, and what a report of temporaries is mended by."""
+"""What a scheduled program holds at once, read from text as TPU compilers print it; and gaps that were counted twice."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ def test_gaps_that_were_counted_twice_are_counted_once():
 
 
 @pytest.mark.parametrize(
-    ("platform", "version", "twice"), [("tpu", "0.0.42.1", True), ("tpu", "0.0.52", False), ("tpu", "0.1", False), ("cpu", "0.0.42.1", False)]
+    ("platform", "version", "twice"),
+    [("tpu", "0.0.42.1", True), ("tpu", "0.0.50.1", True), ("tpu", "0.0.51", False), ("tpu", "0.1", False), ("cpu", "0.0.42.1", False)],
 )
 def test_which_compilers_count_gaps_twice(monkeypatch, platform, version, twice):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)

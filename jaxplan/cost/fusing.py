@@ -172,8 +172,8 @@ class _Fused:
 
     def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> None:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
-        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide, the very
-        first also if only half of it does.
+        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide;
+        the very first also if only half of it does.
 
         Partial sums are combined in `groups`, of which each is gathered, when it has been updated, beside products whose sums
         belong to later ones: one for each of `gathers`, if it takes no longer.

@@ -30,7 +30,7 @@ Local = Callable[[int, Layout | None], float]
 """Bytes per device of a tensor in a layout."""
 
 COMBINED_BYTES = 128e6
-"""Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, of which the next would not have fit."""
+"""Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
 
 SUMS = ("all_reduce", "reduce_scatter")
 
@@ -255,8 +255,8 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 
 
 def _groups(modelled: Modelled, choices: np.ndarray) -> int:
-    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they go.
-    Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
+    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they
+    go. Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
     graph = modelled.graph
     shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
     totals: dict[frozenset[int], float] = {}

@@ -18,8 +18,8 @@ def local_shape(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int
 
 
 def whole_tiles(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int], tile: tuple[int, int]) -> bool:
-    """Whether one device's part of an array is made of whole tiles of it, so that a kernel can read it where it lies. Of dimensions
-    that waste alike the last fills columns, the one before it rows."""
+    """Whether one device's part of an array is made of whole tiles of it, so that a kernel can read it where it lies. Of
+    dimensions that waste alike the last fills columns, the one before it rows."""
     part = local_shape(shape, layout, sizes)
     left = list(range(len(shape)))
     for unit in tile[::-1][: len(shape)]:
