@@ -136,8 +136,11 @@ def test_gaps_that_were_counted_twice_are_counted_once():
 
 @pytest.mark.parametrize(
     ("platform", "version", "twice"),
-    [("tpu", "0.0.42.1", True), ("tpu", "0.0.50.1", True), ("tpu", "0.0.51", False), ("tpu", "0.1", False), ("cpu", "0.0.42", False)],
-)
+    [
+        ("tpu", "0.0.42.1", True), ("tpu", "0.0.50.1", True), ("tpu", "0.0.51", False), ("tpu", "0.1", False),
+        ("cpu", "0.0.42", False),
+    ],
+)  # fmt: skip
 def test_which_compilers_count_gaps_twice(monkeypatch, platform, version, twice):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert topology.counts_gaps_twice([SimpleNamespace(platform=platform)]) is twice
