@@ -23,8 +23,6 @@ LARGE = 0.5
 """From this share of a value's elements on, what it is computed from counts as large."""
 FEW = 1
 """Products that sum over no more elements are computed like element-wise work."""
-
-
 HALF_HIDDEN = 2.0
 """The first product that is put off may take so many times as long as the exchange that it hides behind: half of it does."""
 
@@ -179,7 +177,8 @@ class _Fused:
         belong to later ones: one for each of `gathers`, if it takes no longer.
         """
         done = max([p for p, operator in enumerate(self.operators) if operator.rule.product], default=0)
-        left, beside = 1.0, gathers * (groups - 1) // groups
+        left, beside = 1.0, 0 if loops else gathers * (groups - 1) // groups
+        needed = self._needed() if beside and hidden else {}
         for place, share in sorted(hidden.items()):
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
@@ -189,17 +188,20 @@ class _Fused:
             behind = [last for first, last in loops if place < first and last < min(near) and share <= 1.0]
             if not loops and done < min(near) and share <= (left if left < 1.0 else HALF_HIDDEN):
                 behind, left = [done], left - share
-            elif not loops and beside and share * gathers <= 1.0 and done < self._needed(tensor):
+            elif beside and share * gathers <= 1.0 and done < needed.get(tensor, 0):
                 behind, beside = [done], beside - 1
             if behind:
                 self.at[place] = max(behind) + 1
 
-    def _needed(self, tensor: int) -> int:
-        """The place of the first kernel that reads a value, be it through what is computed again there."""
-        found = len(self.operators)
-        for reader in self.near.get(tensor, ()):
-            again = [t for t in self.operators[reader].results if t in self.origins]
-            found = min([found, *[self._needed(t) for t in again]] if again else [found, self.at.get(reader, reader)])
+    def _needed(self) -> dict[int, int]:
+        """{value: the place of the first kernel that reads it, be it through what is computed again there}."""
+        found: dict[int, int] = {}
+        for place in range(len(self.operators) - 1, -1, -1):
+            operator = self.operators[place]
+            again = [found.get(t, len(self.operators)) for t in operator.results if t in self.origins]
+            at = min(again) if again else self.at.get(place, place)
+            for tensor in operator.operands:
+                found[tensor] = min(found.get(tensor, at), at)
         return found
 
     def readers(self) -> dict[int, list[int]]:
