@@ -90,24 +90,22 @@ def compile_one(name: str) -> None:
 def temporaries(name: str) -> int:
     """Bytes of the heap in main memory that the compiler assigns."""
     command = [sys.executable, __file__, "--compile", name]
-    child = subprocess.Popen(
+    found, last, done = -1, "", False
+    with subprocess.Popen(
         command, env={**os.environ, **LOG}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         start_new_session=True,
-    )  # fmt: skip
-    assert child.stdout is not None
-    found, last, done = -1, "", False
-    for line in child.stdout:
-        last = line if line.strip() else last
-        if "] BufferAssignment:" in line:
-            found = 0
-        elif found >= 0 and (size := TEMPORARIES.search(line)):
-            found += int(size.group(1))
-        done = found >= 0 and ("BufferAssignment stats" in line or line.startswith("compiled"))
-        if done:
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    ) as child:  # fmt: skip
+        for line in child.stdout or ():
+            last = line if line.strip() else last
+            if "] BufferAssignment:" in line:
+                found = 0
+            elif found >= 0 and (size := TEMPORARIES.search(line)):
+                found += int(size.group(1))
+            done = found >= 0 and ("BufferAssignment stats" in line or line.startswith("compiled"))
+            if done:
+                break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
     if not done:
         raise RuntimeError(f"{name}: the compiler's log has no buffer assignment; it ended with: {last.strip()[:300]}")
     return found
