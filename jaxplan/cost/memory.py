@@ -21,13 +21,18 @@ from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.schedule import Order, run_order
-from jaxplan.cost.tiles import local_shape, padding
+from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
 
 Local = Callable[[int, Layout | None], float]
 """Bytes per device of a tensor in a layout."""
+
+COMBINED_BYTES = 128e6
+"""Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
+
+SUMS = ("all_reduce", "reduce_scatter")
 
 HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
 
@@ -113,12 +118,19 @@ def memory(
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
-                buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
-        transposed = [copy(*some) for some in facts.more.copies]
+                about, layout = graph.tensors[old], layouts.get(tensor)
+                tiled = machine.tile is None or whole_tiles(about.shape, layout, modelled.numbers.sizes, machine.tile)
+                layout = layouts.get(old) if tiled else layout  # else only a part is copied, since it has to be moved anyway
+                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), _axes(layout)))
+        late = _overtaken(graph, facts, replaced, layouts, local)
+        turned = [(tensor, at, late.pop(tensor, at)) for tensor, at in facts.more.turned]
+        buffers += [copy(tensor, facts.made[tensor], until) for tensor, until in late.items()]
+        pairs = zip(facts.more.copies, turned, strict=True)
+        transposed = [copy(old, first, max(last, until)) for (old, first, last), (_, _, until) in pairs]
         heap = _far(buffers + transposed, facts, machine.near_bytes)
         far = {id(buffer) for buffer in heap}
-        for old, (tensor, at) in zip(transposed, facts.more.turned, strict=True):
-            heap += [] if id(old) in far else [copy(tensor, at, at)]  # else the new value is written in the place of the copy
+        for old, new in zip(transposed, turned, strict=True):
+            heap += [] if id(old) in far else [copy(*new)]  # else the new value is written in the place of the copy
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live, most = [b for b in heap if b.first <= at <= b.last and b.nbytes], float(lives[at])
@@ -171,7 +183,9 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
         return _facts(modelled.graph, True, frozenset(), frozenset())
-    return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
+    scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
+    groups = _groups(modelled, choices) if hidden else 1
+    return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -236,14 +250,33 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
             split = [o.factor for o in modelled.chosen(choices, index)]
             parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
             taken = numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts
-            if taken <= seconds:
-                found.add((cluster.members[-1], taken / seconds))
+            found.add((cluster.members[-1], taken / seconds))
     return frozenset(found)
+
+
+def _groups(modelled: Modelled, choices: np.ndarray) -> int:
+    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they
+    go. Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
+    graph = modelled.graph
+    shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
+    totals: dict[frozenset[int], float] = {}
+    for index, cluster in enumerate(graph.clusters):
+        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
+            about = graph.tensors[exchange.tensor]
+            if tuple(sorted(about.shape)) in shapes and not any(exchange.steps[0].before):
+                over = frozenset(axis for step in exchange.steps if step.kind in SUMS for axis in step.axes)
+                totals[over] = totals.get(over, 0.0) + about.nbytes
+    return max([1, *[math.ceil(total / COMBINED_BYTES) for total in totals.values()]])
 
 
 @lru_cache(maxsize=16)
 def _facts(
-    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset()
+    graph: Graph,
+    materialises: bool,
+    scattered: frozenset[int] = frozenset(),
+    hidden: frozenset[tuple[int, float]] = frozenset(),
+    gathers: int = 0,
+    groups: int = 1,
 ) -> Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
@@ -259,7 +292,7 @@ def _facts(
     if not materialises:
         loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
         at = frozenset(places[i] for i in scattered if i in places)
-        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops)
+        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups)
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
@@ -397,6 +430,24 @@ def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
     begins = facts.order.begins
     stacked = {op.results[0]: begins[op.path[:-2]] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "out"}
     return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
+
+
+def _overtaken(
+    graph: Graph, facts: Facts, replaced: Mapping[int, int], layouts: Mapping[int, Layout], local: Local
+) -> dict[int, int]:
+    """{new value of donated state that is done before the old one has been read: the place of the last reader}. It cannot be
+    written where the old one is. Of two kernels that could run next, the one that makes less does; so readers of the old value
+    that make less than the new one run before it."""
+    found = {}
+    for tensor, old in replaced.items():
+        done = facts.made.get(tensor, 0)
+        if done and tensor not in facts.fused:
+            size = local(tensor, layouts.get(tensor))
+            later = [r for r in facts.readers.get(old, ()) if r > done and facts.operators[r].rule.product]
+            larger = [r for r in later if max([local(t, layouts.get(t)) for t in facts.operators[r].results], default=0.0) > size]
+            if larger:
+                found[tensor] = max(larger)
+    return found
 
 
 def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
