@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,8 @@ def memory(
         layout = layouts.get(tensor)
         return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
 
-    held, _ = held_buffers(graph, facts, layouts, own, replaced, local)
+    held, roots = held_buffers(graph, facts, layouts, own, replaced, local)
+    held = _gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += _added_to(modelled, facts, layouts, local)
     places = len(facts.order.sequence) + 2
@@ -148,10 +150,11 @@ def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buf
 def local_sizes(modelled: Modelled, facts: Facts) -> Local:
     """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
     graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
+    own = modelled.stages.own if modelled.stages is not None else {}
 
     def local(tensor: int, layout: Layout | None) -> float:
         about = graph.tensors[tensor]
-        nbytes = about.nbytes / (shards(layout, sizes) if layout is not None else 1)
+        nbytes = about.nbytes * own.get(tensor, 1.0) / (shards(layout, sizes) if layout is not None else 1)
         if tensor in facts.more.narrow:
             nbytes *= machine.rounded_share(about.dtype)
         if machine.tile is not None:
@@ -428,6 +431,28 @@ def _added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], l
             first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
             found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, _axes(layout)))
     return found
+
+
+def _gathered_layers(
+    modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local, held: list[Buffer], roots: Roots
+) -> list[Buffer]:
+    """The buffers of values, what stages of unequal length stack apart: until the loop ends a stage has room for its own layers,
+    then those of all stages, each filled up to the longest; one stack is gathered after another."""
+    if modelled.stages is None or not modelled.stages.gathered:
+        return held
+    asked, found = modelled.stages.asked, dict[Any, Buffer]({buffer.tensor: buffer for buffer in held})
+    after: dict[tuple[Any, ...], int] = {}
+    for op in facts.operators:
+        if op.name == BOUNDARY and op.results and op.results[0] in modelled.stages.gathered:
+            stack, layer, loop = op.results[0], op.operands[0], op.path[:-2]
+            layout, (_, most) = layouts.get(layer), asked.loops[loop]
+            part, whole = most * local(layer, layout), found.get(roots.of(stack))
+            after[loop] = after.get(loop, facts.order.ends[loop]) + 1
+            found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], _axes(layout))
+            if whole is not None:
+                filled = whole.nbytes if whole.kind == OUTPUT else asked.stages * part
+                found[roots.of(stack)] = replace(whole, first=min(after[loop], whole.last), nbytes=filled)
+    return list(found.values())
 
 
 def _as_sliced(graph: Graph, boundary: Operator, layouts: Mapping[int, Layout]) -> Layout | None:

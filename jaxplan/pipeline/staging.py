@@ -23,7 +23,8 @@ def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> St
     summed = frozenset().union(*[_summed(graph, chain) for chain in chains])
     longest = {chain.path: (chain.length, max(chain.layers)) for chain in chains}
     axis = tuple(axis_names).index(pipeline.axis)
-    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed)
+    resident = _resident(graph, pipeline)
+    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed, resident=resident)
     if pipeline.schedule != "1f1b":
         return stage_graph(graph, staging)
     middle, ahead = _middle(graph, pipeline), chains[0]
@@ -71,6 +72,25 @@ def _ringed(graph: Graph, pipeline: Pipeline) -> dict[int, int]:
             if role.kind is Kind.CUT:
                 found[op.results[0]] = role.dim + 1
     return found
+
+
+def _resident(graph: Graph, pipeline: Pipeline) -> frozenset[int]:
+    """What stages of unequal length stack, and only later layers of theirs read: where it has rows, and where the two loops are
+    one. All else is gathered."""
+    chains, found = pipeline.chains, set[int]()
+    entering = {id(op): op for chain in chains for op in _edges(graph, chain) if op.path[-2] == "in"}
+    took = {op.operands[0]: op.path[:-2] for op in entering.values()}
+    others = {t for op in graph.operators if id(op) not in entering for t in op.operands}
+    layers = {chain.path: chain.layers for chain in chains}
+    for chain in chains:
+        for op in _edges(graph, chain) if not chain.even else ():
+            left = op.results[0]
+            if op.path[-2] == "out" and left not in others and left not in graph.outputs:
+                role = chain.ys[op.path[-1] - len(chain.carries)]
+                alike = left not in took or layers[took[left]] == chain.layers
+                if alike and (role.kind is Kind.CUT or (pipeline.schedule == "1f1b" and left in took)):
+                    found.add(left)
+    return frozenset(found)
 
 
 def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:
