@@ -280,7 +280,7 @@ class Plan:
             ))  # fmt: skip
         for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
             about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
-            ticks = self.modelled.numbers.ticks if handed.every_tick else 1.0
+            ticks = self.modelled.numbers.ticks - handed.spared if handed.every_tick else 1.0
             what = {EVERY_TICK: "next stage", GATHERED: "stages of unequal length", LEFT: op.name}[handed.how]
             kind = {EVERY_TICK: "permute", GATHERED: "all_gather", LEFT: "all_reduce"}[handed.how]
             found.append(PlannedExchange(

@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxplan
+from jaxplan import hybrid
 from jaxplan.examples import programs
 from jaxplan.examples.decoder import SMALL, decoder
 from jaxplan.machine import PRESETS, Machine
-from jaxplan.pipeline import pipeline_of
 
 STAGED = [((4,), 4, 2), ((4,), 8, 8), ((2, 2), 8, 2), ((2, 2), 5, 4), ((2, 4), 8, 4), ((4, 2), 8, 8)]
 """(mesh of stages and data, layers, micro-batches)."""
@@ -83,6 +84,12 @@ def convolutions(layers: int) -> tuple[Any, tuple[Any, ...]]:
     return step, (jax.ShapeDtypeStruct((layers, 3, 3, 16, 16), "float32"), jax.ShapeDtypeStruct((16, 12, 12, 16), "float32"))
 
 
+def planned_under(schedule: str, fn: Any, args: Sequence[Any], **options: Any) -> jaxplan.Plan:
+    """The best plan with stages along x that has this schedule."""
+    with mock.patch.object(hybrid, "SCHEDULES", (schedule,)):
+        return jaxplan.make_plan(fn, *args, pipeline="x", **options)
+
+
 def staged_rows(
     schedules: Sequence[str], chosen: Sequence[tuple[tuple[int, ...], int, int]], only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
@@ -94,15 +101,10 @@ def staged_rows(
         for name, (fn, given, donated) in {**cases, "convolutions": (step, args, (0,))}.items():
             if only is not None and name not in only:
                 continue
-            plan = jaxplan.make_plan(
-                fn, *given, mesh=mesh_of(shape), machine=busy_machine(), pipeline="x", microbatches=m, donate_argnums=donated
-            )
             for schedule in schedules:
-                assert plan.pipeline is not None
-                if schedule != plan.pipeline.schedule:
-                    jaxpr, counts = plan.traced.jaxpr.jaxpr, {layers: plan.pipeline.chains[0].layers}
-                    pipeline = pipeline_of(jaxpr, "x", shape[0], m, layers=counts, schedule=schedule)
-                    plan = replace(plan, pipeline=pipeline)
+                plan = planned_under(
+                    schedule, fn, given, mesh=mesh_of(shape), machine=busy_machine(), microbatches=m, donate_argnums=donated
+                )
                 told = f"{name}, {layers} layers, m={m}, {schedule}"
                 yield told, shape, plan.peak_bytes, compiled_bytes(plan, given, donated)
 

@@ -9,41 +9,35 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from jaxplan.cost.buffers import (
+    HELD,
+    OUTPUT,
+    TRANSIENT,
+    Buffer,
+    Copied,
+    Facts,
+    Local,
+    Roots,
+    axes_of,
+)
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
-from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
+from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
-from jaxplan.cost.schedule import Order, run_order
+from jaxplan.cost.schedule import run_order
+from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, gathered_layers
+from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
-
-Local = Callable[[int, Layout | None], float]
-"""Bytes per device of a tensor in a layout."""
-
-HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Bytes per device that live from place `first` to place `last` of the order. `tensor`: what they hold; `kind`: an
-    activation, the transient of an exchange, or an output of the program; `axes`: the mesh axes that split it."""
-
-    tensor: int
-    kind: str
-    nbytes: float
-    first: int
-    last: int
-    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,12 +96,15 @@ def memory(
 
     def copy(tensor: int, first: int, last: int) -> Buffer:
         layout = layouts.get(tensor)
-        return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
+        return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, axes_of(layout))
 
-    held, roots = held_buffers(graph, facts, layouts, own, replaced, local)
-    held = _gathered_layers(modelled, facts, layouts, local, held, roots)
+    copied = _stacks_copied(modelled, choices, facts) if machine.materialises else {}
+    held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
+    held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
-    buffers += _added_to(modelled, facts, layouts, local)
+    buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    if modelled.stages is not None and modelled.stages.asked.middle:
+        buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
         heap = _outside_outputs(buffers)
@@ -144,7 +141,7 @@ def _lives(heap: Sequence[Buffer], places: int) -> np.ndarray:
 
 
 def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buffer:
-    return Buffer(tensor, kind, nbytes, 0, 0, _axes(layout))
+    return Buffer(tensor, kind, nbytes, 0, 0, axes_of(layout))
 
 
 def local_sizes(modelled: Modelled, facts: Facts) -> Local:
@@ -173,7 +170,8 @@ def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
 def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
-        return _facts(modelled.graph, True, frozenset(), frozenset())
+        alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
+        return _facts(modelled.graph, True, frozenset(), frozenset(), sinks=not alternates)
     return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
 
 
@@ -182,24 +180,6 @@ def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int,
     if modelled.numbers.machine.materialises:
         return frozenset()
     return _hidden(modelled, choices, gathered_state(modelled, choices))
-
-
-def _axes(layout: Layout | None) -> tuple[int, ...]:
-    return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
-
-    order: Order
-    operators: Sequence[Operator]
-    made: Mapping[int, int]
-    readers: Mapping[int, Sequence[int]]
-    fused: frozenset[int]
-    place: Mapping[int, int]
-    fuses: bool = False
-    more: Stored = NOTHING
 
 
 def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
@@ -246,8 +226,9 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
 
 @lru_cache(maxsize=16)
 def _facts(
-    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset()
-) -> Facts:
+    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset(),
+    sinks: bool = True,
+) -> Facts:  # fmt: skip
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
@@ -274,7 +255,23 @@ def _facts(
             where = {cluster.get(order.sequence[reader]) for reader in found}
             if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
                 fused.add(tensor)
+    fused |= _sunk(graph, operators, readers) - leaving if sinks else set()
     return Facts(order, operators, made, readers, frozenset(fused), places)
+
+
+def _sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Sequence[int]]) -> set[int]:
+    """Constants that nobody but loops reads, each time whole: they are made inside. (Not in a loop that alternates between
+    forward and backward, as seen in the compiled programs.)"""
+    found = set[int]()
+    for op in operators:
+        if op.equation is not None and len(op.results) == 1 and op.operands and max(op.operands) < 0 and op.rule.known:
+            tensor, reads = op.results[0], [operators[place] for place in readers.get(op.results[0], ())]
+            enter = [r for r in reads if r.name == BOUNDARY and r.path[-2] == "in"]
+            if enter and len(enter) == len(reads):
+                shape = graph.tensors[tensor].shape
+                if all(graph.tensors[r.results[0]].shape == shape for r in enter):
+                    found |= {tensor, *[r.results[0] for r in enter]}
+    return found
 
 
 def _in_a_loop(operator: Operator) -> bool:
@@ -282,25 +279,7 @@ def _in_a_loop(operator: Operator) -> bool:
     return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
 
 
-class Roots:
-    """Which tensors share a buffer."""
-
-    def __init__(self) -> None:
-        self._into: dict[int, int] = {}
-
-    def of(self, tensor: int) -> int:
-        while tensor in self._into:
-            tensor = self._into[tensor]
-        return tensor
-
-    def join(self, tensor: int, other: int) -> None:
-        """`tensor` lives in the buffer of `other`."""
-        tensor = self.of(tensor)
-        if tensor != self.of(other):
-            self._into[tensor] = other
-
-
-def _at_loops(facts: Facts) -> Iterator[tuple[int, int, int]]:
+def _at_loops(facts: Facts, copied: Copied) -> Iterator[tuple[int, int, int]]:
     """(tensor, from, until) of what loops stack, which is there from their beginning, and of what they are given."""
     for op in facts.operators:
         if op.name == BOUNDARY and op.path[-2] != "carry":
@@ -308,7 +287,8 @@ def _at_loops(facts: Facts) -> Iterator[tuple[int, int, int]]:
             if op.path[-2] == "out":
                 yield op.results[0], begin, end
             elif op.operands[0] >= 0:
-                yield op.operands[0], facts.made.get(op.operands[0], 0), end
+                made = facts.made.get(op.operands[0], 0)
+                yield op.operands[0], made, max(made, copied.get((op.operands[0], op.path[:-2]), end))
 
 
 def held_buffers(
@@ -318,10 +298,12 @@ def held_buffers(
     own: Mapping[int, float],
     replaced: Mapping[int, int],
     local: Local,
+    copied: Copied | None = None,
 ) -> tuple[list[Buffer], Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
     order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
+    copied = copied or {}
     roots, inputs = Roots(), set(graph.inputs)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -366,7 +348,8 @@ def held_buffers(
         if size >= nbytes.get(root, 0.0):
             nbytes[root], split[root] = size, layouts.get(tensor)
         start = made.get(tensor, 0)
-        touch(tensor, start, max([start, *readers.get(tensor, ())]))
+        uses = [copied.get((tensor, operators[place].path[:-2]), place) for place in readers.get(tensor, ())]
+        touch(tensor, start, max([start, *uses]))
     for place, (initial, produced), (_, final) in carries:
         loop = operators[place].path[:-2]
         touch(final, order.begins[loop], order.ends[loop])
@@ -376,7 +359,7 @@ def held_buffers(
                 touch(initial, made.get(initial, 0), order.ends[loop])
         if roots.of(produced) in nbytes:
             touch(produced, made.get(produced, place), order.ends[loop])
-    for tensor, begin, end in _at_loops(facts):
+    for tensor, begin, end in _at_loops(facts, copied):
         touch(tensor, begin, end)
     end = len(operators) + 1
     kinds = dict.fromkeys(nbytes, HELD)
@@ -388,9 +371,23 @@ def held_buffers(
             touch(op.results[0], order.begins[op.path[:-2]], order.ends[op.path[:-2]])
     kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in _in_place(facts, replaced)}
     return [
-        Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
+        Buffer(root, kinds[root], size, first[root], last[root], axes_of(split[root]))
         for root, size in nbytes.items() if root not in kept
     ], roots  # fmt: skip
+
+
+def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Copied:
+    """Which loops slice a copy of a stack, in another layout."""
+    graph, found = modelled.graph, dict[tuple[int, Layout], list[Path]]()
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        op = graph.operators[graph.clusters[reading.reader].members[-1]]
+        if op.name == BOUNDARY and op.path[-2] == "in" and source != wanted:
+            part, whole = (graph.tensors[tensor].shape for tensor in (op.results[0], reading.tensor))
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+            if part != whole and any(step.kind != "slice" for step in steps):
+                found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
+    first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}
+    return {(tensor, loop): first[tensor, wanted] for (tensor, wanted), loops in found.items() for loop in loops}
 
 
 def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
@@ -414,45 +411,8 @@ def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layo
             if narrow and share < 1 and result not in moved:
                 layout = _as_sliced(graph, op, layouts)
                 first, last = facts.order.begins[loop], facts.order.ends[loop]
-                found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, _axes(layout)))
+                found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, axes_of(layout)))
     return found
-
-
-def _added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
-    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
-    read it at the beginning of the layer."""
-    if modelled.stages is None or facts.fuses:
-        return []
-    asked, found = modelled.stages.asked, []
-    for op in facts.operators:
-        if op.name == BOUNDARY and op.path[-2] == "out" and op.path[:-2] in asked.loops and op.operands[0] not in asked.rows:
-            layer, loop = op.operands[0], op.path[:-2]
-            layout = layouts.get(layer)
-            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
-            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, _axes(layout)))
-    return found
-
-
-def _gathered_layers(
-    modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local, held: list[Buffer], roots: Roots
-) -> list[Buffer]:
-    """The buffers of values, what stages of unequal length stack apart: until the loop ends a stage has room for its own layers,
-    then those of all stages, each filled up to the longest; one stack is gathered after another."""
-    if modelled.stages is None or not modelled.stages.gathered:
-        return held
-    asked, found = modelled.stages.asked, dict[Any, Buffer]({buffer.tensor: buffer for buffer in held})
-    after: dict[tuple[Any, ...], int] = {}
-    for op in facts.operators:
-        if op.name == BOUNDARY and op.results and op.results[0] in modelled.stages.gathered:
-            stack, layer, loop = op.results[0], op.operands[0], op.path[:-2]
-            layout, (_, most) = layouts.get(layer), asked.loops[loop]
-            part, whole = most * local(layer, layout), found.get(roots.of(stack))
-            after[loop] = after.get(loop, facts.order.ends[loop]) + 1
-            found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], _axes(layout))
-            if whole is not None:
-                filled = whole.nbytes if whole.kind == OUTPUT else asked.stages * part
-                found[roots.of(stack)] = replace(whole, first=min(after[loop], whole.last), nbytes=filled)
-    return list(found.values())
 
 
 def _as_sliced(graph: Graph, boundary: Operator, layouts: Mapping[int, Layout]) -> Layout | None:
@@ -473,7 +433,7 @@ def _moved(graph: Graph, facts: Facts, layouts: Mapping[int, Layout]) -> dict[in
         if hands_on(operator) and operator.operands[0] >= 0:
             before, after = (layouts.get(t) or () for t in (operator.operands[0], operator.results[0]))
             rounds = len(graph.tensors[operator.operands[0]].shape) - len(graph.tensors[operator.results[0]].shape)
-            if set(_axes(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
+            if set(axes_of(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
                 found[operator.results[0]] = rounds_of(graph, operator)
     return found
 
@@ -531,7 +491,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
             share = 1.0 if reading.tensor in facts.more.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
     found = [
-        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), _axes(layout))
+        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), axes_of(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     for index, cluster in enumerate(graph.clusters):

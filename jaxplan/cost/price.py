@@ -243,7 +243,7 @@ def handed_times(handed: Handed, algebra: Algebra) -> tuple[Value, int]:
     micro-batch."""
     if handed.how == LEFT:
         return 1 / algebra.microbatches, ROUNDS["all_reduce"]
-    return (algebra.ticks, ROUNDS["permute"]) if handed.every_tick else (1, ROUNDS["all_gather"])
+    return (algebra.ticks - handed.spared, ROUNDS["permute"]) if handed.every_tick else (1, ROUNDS["all_gather"])
 
 
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:

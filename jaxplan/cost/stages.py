@@ -36,7 +36,8 @@ class Staging:
     `rows`: {tensor: its dimension that holds the batch}, for tensors inside the bodies and what enters or leaves them. `summed`:
     final values of carries and stacked outputs that add up over micro-batches. `middle`: operators that run per micro-batch
     between two loops that are one; `ringed`: {stacked tensor: its dimension that holds the batch} of which not all micro-batches
-    are kept; `resident`: stacked tensors of which stages of unequal length keep their own, and nobody else reads any.
+    are kept; `resident`: stacked tensors of which stages of unequal length keep their own, and nobody else reads any; `spared`:
+    {path of a scan: ticks at which nothing is handed on, since the loop of the last ones is a single tick}.
     """
 
     axis: int
@@ -48,6 +49,7 @@ class Staging:
     middle: frozenset[int] = frozenset()
     ringed: Mapping[int, int] = field(default_factory=dict)
     resident: frozenset[int] = frozenset()
+    spared: Mapping[Path, int] = field(default_factory=dict)
 
     def even(self, loop: Path) -> bool:
         """Whether all stages have as many layers of a scan."""
@@ -65,8 +67,8 @@ class Stages:
     """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing
     that the axis does there, where it is not free. `inside`: clusters that run at every tick, and the scan that they are in.
     `divided`: tensors, and operators, that hold or work on a micro-batch's share. `middle`: clusters that run once per
-    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops. `gathered`: {stacked tensor: what one layer has
-    of it} that all stages get of stages of unequal length."""
+    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops. `gathered`: {stacked tensor: what one layer
+    has of it} that all stages get of stages of unequal length."""
 
     asked: Staging
     whole: Graph
@@ -255,7 +257,9 @@ class _Cut:
             if final in leads and (final not in self.between or final in self.left):
                 combines += (Combine(cluster.members[-1], Terminal(final, leads[final]), frozenset([along]), False),)
             if final not in self.asked.summed and op.results[0] in leads:
-                handed += (Handed(cluster.members[-1], Terminal(op.results[0], leads[op.results[0]]), along),)
+                spared = self.asked.spared.get(op.path[:-2], 0)
+                circulating = Terminal(op.results[0], leads[op.results[0]])
+                handed += (Handed(cluster.members[-1], circulating, along, spared=spared),)
             return cluster._replace(units=(*units, stages), combines=combines, handed=handed)
         stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
         if not stacks(op):
