@@ -71,7 +71,8 @@ def as_one_loop(
     stages: Stages, facts: Facts, buffers: Sequence[Buffer], roots: Roots, copied: Copied
 ) -> list[Buffer]:
     """Buffers where the forward scan, the backward scan and what stands between them are one loop: what comes from outside, and
-    what leaves it or is handed from scan to scan, lives as long as the loop."""
+    what leaves it or is handed from scan to scan, lives as long as the loop. Residuals that are read in another layout are brought
+    there layer by layer, and never copied whole."""
     asked = stages.asked
     begin, end = (f(at[loop] for loop in asked.loops) for f, at in ((min, facts.order.begins), (max, facts.order.ends)))
     middle = {facts.place[index] for index in asked.middle}
@@ -90,6 +91,8 @@ def as_one_loop(
             copies.add(roots.of(tensor))
     found = []
     for buffer in buffers:
+        if buffer.kind == TRANSIENT and buffer.tensor in asked.ringed:
+            continue
         outer = buffer.tensor in (copies if buffer.kind == TRANSIENT else own)
         if outer and buffer.first <= end and buffer.last >= begin:
             buffer = replace(buffer, first=min(buffer.first, begin), last=max(buffer.last, end))
