@@ -8,24 +8,30 @@ from typing import Any
 
 from jaxplan.cost.buffers import OUTPUT, TRANSIENT, Buffer, Copied, Facts, Local, Roots, axes_of
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.stages import Path, Stages
+from jaxplan.cost.stages import Path, Stages, Staging, stacks
+from jaxplan.graph import Operator
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
 
 def added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
     """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
-    read it at the beginning of the layer."""
+    read it at the beginning of the layer; the loop over a single layer is none, and adds to the stack as it is."""
     if modelled.stages is None or facts.fuses:
         return []
     asked, found = modelled.stages.asked, []
     for op in facts.operators:
-        if op.name == BOUNDARY and op.path[-2] == "out" and op.path[:-2] in asked.loops and op.operands[0] not in asked.rows:
+        if _stacks(op, "out", asked) and op.operands[0] not in asked.rows and asked.loops[op.path[:-2]][1] > 1:
             layer, loop = op.operands[0], op.path[:-2]
             layout = layouts.get(layer)
             first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
             found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, axes_of(layout)))
     return found
+
+
+def _stacks(op: Operator, mark: str, asked: Staging) -> bool:
+    """Whether an operator is where a stack enters (`mark`: "in") or leaves ("out") one of the loops."""
+    return op.name == BOUNDARY and op.path[-2] == mark and op.path[:-2] in asked.loops and stacks(op)
 
 
 def gathered_layers(
@@ -71,8 +77,8 @@ def as_one_loop(
     stages: Stages, facts: Facts, buffers: Sequence[Buffer], roots: Roots, copied: Copied
 ) -> list[Buffer]:
     """Buffers where the forward scan, the backward scan and what stands between them are one loop: what comes from outside, and
-    what leaves it or is handed from scan to scan, lives as long as the loop. Residuals that are read in another layout are brought
-    there layer by layer, and never copied whole."""
+    what leaves it or is handed from scan to scan, lives as long as the loop. Residuals that are read in another layout are
+    brought there layer by layer, and never copied whole."""
     asked = stages.asked
     begin, end = (f(at[loop] for loop in asked.loops) for f, at in ((min, facts.order.begins), (max, facts.order.ends)))
     middle = {facts.place[index] for index in asked.middle}
