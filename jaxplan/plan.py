@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -185,6 +186,8 @@ class Plan:
         reads: dict[tuple[int, int], tuple[Spec, ...]] = {}
         writes: dict[tuple[int, int], tuple[Spec, ...]] = {}
         views: dict[int, tuple[Spec, ...]] = {}
+        twice = {reader for (reader, _), n in Counter((r.reader, r.read.tensor) for r in self.modelled.readings).items() if n > 1}
+        within = {reader: _leads_within(graph, graph.clusters[reader]) for reader in twice}
         for index, cluster in enumerate(graph.clusters):
             for write in cluster.writes:
                 member = _writer(graph, cluster, write.tensor)
@@ -205,6 +208,9 @@ class Plan:
             for member in cluster.members:
                 operator = graph.operators[member]
                 for slot, tensor in enumerate(operator.operands):
+                    mine = within.get(reading.reader, {}).get((member, slot), ())
+                    if any(0 <= a != b for a, b in zip(mine, reading.read.leads, strict=False)):  # another member reads it so
+                        continue
                     if tensor == reading.tensor and (specs or not operator.rule.fusible):
                         reads[(member, slot)] = specs or (spec_of(dst, ndim),)
         outputs = {}
@@ -449,6 +455,25 @@ def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
 def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:
     """The member of a cluster that makes a tensor."""
     return next(m for m in cluster.members if tensor in graph.operators[m].results)
+
+
+def _leads_within(graph: Graph, cluster: Cluster) -> dict[tuple[int, int], tuple[int, ...]]:
+    """{(member, slot): per dimension of that operand the cluster's factor, -1 where nothing else tells}."""
+    often = Counter(read.tensor for read in cluster.reads)
+    once = [read for read in cluster.reads if often[read.tensor] == 1]
+    seen = {terminal.tensor: terminal.leads for terminal in (*cluster.writes, *once)}
+    found: dict[tuple[int, int], tuple[int, ...]] = {}
+    for member in (*reversed(cluster.members), *cluster.members, *reversed(cluster.members)):  # either way tells the other more
+        operator, own = graph.operators[member], {}
+        rule, tensors = operator.rule, (*operator.operands, *operator.results)
+        ends = list(zip(tensors, (*rule.operand_leads, *rule.result_leads), strict=True))
+        for tensor, leads in ends:
+            own |= {f: lead for f, lead in zip(leads, seen.get(tensor, ()), strict=False) if f >= 0 and lead >= 0}
+        for slot, (tensor, leads) in enumerate(ends):
+            found[member, slot] = tuple([own.get(factor, -1) for factor in leads])
+            if often[tensor] < 2:
+                seen[tensor] = found[member, slot]
+    return found
 
 
 def _reduced_then_moved(steps: Sequence[Step]) -> tuple[Spec, ...]:
