@@ -556,6 +556,9 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
                 if any(step.kind == "reduce_scatter" for step in exchange.steps):
                     last = max(last, facts.more.beside.get(exchange.tensor, at))
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
+                parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
+                if parts > 1 and facts.fuses:  # what goes round lies beside the whole
+                    found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
 
 
