@@ -1,4 +1,4 @@
-"""What is planned to be sent is what is compiled, in programs where it was not: small ones, each with the one thing that matters."""
+"""What is planned to be sent is what is compiled, in programs where it was not: each with the one thing that matters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mesh_of
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 
 import jaxplan
 from jaxplan.graph import build_graph

@@ -9,8 +9,8 @@ from jaxplan.trace import Traced, state_pairs
 
 
 def build_graph(traced: Traced, while_trips: float = WHILE_TRIPS, platform: str = "") -> Graph:
-    """The graph of a traced program. `while_trips`: how often a `while` loop of unknown length is assumed to run; `platform`: what
-    it will run on, as JAX calls it, where the program has branches for several ("": not known)."""
+    """The graph of a traced program. `while_trips`: how often a `while` loop of unknown length is assumed to run; `platform`:
+    what it will run on, as JAX calls it, where the program has branches for several ("": not known)."""
     return graph_of(traced, Flat(while_trips, platform))
 
 

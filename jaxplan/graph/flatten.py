@@ -350,8 +350,8 @@ def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
 
 
 def _charge_one(flat: Flat, spans: Sequence[range], platforms: Sequence[Sequence[str] | None] | None) -> None:
-    """Only one branch is paid for: that of the platform where branches are for `platforms` (None: for any other), else the one with
-    the most work (unsharded). The others still get layouts."""
+    """Only one branch is paid for: that of the platform where branches are for `platforms` (None: for any other), else the one
+    with the most work (unsharded). The others still get layouts."""
 
     def work(span: range) -> float:
         operators = [flat.operators[i] for i in span]

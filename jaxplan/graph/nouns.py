@@ -149,8 +149,8 @@ class Cluster(NamedTuple):
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
-    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls. `platform`:
-    whose branch is paid for where a program has one per platform. `memo`: see `remembered`.
+    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
+    `platform`: whose branch is paid for where a program has one per platform. `memo`: see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
