@@ -152,8 +152,8 @@ class Cluster(NamedTuple):
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
-    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls. `memo`:
-    see `remembered`.
+    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
+    `platform`: whose branch is paid for where a program has one per platform. `memo`: see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -163,6 +163,7 @@ class Graph:
     outputs: tuple[int, ...]
     ties: tuple[tuple[int, int], ...]
     calls: Mapping[Path, tuple[int, ...]]
+    platform: str = ""
     memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def remembered(self, what: str, key: Hashable, make: Callable[[], Value], most: int = 8) -> Value:
