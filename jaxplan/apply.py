@@ -20,7 +20,7 @@ from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
 from jaxplan.pipeline.fuse import Fused, fuse
-from jaxplan.pipeline.nouns import Chain, Pipeline, PipelineError
+from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
@@ -301,10 +301,11 @@ def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> S
         specs = replay.found.writes.get((replay.found.at.get((*chain.path, kind, number + first), -1), 0), ())
         if not specs:
             return value
-        if what == "left":
-            return replay.constrain(value, [((), *specs[-1][1:])])
-        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
         inner = replay.on_rows(_Rows(edits, None, pipeline))
+        if what == "left":
+            rows = chain.ys[number].kind is Kind.CUT
+            return (inner if rows else replay).constrain(value, [((),) * rows + ((), *specs[-1][1:])])
+        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
         return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])
 
     return Side(equation, chain, body_of, hold)

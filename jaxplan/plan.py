@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +29,7 @@ from jaxplan.cost import (
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
-from jaxplan.graph import Cluster, Graph, Operator
+from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
 from jaxplan.layout import Layout, Spec, spec_of
@@ -186,8 +185,6 @@ class Plan:
         reads: dict[tuple[int, int], tuple[Spec, ...]] = {}
         writes: dict[tuple[int, int], tuple[Spec, ...]] = {}
         views: dict[int, tuple[Spec, ...]] = {}
-        twice = {reader for (reader, _), n in Counter((r.reader, r.read.tensor) for r in self.modelled.readings).items() if n > 1}
-        within = {reader: _leads_within(graph, graph.clusters[reader]) for reader in twice}
         for index, cluster in enumerate(graph.clusters):
             for write in cluster.writes:
                 member = _writer(graph, cluster, write.tensor)
@@ -205,14 +202,9 @@ class Plan:
                 views[graph.operators[cluster.members[-1]].results[0]] = specs
                 continue
             specs = views.get(reading.tensor, ()) + specs
-            for member in cluster.members:
-                operator = graph.operators[member]
-                for slot, tensor in enumerate(operator.operands):
-                    mine = within.get(reading.reader, {}).get((member, slot), ())
-                    if any(0 <= a != b for a, b in zip(mine, reading.read.leads, strict=False)):  # another member reads it so
-                        continue
-                    if tensor == reading.tensor and (specs or not operator.rule.fusible):
-                        reads[(member, slot)] = specs or (spec_of(dst, ndim),)
+            for member, slot in _read_at(graph, cluster, reading.read):
+                if specs or not graph.operators[member].rule.fusible:
+                    reads[(member, slot)] = specs or (spec_of(dst, ndim),)
         outputs = {}
         for position, tensor in enumerate(graph.outputs):
             if tensor >= 0:
@@ -457,23 +449,13 @@ def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:
     return next(m for m in cluster.members if tensor in graph.operators[m].results)
 
 
-def _leads_within(graph: Graph, cluster: Cluster) -> dict[tuple[int, int], tuple[int, ...]]:
-    """{(member, slot): per dimension of that operand the cluster's factor, -1 where nothing else tells}."""
-    often = Counter(read.tensor for read in cluster.reads)
-    once = [read for read in cluster.reads if often[read.tensor] == 1]
-    seen = {terminal.tensor: terminal.leads for terminal in (*cluster.writes, *once)}
-    found: dict[tuple[int, int], tuple[int, ...]] = {}
-    for member in (*reversed(cluster.members), *cluster.members, *reversed(cluster.members)):  # either way tells the other more
-        operator, own = graph.operators[member], {}
-        rule, tensors = operator.rule, (*operator.operands, *operator.results)
-        ends = list(zip(tensors, (*rule.operand_leads, *rule.result_leads), strict=True))
-        for tensor, leads in ends:
-            own |= {f: lead for f, lead in zip(leads, seen.get(tensor, ()), strict=False) if f >= 0 and lead >= 0}
-        for slot, (tensor, leads) in enumerate(ends):
-            found[member, slot] = tuple([own.get(factor, -1) for factor in leads])
-            if often[tensor] < 2:
-                seen[tensor] = found[member, slot]
-    return found
+def _read_at(graph: Any, cluster: Cluster, read: Terminal) -> list[tuple[int, int]]:
+    """(member of a cluster, its operand) where a tensor is read, and read so."""
+    several = [(m, slot, number) for m, slot, number in cluster.slots if graph.operators[m].operands[slot] == read.tensor]
+    if several:
+        own = cluster.reads.index(read)
+        return [(m, slot) for m, slot, number in several if number == own]
+    return [(m, slot) for m in cluster.members for slot, t in enumerate(graph.operators[m].operands) if t == read.tensor]
 
 
 def _reduced_then_moved(steps: Sequence[Step]) -> tuple[Spec, ...]:
