@@ -250,10 +250,10 @@ def test_the_command_says_what_is_short(tmp_path, capsys):
     assert "in [2, 4) the smallest usages add up to 3, 1 more than the limit of 2" in shown.err
 
 
-@pytest.mark.parametrize("words", [["--time-limit", "0"], ["--time-limit", "nan"], ["--time-limit", "x"], ["--seed", "-1"]])
+@pytest.mark.parametrize("words", ["--time-limit 0", "--time-limit nan", "--time-limit x", "--seed -1", "--workers 0"])
 def test_options_that_mean_nothing(tmp_path, words, capsys):
-    assert cli.main(["solve", zipped(tmp_path / "p.gz", small()), *words]) == 2
-    assert words[0] in capsys.readouterr().err
+    assert cli.main(["solve", zipped(tmp_path / "p.gz", small()), *words.split()]) == 2
+    assert words.split()[0] in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
