@@ -152,6 +152,8 @@ def solve(arguments: argparse.Namespace) -> int:
         job.start()
         while not job.ended.wait(GLANCE) and not job.over:
             pass
+        if job.incumbent is not None:
+            job.incumbent.stopped = True  # its workers leave the interpreter to what is left to do
         try:
             found = None if job.incumbent is None else job.incumbent.solution()
             if found is None:
@@ -166,8 +168,6 @@ def solve(arguments: argparse.Namespace) -> int:
 
 def _leave(job: Job, status: int) -> None:
     """End the job, or the process where the job cannot be ended: the interpreter must not close down beside a running kernel."""
-    if job.incumbent is not None:
-        job.incumbent.stopped = True
     job.join(GLANCE)
     if job.is_alive():
         for stream in (sys.stdout, sys.stderr):
