@@ -133,7 +133,9 @@ def test_workers_are_as_many_as_cores_and_one_without_compiled_kernels(monkeypat
 
 
 def test_a_dual_that_others_read_meanwhile_ascends_as_if_alone():
-    reducer, core = reduced(3)
+    found = reduced(3)
+    assert found is not None
+    reducer, core = found
     alone, watched = Dual(core, reducer.constant), Dual(core, reducer.constant)
     shared = team.Team()
     shared.show(watched)
@@ -143,7 +145,9 @@ def test_a_dual_that_others_read_meanwhile_ascends_as_if_alone():
     def reader(seed):
         rng = np.random.default_rng(seed)
         while not ended.is_set():
-            read.append(shared.dual.rounded(shared.dual.multipliers, 1, 3.0, rng))
+            dual = shared.dual
+            assert dual is not None
+            read.append(dual.rounded(dual.multipliers, 1, 3.0, rng))
 
     threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(2)]
     for thread in threads:
@@ -158,5 +162,6 @@ def test_a_dual_that_others_read_meanwhile_ascends_as_if_alone():
             thread.join()
     assert read and (alone.multipliers == watched.multipliers).all()
     own, other = shared.dual, watched
+    assert own is not None
     for name in ("message", "costs", "scratch", "handed", "active"):
         assert not np.shares_memory(getattr(own, name), getattr(other, name)), name
