@@ -1,12 +1,13 @@
 """`jaxplan solve` on every problem file of a folder: cost, proven gap, ratio to known best costs, seconds.
 
     python scripts/bench_iopddl.py DIRECTORY [--seeds 5] [--share 0.1] [--results contest_results.json] [--time-limit 60]
-        [--processor] [--jobs 1] [--without-numba]
+        [--workers N] [--processor] [--jobs 1] [--without-numba]
 
 `--results`: JSON {last letters of the file's name: {"timeout_s": seconds, "contest_costs_best_six": [costs]}}. The time limit of
-an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. `--processor`: limits and
-seconds are the process's processor time from its start, with imports, reading and reducing, instead of the wall's: for machines
-that do other things too. Every answer is evaluated again here, from the file's JSON alone.
+an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. `--workers`: threads that
+search, by default one per core. `--processor`: limits and seconds are the processor time of each worker from the start of the
+process, with imports, reading and reducing, instead of the wall's: for machines that do other things too. What workers wait for
+one another is not in it. Every answer is evaluated again here, from the file's JSON alone.
 """
 
 from __future__ import annotations
@@ -51,28 +52,43 @@ def evaluate(problem: dict[str, Any], strategies: list[int]) -> float:
 
 
 BY_PROCESSOR_TIME = """
-import gc, json, sys, time
+import gc, json, sys, threading, time
 gc.disable()
 if sys.argv[4] == "plain":
     sys.modules["numba"] = None
 from jaxplan.iopddl import read_problem
 from jaxplan.solve import Incumbent, solve
 path, limit, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+first, began = threading.get_ident(), threading.local()
+read = [0.0]
+def clock():
+    now = time.thread_time()
+    if threading.get_ident() == first:
+        read[0] = now
+        return now
+    if not hasattr(began, "at"):
+        began.at = read[0] - now
+    return began.at + now
 problem = read_problem(path)
-found = solve(problem, limit, seed, Incumbent(problem, began=0.0, clock=time.process_time))
+found = solve(problem, limit, seed, Incumbent(problem, began=0.0, clock=clock), int(sys.argv[5]) or None)
 gap = (found.cost - found.bound) / abs(found.cost)
-print(json.dumps({"bound": found.bound, "gap": gap, "seconds": time.process_time()}))
+print(json.dumps({"bound": found.bound, "gap": gap, "seconds": clock()}))
 print(json.dumps(found.strategies.tolist()))
 """
-"""What a process does whose limit is processor time; its clock is 0 when it starts."""
+"""What a process does whose limit is processor time. The first thread's clock is 0 when the process starts; another one's begins
+where the first one's stands then."""
 
 
-def solve(file: Path, limit: float, seed: int, processor: bool, plain: bool) -> tuple[dict[str, Any], list[int], float]:
+def solve(
+    file: Path, limit: float, seed: int, processor: bool, plain: bool, workers: int
+) -> tuple[dict[str, Any], list[int], float]:
     """Run the command: what it reports, its strategies, its seconds."""
     command = [sys.executable, "-m", "jaxplan.cli", "solve", str(file), "--time-limit", str(limit), "--seed", str(seed), "--json"]
+    if workers:
+        command += ["--workers", str(workers)]
     if processor:
         kernels = "plain" if plain else "fast"
-        command = [sys.executable, "-c", BY_PROCESSOR_TIME, str(file), str(limit - RESERVE), str(seed), kernels]
+        command = [sys.executable, "-c", BY_PROCESSOR_TIME, str(file), str(limit - RESERVE), str(seed), kernels, str(workers)]
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -91,6 +107,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="of the timeout in the results file (default 0.1)")
     parser.add_argument("--results", type=Path, help="known best costs and timeouts")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds where no timeout is known (default 60)")
+    parser.add_argument("--workers", type=int, default=0, help="threads of one search (default: one per core)")
     parser.add_argument("--processor", action="store_true", help="limits and seconds in processor time")
     parser.add_argument("--jobs", type=int, default=1, help="seeds run at once, with --processor")
     parser.add_argument("--without-numba", action="store_true", help="as where it is not installed, with --processor")
@@ -114,7 +131,7 @@ def main() -> None:
             problem = json.load(opened)["problem"]
         costs, bounds, gaps, seconds, troubles = [], [], [], [], []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            how = arguments.processor, arguments.without_numba
+            how = arguments.processor, arguments.without_numba, arguments.workers
             runs = [pool.submit(solve, file, limit, seed, *how) for seed in range(arguments.seeds)]
         for seed, run in enumerate(runs):
             try:

@@ -38,6 +38,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--time-limit", metavar="S", type=_seconds, default=60.0, help="seconds from the start of the process (default 60)"
     )
     parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="seed of the random choices (default 0)")
+    parser.add_argument(
+        "--workers", metavar="N", type=_workers, help="threads that search at once (default: one per core; one without Numba)"
+    )
     parser.add_argument("--json", action="store_true", help="cost, bound, gap, peak and seconds as JSON on the line before")
 
 
@@ -55,6 +58,13 @@ def _seed(text: str) -> int:
     return value
 
 
+def _workers(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than one")
+    return value
+
+
 def started() -> float:
     """When this process started, on the clock of `time.monotonic`; where the system does not tell, now."""
     try:
@@ -69,9 +79,9 @@ def started() -> float:
 class Job(threading.Thread):
     """Reads and solves beside the main thread, which is free to answer signals and the clock."""
 
-    def __init__(self, path: str, seed: int, began: float, limit: float) -> None:
+    def __init__(self, path: str, seed: int, began: float, limit: float, workers: int | None) -> None:
         super().__init__(daemon=True)
-        self.path, self.seed, self.began = path, seed, began
+        self.path, self.seed, self.began, self.workers = path, seed, began, workers
         self.limit, self.last = limit, began + max(0.5 * limit, limit - RESERVE[0])
         self.ended = threading.Event()
         self.incumbent: Incumbent | None = None
@@ -90,7 +100,7 @@ class Job(threading.Thread):
             reserve = RESERVE[0] + RESERVE[1] * (time.monotonic() - start)
             self.last = self.began + max(0.5 * self.limit, self.limit - reserve)
             self.incumbent = Incumbent(problem, self.say, began=self.began, grace=GRACE * (self.began + self.limit - self.last))
-            solve(problem, self.last - self.began, self.seed, self.incumbent)
+            solve(problem, self.last - self.began, self.seed, self.incumbent, self.workers)
         except BaseException as error:  # told by the main thread
             self.trouble = error
         finally:
@@ -136,12 +146,14 @@ def solve(arguments: argparse.Namespace) -> int:
     SIGTERM or SIGINT. Status 1 if there is no feasible solution or none was found, 2 if the file cannot be read.
     """
     began = started() if arguments.own else time.monotonic()
-    job, caught = Job(arguments.file, arguments.seed, began, arguments.time_limit), []
+    job, caught = Job(arguments.file, arguments.seed, began, arguments.time_limit, arguments.workers), []
     status = 0
     with stopping(job, caught):
         job.start()
         while not job.ended.wait(GLANCE) and not job.over:
             pass
+        if job.incumbent is not None:
+            job.incumbent.stopped = True  # its workers leave the interpreter to what is left to do
         try:
             found = None if job.incumbent is None else job.incumbent.solution()
             if found is None:
@@ -156,8 +168,6 @@ def solve(arguments: argparse.Namespace) -> int:
 
 def _leave(job: Job, status: int) -> None:
     """End the job, or the process where the job cannot be ended: the interpreter must not close down beside a running kernel."""
-    if job.incumbent is not None:
-        job.incumbent.stopped = True
     job.join(GLANCE)
     if job.is_alive():
         for stream in (sys.stdout, sys.stderr):

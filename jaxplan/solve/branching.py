@@ -8,10 +8,13 @@ problem of least bound is split next. Where usage does not differ, it is the nod
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import math
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +42,47 @@ class Leaf(NamedTuple):
     message: np.ndarray | None
 
 
+@dataclass(eq=False)
+class Front:
+    """Open problems, those that are being split (their bounds, by worker), and the least bound of those that are closed."""
+
+    leaves: list[Leaf]
+    busy: dict[int, float] = field(default_factory=dict)
+    closed: float = math.inf
+    numbers: itertools.count = field(default_factory=lambda: itertools.count(1))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def bound(self) -> float:
+        """The least of all."""
+        with self.lock:
+            return min(self.closed, *self.busy.values(), *[leaf.bound for leaf in self.leaves[:1]], math.inf)
+
+    def take(self, worker: int) -> Leaf | None:
+        """The open problem of least bound, to be split; None if there is none."""
+        with self.lock:
+            if not self.leaves:
+                return None
+            leaf = heapq.heappop(self.leaves)
+            self.busy[worker] = leaf.bound
+            return leaf
+
+    def put(self, leaf: Leaf) -> None:
+        """Another open problem."""
+        with self.lock:
+            heapq.heappush(self.leaves, leaf)
+
+    def close(self, bound: float) -> None:
+        """A problem of this bound is not split any more."""
+        with self.lock:
+            self.closed = min(self.closed, bound)
+
+    def done(self, worker: int) -> None:
+        """What the worker took is split."""
+        with self.lock:
+            del self.busy[worker]
+
+
 class Tree:
     """Open problems, of which `bound` is the least bound; `found` is called with the positions that each dual is read as."""
 
@@ -54,28 +98,41 @@ class Tree:
         self.chains = np.maximum(1, np.maximum(later, np.diff(core.first) - later))
         width = counts[ends]
         self.strategy = np.repeat(core.start[ends] - (np.cumsum(width) - width), width) + np.arange(int(width.sum()))
-        self.numbers = itertools.count()
         everything = np.ones(len(core.cost), dtype=bool)
-        self.leaves = [Leaf(dual.best + dual.offset, next(self.numbers), everything, dual.best_multipliers, None)]
-        self.closed = math.inf
+        self.front = Front([Leaf(dual.best + dual.offset, 0, everything, dual.best_multipliers, None)])
         self.bar = 0.0  # what a closed strategy costs more: any sum makes the bound hold, a moderate one keeps its digits
+
+    def twin(self, found: Callable[[np.ndarray], None]) -> Tree:
+        """The same tree for another worker: the open problems are shared, the dual is its own."""
+        tree = copy.copy(self)
+        tree.dual, tree.found = Dual(self.core, self.dual.offset), found
+        return tree
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The open problems."""
+        return self.front.leaves
 
     @property
     def bound(self) -> float:
         """Of every feasible cost of the whole problem."""
-        return min(self.closed, self.leaves[0].bound if self.leaves else math.inf)
+        return self.front.bound
 
     def grow(self, cutoff: float) -> None:
         """Split the open problem of least bound; halves whose bound reaches the cutoff are not looked at again."""
-        if not self.leaves:
-            return
-        leaf = heapq.heappop(self.leaves)
+        leaf = self.front.take(id(self))
+        if leaf is not None:
+            self.halve(leaf, cutoff)
+            self.front.done(id(self))
+
+    def halve(self, leaf: Leaf, cutoff: float) -> None:
+        """Split a problem, or close it."""
         self.bar = 4.0 * abs(cutoff)
         self.load(leaf)
         self.dual.passes(SETTLING)
         split = self.split(leaf, cutoff)
         if split is None:
-            self.closed = min(self.closed, leaf.bound)
+            self.front.close(leaf.bound)
             return
         for half in (leaf.open & ~split[0], leaf.open & ~split[1]):
             if not self.propagate(half):
@@ -83,10 +140,10 @@ class Tree:
             self.load(leaf, half)
             bound = max(leaf.bound, self.climb(cutoff))
             if bound >= cutoff:
-                self.closed = min(self.closed, bound)
+                self.front.close(bound)
                 continue
             held = self.dual.message.copy() if len(self.leaves) * self.message.nbytes < HELD else None
-            heapq.heappush(self.leaves, Leaf(bound, next(self.numbers), half, self.dual.best_multipliers, held))
+            self.front.put(Leaf(bound, next(self.front.numbers), half, self.dual.best_multipliers, held))
 
     def load(self, leaf: Leaf, half: np.ndarray | None = None) -> None:
         """Set the dual to an open problem, or to a part of it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,11 +16,12 @@ from jaxplan.solve.branching import Tree
 from jaxplan.solve.compiled import HAVE_NUMBA
 from jaxplan.solve.core import BARRED, core_of, core_usage
 from jaxplan.solve.dual import Dual
-from jaxplan.solve.family import Family
+from jaxplan.solve.family import GAIN, Family
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
 from jaxplan.solve.repeats import Repeats
+from jaxplan.solve.team import Team, available
 
 FIRST_STEP, LAST_STEP = 0.05, 5e-6
 """Steps of the dual's ascent, as `Dual.ascend` takes them, falling geometrically."""
@@ -51,6 +54,8 @@ TURN = 2
 """New walks from the dual for each one that is brought within the limit."""
 ASCENDING = 0.3
 """Of the time, for the first ascent of the dual, at most."""
+SHOWN, SHOWING = 60, 30
+"""Steps of that ascent before the other workers begin, at the dual as it is then; and from one dual that they see to the next."""
 REFINED = 12
 """New walks between two ascents of the dual."""
 PATIENCE = 6
@@ -82,6 +87,7 @@ class Incumbent:
     clock: Callable[[], float] = time.monotonic
     grace: float = 0.0
     _held: tuple[Reducer | None, np.ndarray] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         if math.isnan(self.began):
@@ -90,9 +96,16 @@ class Incumbent:
     def offer(self, reducer: Reducer | None, chosen: np.ndarray, cost: float) -> None:
         """Take a feasible assignment of the reduced problem (of the problem itself without a reducer) if it is better."""
         if cost < self.cost:
-            self._held = (reducer, chosen.copy())
-            self.cost = cost
-            self.log(f"{self.clock() - self.began:7.1f} s  cost {cost:.9g}  bound {self.bound:.9g}")
+            with self._lock:  # another worker may be here
+                if cost < self.cost:
+                    self._held = (reducer, chosen.copy())
+                    self.cost = cost
+                    self.log(f"{self.clock() - self.began:7.1f} s  cost {cost:.9g}  bound {self.bound:.9g}")
+
+    def prove(self, bound: float) -> None:
+        """Take a lower bound of every feasible cost if it is higher."""
+        with self._lock:
+            self.bound = max(self.bound, bound)
 
     def solution(self) -> Solution | None:
         """The best solution, its cost and usages computed again from the problem; None if there is none."""
@@ -125,13 +138,22 @@ class Incumbent:
         return "no feasible solution found: the nearest within the limit has impossible pairs of strategies"
 
 
-def solve(problem: IntervalProblem, time_limit: float = 60.0, seed: int = 0, incumbent: Incumbent | None = None) -> Solution:
+def solve(
+    problem: IntervalProblem,
+    time_limit: float = 60.0,
+    seed: int = 0,
+    incumbent: Incumbent | None = None,
+    workers: int | None = None,
+) -> Solution:
     """The best feasible solution found in `time_limit` seconds, with a lower bound; the best so far is in `incumbent`.
 
-    Raises NoSolutionError, with the interval and the shortage, if none exists or none was found.
+    `workers`: threads that search at once, by default one per core that this process may use, and one without Numba; with one,
+    the answer is the same each time unless time runs out. Raises NoSolutionError, with the interval and the shortage, if none
+    exists or none was found.
     """
     incumbent = incumbent or Incumbent(problem)
-    search = Search(problem, incumbent, np.random.default_rng(seed), incumbent.began + time_limit)
+    workers = available() if workers is None else workers
+    search = Search(problem, incumbent, np.random.default_rng(seed), incumbent.began + time_limit, workers=workers)
     search.run()
     found = incumbent.solution()
     if found is None:
@@ -144,7 +166,12 @@ class OutOfTime(Exception):
 
 
 class Search:
-    """One search: the reduced problem, its dual, and the walks. `rounds`: how many walks to try, besides the deadline."""
+    """One search: the reduced problem, its dual, and the walks. `rounds`: how many walks to try, besides the deadline.
+
+    Its other `workers` are copies of it that share the problem, the incumbent and the `team`; `place`: which of them it is.
+    """
+
+    place = 0
 
     def __init__(
         self,
@@ -153,8 +180,10 @@ class Search:
         rng: np.random.Generator,
         deadline: float,
         rounds: float = math.inf,
+        workers: int = 1,
     ) -> None:
         self.problem, self.incumbent, self.rng, self.deadline, self.rounds = problem, incumbent, rng, deadline, rounds
+        self.workers, self.team = workers, Team()
         self.step = LAST_STEP
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
@@ -168,7 +197,7 @@ class Search:
         reducer.run()
         self.core = core_of(reducer)
         if len(self.core.start) == 1:  # the reductions have decided everything
-            self.incumbent.bound = reducer.constant
+            self.incumbent.prove(reducer.constant)
             self.incumbent.offer(reducer, np.zeros(0, dtype=np.int64), reducer.constant)
             return
         self.dual = Dual(self.core, reducer.constant)
@@ -187,7 +216,7 @@ class Search:
         """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
         known, now = self.incumbent, self.incumbent.clock()
         late = now >= self.deadline + (0.0 if math.isfinite(known.cost) else known.grace)
-        if late or known.stopped or known.proven:
+        if late or known.stopped or known.proven or self.team.ended:
             raise OutOfTime
 
     def improve(self) -> None:
@@ -199,14 +228,53 @@ class Search:
             _, chosen, _ = self.dual.passes(1)
             self.note_bound()
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
-        began = self.incumbent.clock()
-        self.ascend(began + ASCENDING * (self.deadline - began))
         assert self.reducer is not None
         self.repeats = Repeats(self.reducer)
-        family, number = Family(self.core, self.rng, self.repeats), 0
-        tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
+        with self.helped():
+            began = self.incumbent.clock()
+            self.ascend(began + ASCENDING * (self.deadline - began))
+            self.team.show(self.dual)
+            if self.size <= BRANCHED:
+                self.team.tree = Tree(self.dual, self.look)
+            self.work()
+
+    @contextlib.contextmanager
+    def helped(self) -> Iterator[None]:
+        """The other workers, each in a thread of its own: the kernels run without the interpreter's lock."""
+        twins = []
+        for place, rng in enumerate(self.rng.spawn(self.workers - 1), 1):
+            twin = copy.copy(self)
+            twin.place, twin.rng = place, rng
+            twins.append(threading.Thread(target=self.team.run, args=(twin.help,), daemon=True))
+        for twin in twins:
+            twin.start()
+        try:
+            yield
+        finally:
+            if twins:
+                self.team.end()
+            for twin in twins:
+                twin.join()
+        if self.team.trouble is not None:
+            raise self.team.trouble
+
+    def help(self) -> None:
+        """What another worker does: walks and branching, from the first dual that is shown to it."""
+        self.team.wait()
+        with contextlib.suppress(OutOfTime):
+            self.check()
+            self.work()
+
+    def work(self) -> None:
+        """Walks are merged in families that take turns, and problems split, until `check` ends it."""
+        family, number, tree = Family(self.core, self.rng, self.repeats), 0, None
         while number < self.rounds:
             number += 1
+            if self.place:
+                assert self.team.dual is not None
+                self.dual = self.team.dual
+            if tree is None and self.team.tree is not None:
+                tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
             family.add(family.level(self.relaxed(), self.dual.best_multipliers))
             self.breed(family)
             if number % TURN == 0 and (family.best is None or family.stale):
@@ -217,8 +285,9 @@ class Search:
                 family = self.succeed(family)
             if tree is not None:
                 self.branch(tree)
-            elif number % REFINED == 0:
+            elif self.place == 0 and number % REFINED == 0:
                 self.refine()
+                self.team.show(self.dual)
 
     def breed(self, family: Family) -> None:
         """Merge a family, and keep what is better than anything known."""
@@ -229,7 +298,7 @@ class Search:
         """Split some of the open problems, once there is a cost to compare bounds with."""
         for _ in range(BRANCHES if math.isfinite(self.incumbent.cost) else 0):
             tree.grow(self.incumbent.cost)
-            self.incumbent.bound = max(self.incumbent.bound, min(tree.bound, self.incumbent.cost))
+            self.incumbent.prove(min(tree.bound, self.incumbent.cost))
             self.check()
 
     def look(self, chosen: np.ndarray) -> None:
@@ -246,11 +315,18 @@ class Search:
             self.offer(family.best)
             if self.best is None or family.best.cost < self.best.cost:
                 self.best = Walk(self.core, family.best.chosen)
+                self.team.tell(self.place, self.best.cost, self.best.chosen)
 
     def succeed(self, family: Family) -> Family:
         """Whose turn it is after a family has come to a stop: a new one's after the best one, else the best one's, which takes in
-        what the other one came to."""
+        what the other one came to. Before, it takes in what the other workers came to, and goes on if that gains anything."""
+        before = family.cost
+        for chosen in self.team.news(self.place, before):
+            family.add(Walk(self.core, chosen))
+            self.breed(family)
         family.stale = 0
+        if family.cost < before - GAIN * abs(before):
+            return family
         champion = self.champion
         if champion is None or family is champion:
             self.champion = family
@@ -265,7 +341,7 @@ class Search:
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""
-        self.incumbent.bound = max(self.incumbent.bound, self.dual.best + self.dual.offset)
+        self.incumbent.prove(self.dual.best + self.dual.offset)
         self.check()
 
     def ascend(self, until: float) -> None:
@@ -274,6 +350,8 @@ class Search:
             self.step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (number / ASCENT)
             self.dual.ascend(self.step)
             self.note_bound()
+            if number >= SHOWN and number % SHOWING == 0:
+                self.team.show(self.dual)
             if self.incumbent.clock() > until:
                 break
 

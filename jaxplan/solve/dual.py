@@ -6,6 +6,7 @@ any multipliers, the bound on the relaxed problem less p . capacity is a lower b
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,6 +138,13 @@ class Dual:
         self.active = np.zeros(len(core.capacity), dtype=bool)
         self.direction: np.ndarray | None = None
 
+    def copied(self) -> Dual:
+        """As it stands now, with memory of its own: for others to read while this one goes on."""
+        twin = copy.copy(self)
+        for name in ("message", "costs", "scratch", "handed", "active"):
+            setattr(twin, name, getattr(self, name).copy())
+        return twin
+
     def passes(self, count: int) -> tuple[float, np.ndarray, np.ndarray]:
         """Forward and backward passes at the multipliers: (bound, positions by conditioning, mean usage of the chains)."""
         core = self.core
@@ -161,8 +169,9 @@ class Dual:
         costs, message, chosen = self.costs.copy(), self.message.copy(), np.zeros(len(core.start) - 1, dtype=np.int64)
         relaxed_costs(core, np.concatenate([[0.0], np.cumsum(multipliers)]), costs)
         costs += noise * rng.standard_exponential(len(costs))
+        scratch = np.zeros_like(self.scratch)  # several workers may read one dual at once
         for number in range(2 * count):
-            sweep(core, costs, self.inbox, message, number % 2 == 0, self.scratch, chosen)
+            sweep(core, costs, self.inbox, message, number % 2 == 0, scratch, chosen)
         return chosen
 
     def ascend(self, step: float) -> tuple[float, np.ndarray]:
