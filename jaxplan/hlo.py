@@ -40,10 +40,11 @@ import jax
 import numpy as np
 
 from .hlo_findings import Site, Walked, find_warnings
+from .hlo_lives import bytes_alive, without_gaps_twice
 from .hlo_records import Audit, Collective, Finding, Kernel
 from .hlo_text import PLUMBING, Groups, Instruction, Module, Value, device_groups, leaves, type_bytes
 from .hlo_work import flops_of, traffic_of
-from .topology import topology_mesh
+from .topology import counts_gaps_twice, topology_mesh
 
 __all__ = ["Audit", "Collective", "Finding", "Kernel", "audit", "read_hlo"]
 
@@ -498,12 +499,15 @@ def audit(
         shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((args, kwargs))]
         mesh = _mesh_of([*shardings, *jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))])
     split = [_split_by(sharding) for sharding in jax.tree.leaves(compiled.input_shardings)]
-    found = read_hlo(_text(compiled), getattr(mesh, "shape", mesh), while_trips=while_trips, split=split)
+    text = _text(compiled)
+    found = read_hlo(text, getattr(mesh, "shape", mesh), while_trips=while_trips, split=split)
     memory = compiled.memory_analysis()
     if memory is None:
         return replace(found, unread=(*found.unread, "memory_analysis: this backend has none"))
     arguments, outputs = int(memory.argument_size_in_bytes), int(memory.output_size_in_bytes)
     temporaries, aliased = int(memory.temp_size_in_bytes), int(memory.alias_size_in_bytes)
+    if counts_gaps_twice(_devices_of((compiled.input_shardings, compiled.output_shardings))):
+        temporaries = without_gaps_twice(temporaries, bytes_alive(text))
     peak = arguments + outputs - aliased + temporaries
     return replace(
         found,
@@ -546,6 +550,10 @@ def _split_by(sharding: Any) -> frozenset[str] | None:
         return None
     entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
     return frozenset(axis for entry in entries for axis in entry if isinstance(axis, str))
+
+
+def _devices_of(shardings: Any) -> set[Any]:
+    return set().union(*[getattr(sharding, "device_set", ()) for sharding in jax.tree.leaves(shardings)])
 
 
 def _mesh_of(shardings: list[Any]) -> Any:

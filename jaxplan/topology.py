@@ -6,7 +6,8 @@ import contextlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,8 @@ NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 """What libtpu else asks a cloud machine's metadata server for; and that no TPU is taken, so that others may use it too."""
+GAPS_TWICE_BEFORE = (0, 0, 51)
+"""Before this version of libtpu `memory_analysis` adds the gaps of the heap of temporaries to a size that has them already."""
 EXAMPLES = "v5e:4x4, v4:2x2x2, v5p:2x2x1 or v6e:2x4"
 
 
@@ -37,6 +40,17 @@ def topology_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
         )
     placed = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
     return Mesh(placed, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def counts_gaps_twice(devices: Iterable[Any]) -> bool:
+    """Whether temporaries of programs compiled for `devices` are reported with their heap's gaps counted twice."""
+    if not any(device.platform == "tpu" for device in devices):
+        return False
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < GAPS_TWICE_BEFORE
 
 
 def _devices(name: str) -> list[Any]:

@@ -1,7 +1,7 @@
 """`jaxplan solve` on every problem file of a folder: cost, proven gap, ratio to known best costs, seconds.
 
     python scripts/bench_iopddl.py DIRECTORY [--seeds 5] [--share 0.1] [--results contest_results.json] [--time-limit 60]
-        [--processor] [--jobs 1]
+        [--processor] [--jobs 1] [--without-numba]
 
 `--results`: JSON {last letters of the file's name: {"timeout_s": seconds, "contest_costs_best_six": [costs]}}. The time limit of
 an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. `--processor`: limits and
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESERVE = 1.0
+RESERVE = 0.5
 """Seconds of a limit in processor time that are left for writing the answer down, as the command leaves them."""
 
 
@@ -53,6 +53,8 @@ def evaluate(problem: dict[str, Any], strategies: list[int]) -> float:
 BY_PROCESSOR_TIME = """
 import gc, json, sys, time
 gc.disable()
+if sys.argv[4] == "plain":
+    sys.modules["numba"] = None
 from jaxplan.iopddl import read_problem
 from jaxplan.solve import Incumbent, solve
 path, limit, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
@@ -65,11 +67,12 @@ print(json.dumps(found.strategies.tolist()))
 """What a process does whose limit is processor time; its clock is 0 when it starts."""
 
 
-def solve(file: Path, limit: float, seed: int, processor: bool) -> tuple[dict[str, Any], list[int], float]:
+def solve(file: Path, limit: float, seed: int, processor: bool, plain: bool) -> tuple[dict[str, Any], list[int], float]:
     """Run the command: what it reports, its strategies, its seconds."""
     command = [sys.executable, "-m", "jaxplan.cli", "solve", str(file), "--time-limit", str(limit), "--seed", str(seed), "--json"]
     if processor:
-        command = [sys.executable, "-c", BY_PROCESSOR_TIME, str(file), str(limit - RESERVE), str(seed)]
+        kernels = "plain" if plain else "fast"
+        command = [sys.executable, "-c", BY_PROCESSOR_TIME, str(file), str(limit - RESERVE), str(seed), kernels]
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -90,10 +93,13 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds where no timeout is known (default 60)")
     parser.add_argument("--processor", action="store_true", help="limits and seconds in processor time")
     parser.add_argument("--jobs", type=int, default=1, help="seeds run at once, with --processor")
+    parser.add_argument("--without-numba", action="store_true", help="as where it is not installed, with --processor")
     parser.add_argument("--only", help="letters of the instances to run")
     arguments = parser.parse_args()
     if arguments.jobs > 1 and not arguments.processor:
         parser.error("--jobs: runs beside one another take seconds on the wall from each other; add --processor")
+    if arguments.without_numba and not arguments.processor:
+        parser.error("--without-numba: add --processor")
     results = json.loads(arguments.results.read_text()) if arguments.results else {}
     print("| instance | limit s | seconds, worst | cost, median | bound, median | gap, worst | ratio, median | ratio, worst |")
     print("|---|---|---|---|---|---|---|---|")
@@ -108,7 +114,8 @@ def main() -> None:
             problem = json.load(opened)["problem"]
         costs, bounds, gaps, seconds, troubles = [], [], [], [], []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            runs = [pool.submit(solve, file, limit, seed, arguments.processor) for seed in range(arguments.seeds)]
+            how = arguments.processor, arguments.without_numba
+            runs = [pool.submit(solve, file, limit, seed, *how) for seed in range(arguments.seeds)]
         for seed, run in enumerate(runs):
             try:
                 facts, strategies, taken = run.result()

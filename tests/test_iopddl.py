@@ -15,7 +15,7 @@ from test_solve import by_force, random_problem
 
 import jaxplan
 from jaxplan import cli
-from jaxplan.iopddl import ProblemFileError, content_of, problem_of, read_problem, write_problem
+from jaxplan.iopddl import ProblemFileError, content_of, lifted, problem_of, read_problem, write_problem
 from jaxplan.solve import cost_of, peak_usage
 
 
@@ -118,6 +118,83 @@ def test_a_bad_file_is_named_with_the_path_inside(case):
     assert str(caught.value).startswith(said)
 
 
+# --- lists of whole numbers, read without JSON's objects ------------------------------------------------------
+
+
+def put_back(content, lists):
+    """JSON from what `lifted` gives."""
+    if isinstance(content, dict):
+        return {key: put_back(value, lists) for key, value in content.items()}
+    if not isinstance(content, list):
+        return content
+    if len(content) == 1 and type(content[0]) is int and content[0] < len(lists.begin) - 1:
+        return lists.numbers[lists.begin[content[0]] : lists.begin[content[0] + 1]].tolist()
+    return [put_back(value, lists) for value in content]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1,2,3]",
+        " [ -1 ,\n\t20\r, 0 ] ",
+        "[[1],[2,3],[]]",
+        '{"a[1]": [1], "b\\"[2]": ["[3]", [4, 5]], "c": [6, "\\\\"], "d": [7]}',
+        "[1.5, 2]",
+        "[[1e3], [2], [-0], [true], [null]]",
+        "[[1000000000000000000], [9223372036854775807], [9223372036854775808], [10], [99999999999999999999]]",
+        "[" + ",".join(f"[{k}]" for k in range(2222)) + "]",
+    ],
+)
+def test_lists_that_are_lifted_are_those_of_the_text(text):
+    assert put_back(*lifted(text.encode())) == json.loads(text)
+
+
+NO_JSON = ["[1,]", "[01]", "[1 2]", "[--1]", "[-]", "[1", "[1,", '["a', '["\\', "[+1]", "[1\x0b]", "", "[1]]"]
+
+
+@pytest.mark.parametrize("text", NO_JSON)
+def test_what_is_no_json_is_none_after_lifting(text):
+    for decode in (json.loads, lambda text: lifted(text.encode())):
+        with pytest.raises(ValueError, match=r"."):
+            decode(text)
+
+
+@pytest.mark.parametrize("space", [None, 1])
+def test_a_file_means_the_same_lifted(space):
+    for seed in range(5):
+        plain = content_of(random_problem(seed, 30))
+        again = problem_of(*lifted(json.dumps(plain, indent=space).encode()))
+        assert content_of(again) == plain
+        assert all(cost.dtype == float for cost in (*again.costs, *again.usages, *again.tables))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_no_bad_file_is_let_through_by_lifting(case):
+    content = small()
+    damage, _ = BAD[case]
+    damage(content)
+    with pytest.raises(ValueError, match=r"."):
+        problem_of(*lifted(json.dumps(content).encode()))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_encodings_that_json_knows(tmp_path, encoding):
+    content = small()
+    content["problem"]["name"] = "größer [1] als 0"
+    path = zipped(tmp_path / "p.gz", json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert content_of(read_problem(path)) == content
+
+
+def test_numbers_that_are_not_whole_are_read_too(tmp_path):
+    content = small()
+    content["problem"]["nodes"]["costs"][0] = [5.5, 1e3]
+    content["problem"]["nodes"]["usages"][1] = [2, 2.25]
+    content["problem"]["edges"]["costs"] = [[0, 7, 1e30, 10**25]]
+    problem = read_problem(zipped(tmp_path / "p.gz", content))
+    assert problem.costs[0].tolist() == [5.5, 1000.0] and problem.usages[1].tolist() == [2.0, 2.25]
+    assert problem.tables[0].tolist() == [[0.0, 7.0], [np.inf, np.inf]]
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -207,6 +284,6 @@ def test_a_signal_ends_it_with_the_best_known(hard, number):
 
 def test_the_time_limit_ends_it(hard):
     problem, path = hard
-    done = run(path, "--time-limit", "8", "--json")
+    done = run(path, "--time-limit", "12", "--json")
     facts, answer = map(json.loads, done.stdout.splitlines())
     assert facts["ended"] == "time limit" and facts["bound"] <= facts["cost"] == cost_of(problem, answer)

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import assert_close, mesh_of
 
@@ -72,10 +71,12 @@ def language_model(optimizer, *, carried=False, dropout=False):
         own = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
         return -jnp.sum(own * padded) / jnp.float32(ROWS) + jnp.mean(squares) / 10, (largest, squares)
 
+    from optax import apply_updates
+
     def step(params, state, *batch):
         (value, extra), gradients = jax.value_and_grad(loss, has_aux=True)(params, *batch)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value, extra
+        return apply_updates(params, updates), state, value, extra
 
     params = {"embedding": normal(0, WORDS, WIDTH), "blocks": weights(1, "qkv", "out", "up")}
     tokens = jax.random.randint(jax.random.key(5), (ROWS, LENGTH), 0, WORDS)
@@ -85,10 +86,12 @@ def language_model(optimizer, *, carried=False, dropout=False):
 
 def clipped():
     """Gradients are clipped by their norm over all stages."""
+    optax = pytest.importorskip("optax")
     return language_model(optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5, momentum=0.9)), dropout=True)
 
 
 def masks_go_along():
+    optax = pytest.importorskip("optax")
     return language_model(optax.sgd(0.5), carried=True)
 
 

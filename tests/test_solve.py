@@ -12,9 +12,23 @@ from jaxplan.solve.core import add, add_scaled, argmin_sum, core_cost, core_of, 
 from jaxplan.solve.crossover import cross
 from jaxplan.solve.driver import Search
 from jaxplan.solve.dual import Dual
+from jaxplan.solve.elimination import by_arrays, eliminate
 from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
-from jaxplan.solve.reductions import Reducer, dominated, expand
+from jaxplan.solve.profiles import disjoint
+from jaxplan.solve.reductions import Reducer, expand
+from jaxplan.solve.tables import (
+    COLUMNS_DECIDE,
+    COLUMNS_LAST,
+    IS_SUM,
+    ROWS_DECIDE,
+    ROWS_LAST,
+    _cell_traits_numpy,
+    _dominated_numpy,
+    cell_traits,
+    dominated,
+    traits,
+)
 
 
 def random_problem(seed, nodes=7, tightness=0.5, planted=False):
@@ -290,3 +304,83 @@ def test_domination():
     wide = np.array([[0.0, 3.0], [0.0, 3.0], [0.0, 0.0], [0.0, np.inf]])
     assert dominated(cost, usage, wide, np.array([0])).tolist() == [False, True, False, True]
     assert dominated(cost, 0 * usage, wide, np.array([0])).tolist() == [True, True, False, True]
+
+
+def test_domination_with_and_without_numba():
+    """Whole costs with ties and barred cells: the quick comparison first lets nothing through and keeps nothing out."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        count, blocks = int(rng.integers(2, 9)), int(rng.integers(0, 4))
+        widths = rng.integers(1, 5, blocks)
+        wide = rng.integers(0, 4, (count, int(widths.sum()))).astype(float)
+        wide[rng.random(wide.shape) < 0.2 * rng.integers(0, 2)] = np.inf
+        cost = rng.integers(0, 6, count).astype(float)
+        usage = rng.integers(0, 2, (int(rng.integers(1, 3)), count)).astype(float)
+        start = (np.cumsum(widths) - widths).astype(np.int64)
+        with np.errstate(invalid="ignore"):
+            expected = _dominated_numpy(cost, usage, wide, start)
+            got = dominated(cost, usage, wide, start)
+        assert np.array_equal(got, expected)
+        found += int(got.sum())
+    assert found > 100
+
+
+def test_traits_of_tables():
+    none = np.inf
+    assert traits(np.array([[1.0, 2.0], [3.0, 4.0]])) == IS_SUM + ROWS_LAST + COLUMNS_LAST
+    assert traits(np.array([[1.0, 2.0], [3.0, 5.0]])) == ROWS_LAST + COLUMNS_LAST
+    assert traits(np.array([[1.0], [3.0]])) == IS_SUM + ROWS_DECIDE + ROWS_LAST + COLUMNS_LAST
+    assert traits(np.array([[1.0, none], [3.0, none]])) == ROWS_DECIDE + ROWS_LAST
+    assert traits(np.array([[1.0, none], [none, 1.0]])) == ROWS_DECIDE + COLUMNS_DECIDE + ROWS_LAST + COLUMNS_LAST
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        rows, columns = rng.integers(1, 5, 2).tolist()
+        table = rng.integers(0, 2, (rows, columns)).astype(float)
+        table[rng.random(table.shape) < 0.6 * rng.integers(0, 2)] = none
+        cells = table.reshape(-1), rows, columns, columns, 1
+        assert traits(table) == cell_traits(*cells) == _cell_traits_numpy(*cells)
+        assert traits(np.asfortranarray(table)) == traits(table) == traits(np.repeat(table, 2, axis=1)[:, ::2])
+        turned = table.T.copy().reshape(-1), rows, columns, 1, rows
+        assert cell_traits(*turned) == _cell_traits_numpy(*turned) == traits(table)
+
+
+def test_usages_over_overlapping_spans_are_cut_apart():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        spans = [(int(a), int(a + w)) for a, w in zip(rng.integers(0, 9, 4), rng.integers(1, 6, 4))]
+        loads = {span: rng.integers(0, 9, 3).astype(float) for span in spans}
+        cut = disjoint(loads)
+        ends = list(cut)
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(ends))
+        for time in range(16):
+            whole = sum((usage for (a, b), usage in loads.items() if a <= time < b), start=np.zeros(3))
+            parts = sum((usage for (a, b), usage in cut.items() if a <= time < b), start=np.zeros(3))
+            assert np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("cells", [8, 64, 1 << 11])
+def test_elimination_with_and_without_numba(cells):
+    """Whole costs: sums are exact in any order, so both find the same cost, where every table fits and where hubs are fixed."""
+    rng = np.random.default_rng(cells)
+    for nodes in (1, 2, 3, 8, 30, 60):
+        sizes = rng.integers(2, 4, nodes)
+        pairs = np.unique(np.sort(rng.integers(0, nodes, (2 * nodes, 2)), axis=1), axis=0)
+        pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+        costs = rng.integers(0, 50, (int(sizes.sum()), 3)).astype(float)
+        tables = rng.integers(0, 50, int(sizes[pairs].prod(axis=1).sum())).astype(float)
+        begin = np.cumsum(sizes) - sizes
+
+        def cost(found, sizes=sizes, pairs=pairs, costs=costs, tables=tables, begin=begin):
+            at = np.cumsum(sizes[pairs].prod(axis=1)) - sizes[pairs].prod(axis=1)
+            a, b = pairs.T
+            joint = tables[at[:, None] + found[a] * sizes[b][:, None] + found[b]]
+            return costs[begin[:, None] + found, np.arange(3)].sum(axis=0) + joint.sum(axis=0)
+
+        found, expected = (way(sizes, costs, pairs, tables, cells) for way in (eliminate, by_arrays))
+        assert found.shape == (nodes, 3) and (found >= 0).all() and (found < sizes[:, None]).all()
+        assert (cost(found) <= cost(np.zeros_like(found))).all()
+        if nodes <= 8:
+            every = [cost(np.repeat(np.array(choice)[:, None], 3, axis=1)) for choice in itertools.product(*map(range, sizes))]
+            assert cells == 8 or np.array_equal(cost(found), np.min(every, axis=0))
+        assert np.array_equal(cost(found), cost(expected))

@@ -13,6 +13,7 @@ from jaxplan.solve.dual import Dual
 from jaxplan.solve.family import Family
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer
+from jaxplan.solve.repeats import Repeats
 
 
 def rooted(problem, steps=40):
@@ -87,10 +88,10 @@ def test_rounding_leaves_the_dual_as_it_was():
 def test_a_family_keeps_the_best_within_the_limit_and_learns_prices():
     rose = 0
     for seed in range(6):
-        _, core = reduced(seed)
+        reducer, core = reduced(seed)
         rng = np.random.default_rng(seed)
         counts = np.diff(core.start)
-        family = Family(core, rng)
+        family = Family(core, rng, Repeats(reducer))
         multipliers = np.zeros(len(core.capacity))
         for _ in range(8):
             before = family.cost

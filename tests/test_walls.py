@@ -27,8 +27,9 @@ AUDIT: Mapping[str, tuple[str, ...]] = {
     "hlo_records": (),
     "hlo_vary": ("hlo_text",),
     "hlo_findings": ("hlo_records", "hlo_text", "hlo_vary"),
+    "hlo_lives": ("hlo_text",),
     "topology": (),
-    "hlo": ("hlo_records", "hlo_text", "hlo_work", "hlo_vary", "hlo_findings", "topology"),
+    "hlo": ("hlo_records", "hlo_text", "hlo_work", "hlo_vary", "hlo_findings", "hlo_lives", "topology"),
 }
 """The audit's rooms import each other and nothing else: it is the cost model's judge."""
 

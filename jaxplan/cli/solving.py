@@ -21,8 +21,10 @@ from jaxplan.cli.output import Trouble, emit, explain
 if TYPE_CHECKING:
     from jaxplan.solve import Incumbent, Solution
 
-RESERVE = 1.0, 0.5
+RESERVE = 0.4, 0.5
 """What of the limit is kept for writing the answer down: seconds, and in times of reading the problem; at most half of it."""
+GRACE = 0.7
+"""How much of that is still searched in while there is no answer."""
 GLANCE = 0.05
 """Seconds between two looks at the clock."""
 BETWEEN = 1.0
@@ -87,13 +89,21 @@ class Job(threading.Thread):
             problem = read_problem(self.path)
             reserve = RESERVE[0] + RESERVE[1] * (time.monotonic() - start)
             self.last = self.began + max(0.5 * self.limit, self.limit - reserve)
-            self.incumbent = Incumbent(problem, self.say, began=self.began)
+            self.incumbent = Incumbent(problem, self.say, began=self.began, grace=GRACE * (self.began + self.limit - self.last))
             solve(problem, self.last - self.began, self.seed, self.incumbent)
         except BaseException as error:  # told by the main thread
             self.trouble = error
         finally:
             gc.enable()
             self.ended.set()
+
+    @property
+    def over(self) -> bool:
+        """It is time to write the answer down, or to say that there is none."""
+        now, known = time.monotonic(), self.incumbent
+        if known is None or not math.isfinite(known.cost):
+            return now >= self.last + GRACE * (self.began + self.limit - self.last)
+        return now >= self.last
 
     def say(self, line: str) -> None:
         """Progress, at most one line a second."""
@@ -130,7 +140,7 @@ def solve(arguments: argparse.Namespace) -> int:
     status = 0
     with stopping(job, caught):
         job.start()
-        while not job.ended.wait(GLANCE) and time.monotonic() < job.last:
+        while not job.ended.wait(GLANCE) and not job.over:
             pass
         try:
             found = None if job.incumbent is None else job.incumbent.solution()

@@ -33,6 +33,10 @@ class Repeats:
 
 def repeats(graph: Graph) -> Repeats | None:
     """The layers that cover most of a graph; None where nothing repeats that has a product in it and hands something on."""
+    return graph.remembered("repeats", (), lambda: _repeats(graph))
+
+
+def _repeats(graph: Graph) -> Repeats | None:
     numbers: dict[tuple[str, int], int] = {}
     symbols = np.array([numbers.setdefault((op.name, id(op.rule)), len(numbers)) for op in graph.operators], np.int64)
     heavy = np.array([op.rule.product for op in graph.operators], bool)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem, evaluate
 from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
-from jaxplan.search.limited import limited
+from jaxplan.search.limited import at_prices, limited
 from jaxplan.search.moves import ROUNDS, SMALL, finest, fused, polished
 
 SWEEPS = 6
@@ -23,6 +23,8 @@ BLOCK_LIMIT = 30_000
 BLOCK_CAP = 1 << 16
 RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
+SMALLEST = 90
+"""Nodes up to which searches at prices of usages end with joint moves: there are many of them."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -36,8 +38,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     Small problems end with one option taken along all axes at once, and with joint moves (`moves.py`); on larger ones
     these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
-    Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), without joint moves; raises
-    OverLimit where nothing is found within it.
+    Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
+    joint moves; raises OverLimit where nothing is found within it.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
@@ -86,7 +88,11 @@ class _AtPrices:
             best = fused(self._coarse, self._coarse_order, tried)
             proposals.append(restricted(self._fine, self._expand(best), self._unfold))
         best = fused(self._pricer, self._order, proposals)
-        return self._unfold(_settled(self._pricer, self._order, best, self._axes)[0])
+        best, _ = _settled(self._pricer, self._order, best, self._axes)
+        if len(self._fine.nodes) <= SMALLEST:
+            rounds = ROUNDS // max(1, math.comb(len(self._axes), 2))
+            best, _ = polished(Pricer(at_prices(self._fine, spans)), self._order, best, self._axes, rounds)
+        return self._unfold(best)
 
 
 def _open_axes(problem: Problem) -> list[int]:

@@ -18,6 +18,7 @@ from jaxplan.solve.family import Family
 from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost_of, peak_usage
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
+from jaxplan.solve.repeats import Repeats
 
 FIRST_STEP, LAST_STEP = 0.05, 5e-6
 """Steps of the dual's ascent, as `Dual.ascend` takes them, falling geometrically."""
@@ -52,8 +53,8 @@ ASCENDING = 0.3
 """Of the time, for the first ascent of the dual, at most."""
 REFINED = 12
 """New walks between two ascents of the dual."""
-PATIENCE = 12
-"""Merges that gain nothing to speak of, after which a new family begins."""
+PATIENCE = 6
+"""Merges that gain nothing to speak of, after which it is another family's turn."""
 BRANCHED, BRANCHES = 1000, 3
 """Nodes of the largest problem that branches, and problems that are split after each new walk."""
 BLUR = 3.0
@@ -67,6 +68,7 @@ class Incumbent:
     """The best known so far, readable at any moment. `log`: called with a line of text when something improves.
 
     `stopped`: set it from another thread to end the search. `clock`: what time limits are read off, from `began` on.
+    `grace`: seconds that a search goes on after its time limit while it has found nothing at all.
     """
 
     problem: IntervalProblem
@@ -78,6 +80,7 @@ class Incumbent:
     stopped: bool = False
     nearest: tuple[Reducer, np.ndarray] | None = None
     clock: Callable[[], float] = time.monotonic
+    grace: float = 0.0
     _held: tuple[Reducer | None, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
@@ -156,6 +159,7 @@ class Search:
         self.nearest = math.inf  # the least excess of usage of any walk
         self.reducer: Reducer | None = None
         self.best: Walk | None = None  # of all families
+        self.champion: Family | None = None  # the best of those that have come to a stop
 
     def run(self) -> None:
         """Search until the deadline or a proof. Raises NoSolutionError if the reductions show that there is no solution."""
@@ -181,7 +185,9 @@ class Search:
 
     def check(self) -> None:
         """Raises OutOfTime at the deadline, when it is told to stop, and when there is nothing left to search."""
-        if self.incumbent.stopped or self.incumbent.proven or self.incumbent.clock() >= self.deadline:
+        known, now = self.incumbent, self.incumbent.clock()
+        late = now >= self.deadline + (0.0 if math.isfinite(known.cost) else known.grace)
+        if late or known.stopped or known.proven:
             raise OutOfTime
 
     def improve(self) -> None:
@@ -195,13 +201,15 @@ class Search:
         self.repair(Walk(self.core, chosen), self.dual.multipliers, heat=0.0, growth=HURRIED)
         began = self.incumbent.clock()
         self.ascend(began + ASCENDING * (self.deadline - began))
-        family, number = Family(self.core, self.rng), 0
+        assert self.reducer is not None
+        self.repeats = Repeats(self.reducer)
+        family, number = Family(self.core, self.rng, self.repeats), 0
         tree = Tree(self.dual, self.look) if self.size <= BRANCHED else None
         while number < self.rounds:
             number += 1
-            family.add(self.relaxed())
+            family.add(family.level(self.relaxed(), self.dual.best_multipliers))
             self.breed(family)
-            if number % TURN == 0:
+            if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
                 family.add(walk)
                 self.keep(family)
@@ -240,11 +248,20 @@ class Search:
                 self.best = Walk(self.core, family.best.chosen)
 
     def succeed(self, family: Family) -> Family:
-        """A new family, or, if there is a better one, this family with the best known one among its parents."""
-        if self.best is not None and family.cost > self.best.cost:
-            family.add(Walk(self.core, self.best.chosen))
-            self.breed(family)
-        return Family(self.core, self.rng)
+        """Whose turn it is after a family has come to a stop: a new one's after the best one, else the best one's, which takes in
+        what the other one came to."""
+        family.stale = 0
+        champion = self.champion
+        if champion is None or family is champion:
+            self.champion = family
+            return Family(self.core, self.rng, self.repeats)
+        if family.cost < champion.cost:
+            champion, family = family, champion
+        self.champion = champion
+        if family.best is not None:
+            champion.add(Walk(self.core, family.best.chosen))
+            self.breed(champion)
+        return champion
 
     def note_bound(self) -> None:
         """Carry the dual's bound over."""

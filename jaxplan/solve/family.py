@@ -17,9 +17,16 @@ from jaxplan.solve.core import Core, core_cost, core_usage
 from jaxplan.solve.crossover import cross
 from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
+from jaxplan.solve.repeats import Repeats
 
 RECENT, KEPT = 3, 4
 """Latest walks that are merged, and of what merging made before."""
+OFFERS = 2
+"""Of the best one, with layers that do as others do, merged along."""
+LEVELLED, WIDELY = 3, 4
+"""Merges of a new walk with what its own layers offer one another, and offers in each."""
+GAIN = 3e-4
+"""What a merge has to gain, as a share of the cost, for a family not to be nearer to its end."""
 PRICES = 8
 """Prices at which one merge is made; the first are the multipliers themselves."""
 SPREAD, BLUR = 0.5, 0.1
@@ -28,12 +35,13 @@ RISE, FALL = 1.3, 0.1
 """Factor by which all prices rise if nothing was within the limit, and logarithm by which they fall where it was."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Family:
     """`best`: the best within the limit; `recent`: walks; `made`: what merging made, cheapest usage last; `prices`: per time."""
 
     core: Core
     rng: np.random.Generator
+    repeats: Repeats
     best: Walk | None = None
     recent: list[np.ndarray] = field(default_factory=list)
     made: list[np.ndarray] = field(default_factory=list)
@@ -48,15 +56,25 @@ class Family:
     def add(self, walk: Walk) -> None:
         """Take a walk in: as the best, or to be merged with it."""
         if walk.feasible and walk.cost < self.cost:
-            walk, self.best, self.stale = self.best or walk, walk, 0
+            self.stale = 0 if walk.cost < self.cost - GAIN * abs(walk.cost) else self.stale
+            walk, self.best = self.best or walk, walk
         if walk is not self.best:
             self.recent = [*self.recent, walk.chosen.copy()][-RECENT:]
+
+    def level(self, walk: Walk, multipliers: np.ndarray) -> Walk:
+        """The walk with its better layers' choices in all its layers, at the family's prices."""
+        prices = np.concatenate([[0.0], np.cumsum(multipliers if self.prices is None else self.prices)])
+        for _ in range(LEVELLED if self.repeats.count else 0):
+            offers = self.repeats.offers(walk.chosen, WIDELY, self.rng)
+            walk = Walk(self.core, merge(self.core, walk.chosen, offers, prices[None])[0])
+        return walk
 
     def merge(self, multipliers: np.ndarray, check: Callable[[], None]) -> None:
         """Merge all there is, at several prices near the family's; `multipliers`: the dual's. `check` may raise."""
         core, before = self.core, self.cost
         others = [*self.recent, *self.made]
         base = others.pop() if self.best is None else self.best.chosen
+        others += self.repeats.offers(base, OFFERS, self.rng)
         if not others:
             return
         learned = multipliers if self.prices is None else self.prices
@@ -76,7 +94,7 @@ class Family:
         self.learn(learned, multipliers, over, fits, abs(float(costs.min())))
         made = list({chosen.tobytes(): chosen for chosen in merged}.values())
         self.made = [made[i] for i in np.unique(np.linspace(0, len(made) - 1, KEPT).astype(int))]
-        self.stale = 0 if self.cost < before - 1e-4 * abs(before) or before == math.inf else self.stale + 1
+        self.stale = 0 if self.cost < before - GAIN * abs(before) or before == math.inf else self.stale + 1
 
     def learn(self, prices: np.ndarray, multipliers: np.ndarray, over: np.ndarray, fits: np.ndarray, cost: float) -> None:
         """Change the prices by what came out: lower where the middle one fits, else higher where the limit is exceeded."""
