@@ -195,12 +195,9 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
         values = _clamped(values, *_STARTS[primitive](equation))
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:
         values = [_held(values[0]), *values[1:]]
-    transformed = primitive is fft_p and devices > 1
-    if transformed:
-        values = [_row_major(value) for value in values]
     outs = _bind(primitive, values, params)
     outs = list(outs) if primitive.multiple_results else [outs]
-    return [_row_major(out) for out in outs] if transformed else outs
+    return [_row_major(out) for out in outs] if primitive is fft_p and devices > 1 else outs
 
 
 def _clamped(values: list[Any], first: int, room: list[int]) -> list[Any]:
@@ -239,7 +236,7 @@ def _held(value: Any) -> Any:
 
 
 def _row_major(value: Any) -> Any:
-    """A Fourier transform's operand or result, in memory as XLA's CPU runtime wants it.
+    """A Fourier transform's result, in memory as XLA's CPU runtime wants it.
 
     Where a batch dimension but the first is cut and then gathered, the compiler hands the gather's layout in memory on to the
     transform, which fails at run time (seen with jaxlib 0.10, also for programs sharded by hand).

@@ -280,10 +280,13 @@ def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> S
         return _body(replay.on_rows(_Rows(edits, row, pipeline)), equation, consts, chain.path)
 
     def hold(what: str, number: int, value: Any) -> Any:
-        first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[what]
-        specs = replay.found.writes.get((replay.found.at.get((*chain.path, what, number + first), -1), 0), ())
+        kind = "out" if what == "left" else what
+        first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[kind]
+        specs = replay.found.writes.get((replay.found.at.get((*chain.path, kind, number + first), -1), 0), ())
         if not specs:
             return value
+        if what == "left":
+            return replay.constrain(value, [((), *specs[-1][1:])])
         spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
         inner = replay.on_rows(_Rows(edits, None, pipeline))
         return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])

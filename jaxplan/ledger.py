@@ -1,20 +1,21 @@
 """Room `ledger`: what the bytes of a plan's peak are, by kind and tensor by tensor.
 
 State is what goes round: arguments that come back as results. *Parameters* are state that some other result (a loss) depends on,
-or, where all results are state, that more than element-wise work reads; *other state* is the rest of it (moments, counters).
-*Gradients* are values of a parameter's size on the element-wise way to its new value, and those that such ways begin at.
+or, where all results are state, that more than element-wise work reads; *other state* is the rest of it (moments, counters),
+and what is only written in part (caches). *Gradients* are values of a parameter's size on the element-wise way to its new value,
+and those that such ways begin at; the new value itself is of the kind of the old one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from jaxplan.cost.memory import HELD, OUTPUT
 from jaxplan.graph import Graph, Operator
-from jaxplan.graph.flatten import INPUT
+from jaxplan.graph.flatten import BOUNDARY, INPUT
 from jaxplan.plan import Plan
 
 PARAMETERS, STATE, INPUTS, OUTPUTS, GRADIENTS, ACTIVATIONS, TRANSIENTS = KINDS = (
@@ -62,9 +63,11 @@ class Ledger:
 def ledger(plan: Plan) -> Ledger:
     """The ledger of a plan; its entries add up to `plan.peak_bytes`."""
     graph, traced, held = plan.modelled.graph, plan.traced, plan.memory
-    parameters = _parameters(graph)
-    gradients = _gradients(graph, parameters)
+    ways = _ways(graph)
+    parameters = {position for position in _parameters(graph) if ways[position].made_of or not ways[position].new}
+    gradients = {tensor for position in parameters for tensor in ways[position].made_of}
     state = {source for _, source in graph.ties}
+    new = {tensor: PARAMETERS if position in parameters else STATE for position in state for tensor in ways[position].new}
     found: dict[tuple[str, str, int, float], int] = {}
 
     def add(kind: str, name: str, tensor: int, nbytes: float) -> None:
@@ -77,8 +80,8 @@ def ledger(plan: Plan) -> Ledger:
         add(kind, path, graph.inputs[position], plan.input_bytes(position))
     for buffer in held.live:
         if buffer.kind != OUTPUT:
-            kind = TRANSIENTS if buffer.kind != HELD else GRADIENTS if buffer.tensor in gradients else ACTIVATIONS
-            add(kind, "", buffer.tensor, buffer.nbytes)
+            kind = GRADIENTS if buffer.tensor in gradients else new.get(buffer.tensor, ACTIVATIONS)
+            add(kind if buffer.kind == HELD else TRANSIENTS, "", buffer.tensor, buffer.nbytes)
     for buffer in held.results:
         add(OUTPUTS, traced.out_paths[graph.outputs.index(buffer.tensor)], buffer.tensor, buffer.nbytes)
     makers = {t: operator for operator in reversed(graph.operators) for t in operator.results}
@@ -125,22 +128,35 @@ def _parameters(graph: Graph) -> set[int]:
     return {source for _, source in graph.ties if (others or heavy) >> source & 1}
 
 
-def _gradients(graph: Graph, parameters: set[int]) -> set[int]:
-    """Tensors."""
+@dataclass(frozen=True)
+class _Way:
+    """How state becomes new, from the result backwards: tensors that are its new value already, only moved or written in part
+    since; and what arithmetic makes that of, of its size, on element-wise ways."""
+
+    new: set[int] = field(default_factory=set)
+    made_of: set[int] = field(default_factory=set)
+
+
+def _ways(graph: Graph) -> dict[int, _Way]:
+    """{position of an input that is state: its way}."""
     makers = {t: operator for operator in graph.operators for t in operator.results}
-    found: set[int] = set()
+    found: dict[int, _Way] = {}
     for output, source in graph.ties:
-        if source not in parameters:
-            continue
-        size, ahead = _size(graph, graph.inputs[source]), [graph.outputs[output]]
+        way = found.setdefault(source, _Way())
+        ahead = [(graph.outputs[output], _size(graph, graph.inputs[source]), True)]
         while ahead:
-            tensor = ahead.pop()
+            tensor, size, is_new = ahead.pop()
             maker = makers.get(tensor)
-            if tensor in found or maker is None or maker.name == INPUT or _size(graph, tensor) != size:
+            known = way.new if is_new else way.made_of
+            if tensor in known or maker is None or maker.name == INPUT or _size(graph, tensor) != size:
                 continue
-            found.add(tensor)
-            if maker.rule.fusible or not maker.rule.flops:
-                ahead += [t for t in maker.operands if t >= 0]
+            known.add(tensor)
+            if maker.name == BOUNDARY and maker.path[-2] == "out":  # of what a loop stacks, one round
+                ahead += [(t, _size(graph, t), is_new) for t in maker.operands if t >= 0]
+            elif maker.rule.fusible or not maker.rule.flops:
+                ahead += [(t, size, is_new and not maker.rule.flops) for t in maker.operands if t >= 0]
+            elif is_new:
+                way.made_of.add(tensor)
     return found
 
 

@@ -31,7 +31,7 @@ from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
-from jaxplan.graph.nouns import EVERY_TICK, LEFT, ONCE
+from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
@@ -280,9 +280,9 @@ class Plan:
             ))  # fmt: skip
         for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
             about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]
-            ticks = self.modelled.numbers.ticks if handed.every_tick else 1.0
-            what = {EVERY_TICK: "next stage", ONCE: "stages of unequal length", LEFT: op.name}[handed.how]
-            kind = "all_reduce" if handed.how == LEFT else "permute"
+            ticks = self.modelled.numbers.ticks - handed.spared if handed.every_tick else 1.0
+            what = {EVERY_TICK: "next stage", GATHERED: "stages of unequal length", LEFT: op.name}[handed.how]
+            kind = {EVERY_TICK: "permute", GATHERED: "all_gather", LEFT: "all_reduce"}[handed.how]
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip

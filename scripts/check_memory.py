@@ -6,8 +6,9 @@
 Modelled: `plan.memory`. Compiled: arguments + outputs - aliased + temporaries of `memory_analysis()`, bytes per simulated
 device. The machine is v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
 
-`--pipelines`: train steps with their layers in stages instead, the state donated: a decoder with rematerialised layers and with
-kept activations, and layers of convolutions, on meshes of stages, and stages by data.
+`--pipelines`: train steps with their layers in stages instead, the state donated, each planned with the schedule: a decoder with
+rematerialised layers and with kept activations, layers of convolutions, and layers of two products, as a scan (rematerialised
+or not) and written out one after another; on meshes of stages, and stages by data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=16"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,12 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxplan
+from jaxplan import hybrid
 from jaxplan.examples import programs
 from jaxplan.examples.decoder import SMALL, decoder
 from jaxplan.machine import PRESETS, Machine
-from jaxplan.pipeline import pipeline_of
 
-STAGED = [((4,), 4, 2), ((4,), 8, 8), ((2, 2), 8, 2), ((2, 2), 5, 4), ((2, 4), 8, 4), ((4, 2), 8, 8)]
+STAGED = [((4,), 4, 2), ((4,), 8, 8), ((2, 2), 8, 2), ((2, 2), 5, 4), ((2, 4), 8, 4), ((4, 2), 8, 8), ((3,), 5, 4)]
 """(mesh of stages and data, layers, micro-batches)."""
 
 
@@ -83,26 +85,57 @@ def convolutions(layers: int) -> tuple[Any, tuple[Any, ...]]:
     return step, (jax.ShapeDtypeStruct((layers, 3, 3, 16, 16), "float32"), jax.ShapeDtypeStruct((16, 12, 12, 16), "float32"))
 
 
+def perceptrons(layers: int, written_out: bool = False, remat: bool = False) -> tuple[Any, tuple[Any, ...]]:
+    """(a step of gradient descent on residual layers of two products each between a way in and a head; shapes of parameters, rows
+    and targets). `written_out`: the layers one after another instead of a scan."""
+
+    def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        one, x = jax.checkpoint(layer) if remat else layer, x @ params["in"]
+        if written_out:
+            for weights in params["layers"]:
+                x, _ = one(x, weights)
+        else:
+            x, _ = jax.lax.scan(one, x, params["layers"])
+        return -jnp.mean(jnp.sum(jax.nn.log_softmax(x @ params["head"]) * y, axis=-1))
+
+    def step(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(loss)(params, x, y)
+        return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, gradient), value
+
+    stack = () if written_out else (layers,)
+    one = {"up": jax.ShapeDtypeStruct((*stack, 96, 192), "float32"), "down": jax.ShapeDtypeStruct((*stack, 192, 96), "float32")}
+    ends = {"in": jax.ShapeDtypeStruct((32, 96), "float32"), "head": jax.ShapeDtypeStruct((96, 48), "float32")}
+    params = {"layers": [one] * layers if written_out else one, **ends}
+    return step, (params, jax.ShapeDtypeStruct((64, 32), "float32"), jax.ShapeDtypeStruct((64, 48), "float32"))
+
+
+def planned_under(schedule: str, fn: Any, args: Sequence[Any], **options: Any) -> jaxplan.Plan:
+    """The best plan with stages along x that has this schedule."""
+    with mock.patch.object(hybrid, "SCHEDULES", (schedule,)):
+        return jaxplan.make_plan(fn, *args, pipeline="x", **options)
+
+
 def staged_rows(
     schedules: Sequence[str], chosen: Sequence[tuple[tuple[int, ...], int, int]], only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
     """The same for train steps in stages along x. `only`: names of programs."""
     for shape, layers, m in chosen:
         kept, remat = (decoder(replace(SMALL, layers=layers, remat=remat)) for remat in (False, True))
-        step, args = convolutions(layers)
         cases = {"decoder, kept": (kept.fn, kept.args, (0, 1)), "decoder, remat": (remat.fn, remat.args, (0, 1))}
-        for name, (fn, given, donated) in {**cases, "convolutions": (step, args, (0,))}.items():
+        cases["convolutions"] = (*convolutions(layers), (0,))
+        cases["perceptrons"] = (*perceptrons(layers), (0,))
+        cases["perceptrons, remat"] = (*perceptrons(layers, remat=True), (0,))
+        cases["perceptrons, written out"] = (*perceptrons(layers, written_out=True), (0,))
+        for name, (fn, given, donated) in cases.items():
             if only is not None and name not in only:
                 continue
-            plan = jaxplan.make_plan(
-                fn, *given, mesh=mesh_of(shape), machine=busy_machine(), pipeline="x", microbatches=m, donate_argnums=donated
-            )
             for schedule in schedules:
-                assert plan.pipeline is not None
-                if schedule != plan.pipeline.schedule:
-                    jaxpr, counts = plan.traced.jaxpr.jaxpr, {layers: plan.pipeline.chains[0].layers}
-                    pipeline = pipeline_of(jaxpr, "x", shape[0], m, layers=counts, schedule=schedule)
-                    plan = replace(plan, pipeline=pipeline)
+                plan = planned_under(
+                    schedule, fn, given, mesh=mesh_of(shape), machine=busy_machine(), microbatches=m, donate_argnums=donated
+                )
                 told = f"{name}, {layers} layers, m={m}, {schedule}"
                 yield told, shape, plan.peak_bytes, compiled_bytes(plan, given, donated)
 
@@ -113,9 +146,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=sorted(programs()))
     parser.add_argument("--pipelines", action="store_true", help="train steps with their layers in stages")
     parser.add_argument("--schedules", nargs="+", default=["gpipe", "1f1b"])
+    parser.add_argument("--staged", nargs="+", default=None, help="names of train steps, with --pipelines")
     options = parser.parse_args()
     found = (
-        staged_rows(options.schedules, STAGED)
+        staged_rows(options.schedules, STAGED, options.staged)
         if options.pipelines
         else rows([tuple(map(int, m.split("x"))) for m in options.meshes], options.only)
     )

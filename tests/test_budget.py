@@ -180,6 +180,36 @@ def test_state_without_any_other_result():
     assert kinds["state/0"] == "parameters" and kinds["state/1"] == "other state" and kinds["x"] == "other arguments"
 
 
+@pytest.mark.parametrize("donate", [(), (1,)])
+def test_what_is_only_written_in_part_is_no_parameter_and_its_new_value_no_gradient(donate):
+    """A cache that logits depend on, restacked by a scan; and weights that are trained beside weights that stay as they are."""
+
+    def decode(weights, cache, x, position):
+        def layer(x, given):
+            w, past = given
+            past = jax.lax.dynamic_update_slice(past, (x @ w)[:, None], (0, position, 0))
+            return jnp.einsum("bsd->bd", jnp.sin(past) @ w), past
+
+        x, cache = jax.lax.scan(layer, x, (weights, cache))
+        return cache, jnp.sum(x)
+
+    args = shape(4, 256, 256), shape(4, 64, 512, 256), shape(64, 256), jax.ShapeDtypeStruct((), jnp.int32)
+    plan = jaxplan.make_plan(decode, *args, mesh=AbstractMesh((1,), ("x",)), machine="v5e", donate_argnums=donate or None)
+    held = plan.ledger.by_kind
+    assert "gradients" not in held and "parameters" not in held
+    assert held["other state"] == 4 * 4 * 64 * 512 * 256 * (2 if donate else 1)
+    assert (held["outputs"] > 4 * 4 * 64 * 512 * 256) == (not donate)
+
+    def tune(state, x):
+        w, base = state
+        return (w - 0.1 * jax.grad(lambda w: jnp.mean((x @ w + x @ base) ** 2))(w), base), jnp.mean(x @ w + x @ base)
+
+    args = (shape(64, 64), shape(64, 64)), shape(32, 64)
+    plan = jaxplan.make_plan(tune, *args, mesh=AbstractMesh((1,), ("x",)), machine="v5e")
+    kinds = {entry.name: entry.kind for entry in plan.ledger.entries}
+    assert kinds["state/0"] == kinds["state/1"] == "parameters"
+
+
 def test_the_printed_plan_tells_what_lives_at_the_peak():
     plan = jaxplan.make_plan(train_step, *train_args(4096), mesh=MESH, machine=OFF_CHIP, donate_argnums=0)
     told = str(plan)

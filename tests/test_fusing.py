@@ -336,3 +336,63 @@ def test_a_product_with_a_vector_rounds_nothing():
 def test_what_a_machine_cannot_be(changed, told):
     with pytest.raises(ValueError, match=told):
         replace(PRESETS["v5e"], **changed)
+
+
+def test_a_first_product_of_which_half_hides_is_put_off_and_one_that_takes_longer_is_not():
+    def fn(w, x):
+        one = high(x.T, x)
+        return high(high(x, w), w), one * 2.0
+
+    graph = planned(fn, W, X).modelled.graph
+    first, *_, last = products(graph)
+    (one,) = graph.operators[first].results
+    for share, place in ((1.9, last + 1), (2.1, first)):
+        assert stored(graph, graph.operators, hidden={first: share}).made.get(one, first) == place
+
+
+def test_short_products_wait_one_beside_each_gather_of_a_group_that_is_summed_before_theirs():
+    def fn(w, x):
+        grads = [high(x.T, step(x)).T for step in (jnp.sin, jnp.cos, jnp.tanh)]
+        return high(high(x, w), w), [jnp.exp(grad) for grad in grads], [grad + 1.0 for grad in grads]
+
+    graph = planned(fn, W, X).modelled.graph
+    *places, last = products(graph)
+    grads = places[:3]
+
+    def waiting(share, gathers, groups):
+        made = stored(graph, graph.operators, hidden=dict.fromkeys(grads, share), gathers=gathers, groups=groups).made
+        return [made.get(graph.operators[place].results[0], place) == last + 1 for place in grads]
+
+    assert waiting(0.2, gathers=4, groups=1) == [False, False, False], "all are summed at once"
+    assert waiting(0.2, gathers=4, groups=2) == [True, True, False]
+    assert waiting(0.2, gathers=4, groups=4) == [True, True, True]
+    assert waiting(0.3, gathers=4, groups=4) == [False, False, False], "longer than a gather"
+
+
+def test_a_new_value_waits_for_products_that_still_read_the_old_one_and_make_more():
+    """Both products read `w`; the one whose result becomes the new `w` comes first. The other makes more, or less."""
+
+    def fn(w, x, y):
+        new = w - high(x.T, x)
+        return new, jnp.sum(high(y, w) ** 2)
+
+    machine = replace(FAR, near_bytes=0.0)
+
+    def held(rows):
+        plan = planned(fn, W, shape(64, 512), shape(rows, 512), machine=machine, donate_argnums=0)
+        return [buffer.tensor for buffer in plan.memory.live if buffer.tensor == plan.modelled.graph.outputs[0]]
+
+    assert len(held(4096)) == 1 and not held(64)
+
+
+def test_batch_dimensions_of_a_product_are_never_innermost():
+    """4 x 64 products of 16 x 16: laid out by tiles of 8 x 128 a row of 16 takes 128, whatever the batch."""
+
+    def fn(a, b):
+        first = jax.lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))))
+        return jnp.sum(jnp.sin(jnp.cumsum(first, axis=0)))
+
+    machine = replace(FAR, near_bytes=0.0, tile=(8, 128))
+    plan = planned(fn, shape(1024, 16, 4), shape(1024, 16, 4), machine=machine)
+    largest = max(buffer.nbytes for buffer in plan.memory.live)
+    assert largest == 1024 * 16 * 128 * 4

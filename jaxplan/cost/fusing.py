@@ -21,9 +21,10 @@ from jaxplan.rules import Kind, Rule
 
 LARGE = 0.5
 """From this share of a value's elements on, what it is computed from counts as large."""
-FEW = 2
+FEW = 1
 """Products that sum over no more elements are computed like element-wise work."""
-
+HALF_HIDDEN = 2.0
+"""The first product that is put off may take so many times as long as the exchange that it hides behind: half of it does."""
 
 NO_SHARES: Mapping[int, float] = MappingProxyType({})
 
@@ -61,16 +62,18 @@ def stored(
     scattered: frozenset[int] = frozenset(),
     hidden: Mapping[int, float] = NO_SHARES,
     loops: Sequence[tuple[int, int]] = (),
+    gathers: int = 0,
+    groups: int = 1,
 ) -> Stored:
     """Of operators in the order in which they run.
 
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
     `hidden`: {place of what can run beside the gathers of state that end a call: what share of their time it takes}. `loops`:
-    (first, last place) of each.
+    (first, last place) of each. `gathers`: how many there are, `groups`: in how many at once partial sums are combined.
     """
     kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
     found = _Fused(kernels, scattered)
-    found.put_off(hidden, loops)
+    found.put_off(hidden, loops, gathers, groups)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(
         frozenset(found.origins) | frozenset(found.moved), found.readers(),
@@ -165,22 +168,41 @@ class _Fused:
         for place in kernels.inner:
             self._visit(place, self.operators[place])
 
-    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]]) -> None:
+    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> None:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
-        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide."""
+        program without loops, those that nothing needs before all products are done: the first of them, as far as they hide;
+        the very first also if only half of it does.
+
+        Partial sums are combined in `groups`, of which each is gathered, when it has been updated, beside products whose sums
+        belong to later ones: one for each of `gathers`, if it takes no longer.
+        """
         done = max([p for p, operator in enumerate(self.operators) if operator.rule.product], default=0)
-        left = 1.0
+        left, beside = 1.0, 0 if loops else gathers * (groups - 1) // groups
+        needed = self._needed() if beside and hidden else {}
         for place, share in sorted(hidden.items()):
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
             near = self.near.get(tensor, ())
             if not near or tensor in self.origins or any(first <= place <= last for first, last in loops):
                 continue
-            behind = [last for first, last in loops if place < first and last < min(near)]
-            if not loops and done < min(near) and share <= left:
+            behind = [last for first, last in loops if place < first and last < min(near) and share <= 1.0]
+            if not loops and done < min(near) and share <= (left if left < 1.0 else HALF_HIDDEN):
                 behind, left = [done], left - share
+            elif beside and share * gathers <= 1.0 and done < needed.get(tensor, 0):
+                behind, beside = [done], beside - 1
             if behind:
                 self.at[place] = max(behind) + 1
+
+    def _needed(self) -> dict[int, int]:
+        """{value: the place of the first kernel that reads it, be it through what is computed again there}."""
+        found: dict[int, int] = {}
+        for place in range(len(self.operators) - 1, -1, -1):
+            operator = self.operators[place]
+            again = [found.get(t, len(self.operators)) for t in operator.results if t in self.origins]
+            at = min(again) if again else self.at.get(place, place)
+            for tensor in operator.operands:
+                found[tensor] = min(found.get(tensor, at), at)
+        return found
 
     def readers(self) -> dict[int, list[int]]:
         """{stored tensor: places of the kernels that read it}."""
@@ -277,15 +299,25 @@ def _beside(operators: Sequence[Operator], loops: Sequence[tuple[int, int]]) -> 
     return found
 
 
+def _batch(rule: Rule) -> frozenset[int]:
+    """The factors of a product that all its operands have and its result keeps."""
+    if not rule.product or len(rule.operands) < 2:
+        return frozenset()
+    shared = [frozenset(f for factors in dims for f in factors) for dims in (*rule.operands, *rule.results)]
+    return frozenset.intersection(*shared)
+
+
 def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
-    """Dimensions in space of what convolutions make, and of what is computed from it place by place."""
+    """Dimensions in space of what convolutions make, and of batches of what products make, and of what is computed from it place
+    by place."""
     outer: dict[int, tuple[int, ...]] = {}
     inner = set(kernels.inner)
     for place, operator in enumerate(kernels.operators):
         rule = operator.rule
         for tensor, dims in zip(operator.results, rule.results, strict=True):
-            if rule.spatial:
-                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in rule.spatial for f in factors)])
+            apart = rule.spatial or _batch(rule)
+            if apart:
+                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in apart for f in factors)])
             elif place in inner:
                 size = len(dims)
                 alike = [t for t in operator.operands if t in outer and graph.tensors[t].shape == graph.tensors[tensor].shape]

@@ -9,40 +9,40 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
+from jaxplan.cost.buffers import (
+    HELD,
+    OUTPUT,
+    TRANSIENT,
+    Buffer,
+    Copied,
+    Facts,
+    Local,
+    Roots,
+    axes_of,
+)
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
-from jaxplan.cost.fusing import NOTHING, Stored, hands_on, stored
+from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
-from jaxplan.cost.schedule import Order, run_order
-from jaxplan.cost.tiles import local_shape, padding
+from jaxplan.cost.schedule import run_order
+from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, gathered_layers
+from jaxplan.cost.stages import Path
+from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
 
-Local = Callable[[int, Layout | None], float]
-"""Bytes per device of a tensor in a layout."""
+COMBINED_BYTES = 128e6
+"""Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
 
-HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Bytes per device that live from place `first` to place `last` of the order. `tensor`: what they hold; `kind`: an
-    activation, the transient of an exchange, or an output of the program; `axes`: the mesh axes that split it."""
-
-    tensor: int
-    kind: str
-    nbytes: float
-    first: int
-    last: int
-    axes: tuple[int, ...] = ()
+SUMS = ("all_reduce", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,15 @@ def memory(
 
     def copy(tensor: int, first: int, last: int) -> Buffer:
         layout = layouts.get(tensor)
-        return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, _axes(layout))
+        return Buffer(tensor, TRANSIENT, local(tensor, layout), first, last, axes_of(layout))
 
-    held, _ = held_buffers(graph, facts, layouts, own, replaced, local)
+    copied = _stacks_copied(modelled, choices, facts) if machine.materialises else {}
+    held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
+    held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
-    buffers += _added_to(modelled, facts, layouts, local)
+    buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    if modelled.stages is not None and modelled.stages.asked.middle:
+        buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
         heap = _outside_outputs(buffers)
@@ -113,12 +117,19 @@ def memory(
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
             if tensor in replaced and old in looped:  # its new value is gathered into the place of the old, of which a copy stays
-                buffers.append(copy(old, 0, facts.made.get(tensor, 0)))
-        transposed = [copy(*some) for some in facts.more.copies]
+                about, layout = graph.tensors[old], layouts.get(tensor)
+                tiled = machine.tile is None or whole_tiles(about.shape, layout, modelled.numbers.sizes, machine.tile)
+                layout = layouts.get(old) if tiled else layout  # else only a part is copied, since it has to be moved anyway
+                buffers.append(Buffer(old, TRANSIENT, local(old, layout), 0, facts.made.get(tensor, 0), axes_of(layout)))
+        late = _overtaken(graph, facts, replaced, layouts, local)
+        turned = [(tensor, at, late.pop(tensor, at)) for tensor, at in facts.more.turned]
+        buffers += [copy(tensor, facts.made[tensor], until) for tensor, until in late.items()]
+        pairs = zip(facts.more.copies, turned, strict=True)
+        transposed = [copy(old, first, max(last, until)) for (old, first, last), (_, _, until) in pairs]
         heap = _far(buffers + transposed, facts, machine.near_bytes)
         far = {id(buffer) for buffer in heap}
-        for old, (tensor, at) in zip(transposed, facts.more.turned, strict=True):
-            heap += [] if id(old) in far else [copy(tensor, at, at)]  # else the new value is written in the place of the copy
+        for old, new in zip(transposed, turned, strict=True):
+            heap += [] if id(old) in far else [copy(*new)]  # else the new value is written in the place of the copy
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live, most = [b for b in heap if b.first <= at <= b.last and b.nbytes], float(lives[at])
@@ -142,16 +153,17 @@ def _lives(heap: Sequence[Buffer], places: int) -> np.ndarray:
 
 
 def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buffer:
-    return Buffer(tensor, kind, nbytes, 0, 0, _axes(layout))
+    return Buffer(tensor, kind, nbytes, 0, 0, axes_of(layout))
 
 
 def local_sizes(modelled: Modelled, facts: Facts) -> Local:
     """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
     graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
+    own = modelled.stages.own if modelled.stages is not None else {}
 
     def local(tensor: int, layout: Layout | None) -> float:
         about = graph.tensors[tensor]
-        nbytes = about.nbytes / (shards(layout, sizes) if layout is not None else 1)
+        nbytes = about.nbytes * own.get(tensor, 1.0) / (shards(layout, sizes) if layout is not None else 1)
         if tensor in facts.more.narrow:
             nbytes *= machine.rounded_share(about.dtype)
         if machine.tile is not None:
@@ -170,8 +182,11 @@ def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
 def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
-        return _facts(modelled.graph, True, frozenset(), frozenset())
-    return _facts(modelled.graph, False, _scattered(modelled, choices), _hidden(modelled, choices, gathered))
+        alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
+        return _facts(modelled.graph, True, sinks=not alternates)
+    scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
+    groups = _groups(modelled, choices) if hidden else 1
+    return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -179,24 +194,6 @@ def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int,
     if modelled.numbers.machine.materialises:
         return frozenset()
     return _hidden(modelled, choices, gathered_state(modelled, choices))
-
-
-def _axes(layout: Layout | None) -> tuple[int, ...]:
-    return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
-
-    order: Order
-    operators: Sequence[Operator]
-    made: Mapping[int, int]
-    readers: Mapping[int, Sequence[int]]
-    fused: frozenset[int]
-    place: Mapping[int, int]
-    fuses: bool = False
-    more: Stored = NOTHING
 
 
 def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
@@ -236,14 +233,34 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
             split = [o.factor for o in modelled.chosen(choices, index)]
             parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
             taken = numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts
-            if taken <= seconds:
-                found.add((cluster.members[-1], taken / seconds))
+            found.add((cluster.members[-1], taken / seconds))
     return frozenset(found)
+
+
+def _groups(modelled: Modelled, choices: np.ndarray) -> int:
+    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they
+    go. Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
+    graph = modelled.graph
+    shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
+    totals: dict[frozenset[int], float] = {}
+    for index, cluster in enumerate(graph.clusters):
+        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
+            about = graph.tensors[exchange.tensor]
+            if tuple(sorted(about.shape)) in shapes and not any(exchange.steps[0].before):
+                over = frozenset(axis for step in exchange.steps if step.kind in SUMS for axis in step.axes)
+                totals[over] = totals.get(over, 0.0) + about.nbytes
+    return max([1, *[math.ceil(total / COMBINED_BYTES) for total in totals.values()]])
 
 
 @lru_cache(maxsize=16)
 def _facts(
-    graph: Graph, materialises: bool, scattered: frozenset[int] = frozenset(), hidden: frozenset[tuple[int, float]] = frozenset()
+    graph: Graph,
+    materialises: bool,
+    scattered: frozenset[int] = frozenset(),
+    hidden: frozenset[tuple[int, float]] = frozenset(),
+    gathers: int = 0,
+    groups: int = 1,
+    sinks: bool = True,
 ) -> Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
@@ -259,7 +276,7 @@ def _facts(
     if not materialises:
         loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
         at = frozenset(places[i] for i in scattered if i in places)
-        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops)
+        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups)
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)
     cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
@@ -271,7 +288,23 @@ def _facts(
             where = {cluster.get(order.sequence[reader]) for reader in found}
             if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
                 fused.add(tensor)
+    fused |= _sunk(graph, operators, readers) - leaving if sinks else set()
     return Facts(order, operators, made, readers, frozenset(fused), places)
+
+
+def _sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Sequence[int]]) -> set[int]:
+    """Constants that nobody but loops reads, each time whole: they are made inside. (Not in a loop that alternates between
+    forward and backward, as seen in the compiled programs.)"""
+    found = set[int]()
+    for op in operators:
+        if op.equation is not None and len(op.results) == 1 and op.operands and max(op.operands) < 0 and op.rule.known:
+            tensor, reads = op.results[0], [operators[place] for place in readers.get(op.results[0], ())]
+            enter = [r for r in reads if r.name == BOUNDARY and r.path[-2] == "in"]
+            if enter and len(enter) == len(reads):
+                shape = graph.tensors[tensor].shape
+                if all(graph.tensors[r.results[0]].shape == shape for r in enter):
+                    found |= {tensor, *[r.results[0] for r in enter]}
+    return found
 
 
 def _in_a_loop(operator: Operator) -> bool:
@@ -279,25 +312,7 @@ def _in_a_loop(operator: Operator) -> bool:
     return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
 
 
-class Roots:
-    """Which tensors share a buffer."""
-
-    def __init__(self) -> None:
-        self._into: dict[int, int] = {}
-
-    def of(self, tensor: int) -> int:
-        while tensor in self._into:
-            tensor = self._into[tensor]
-        return tensor
-
-    def join(self, tensor: int, other: int) -> None:
-        """`tensor` lives in the buffer of `other`."""
-        tensor = self.of(tensor)
-        if tensor != self.of(other):
-            self._into[tensor] = other
-
-
-def _at_loops(facts: Facts) -> Iterator[tuple[int, int, int]]:
+def _at_loops(facts: Facts, copied: Copied) -> Iterator[tuple[int, int, int]]:
     """(tensor, from, until) of what loops stack, which is there from their beginning, and of what they are given."""
     for op in facts.operators:
         if op.name == BOUNDARY and op.path[-2] != "carry":
@@ -305,7 +320,8 @@ def _at_loops(facts: Facts) -> Iterator[tuple[int, int, int]]:
             if op.path[-2] == "out":
                 yield op.results[0], begin, end
             elif op.operands[0] >= 0:
-                yield op.operands[0], facts.made.get(op.operands[0], 0), end
+                made = facts.made.get(op.operands[0], 0)
+                yield op.operands[0], made, max(made, copied.get((op.operands[0], op.path[:-2]), end))
 
 
 def held_buffers(
@@ -315,10 +331,12 @@ def held_buffers(
     own: Mapping[int, float],
     replaced: Mapping[int, int],
     local: Local,
+    copied: Copied | None = None,
 ) -> tuple[list[Buffer], Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
     order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
+    copied = copied or {}
     roots, inputs = Roots(), set(graph.inputs)
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -363,7 +381,8 @@ def held_buffers(
         if size >= nbytes.get(root, 0.0):
             nbytes[root], split[root] = size, layouts.get(tensor)
         start = made.get(tensor, 0)
-        touch(tensor, start, max([start, *readers.get(tensor, ())]))
+        uses = [copied.get((tensor, operators[place].path[:-2]), place) for place in readers.get(tensor, ())]
+        touch(tensor, start, max([start, *uses]))
     for place, (initial, produced), (_, final) in carries:
         loop = operators[place].path[:-2]
         touch(final, order.begins[loop], order.ends[loop])
@@ -373,7 +392,7 @@ def held_buffers(
                 touch(initial, made.get(initial, 0), order.ends[loop])
         if roots.of(produced) in nbytes:
             touch(produced, made.get(produced, place), order.ends[loop])
-    for tensor, begin, end in _at_loops(facts):
+    for tensor, begin, end in _at_loops(facts, copied):
         touch(tensor, begin, end)
     end = len(operators) + 1
     kinds = dict.fromkeys(nbytes, HELD)
@@ -385,9 +404,23 @@ def held_buffers(
             touch(op.results[0], order.begins[op.path[:-2]], order.ends[op.path[:-2]])
     kept = {roots.of(tensor) for tensor in inputs} | {roots.of(tensor) for tensor in _in_place(facts, replaced)}
     return [
-        Buffer(root, kinds[root], size, first[root], last[root], _axes(split[root]))
+        Buffer(root, kinds[root], size, first[root], last[root], axes_of(split[root]))
         for root, size in nbytes.items() if root not in kept
     ], roots  # fmt: skip
+
+
+def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Copied:
+    """Which loops slice a copy of a stack, in another layout."""
+    graph, found = modelled.graph, dict[tuple[int, Layout], list[Path]]()
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        op = graph.operators[graph.clusters[reading.reader].members[-1]]
+        if op.name == BOUNDARY and op.path[-2] == "in" and source != wanted:
+            part, whole = (graph.tensors[tensor].shape for tensor in (op.results[0], reading.tensor))
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+            if part != whole and any(step.kind != "slice" for step in steps):
+                found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
+    first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}
+    return {(tensor, loop): first[tensor, wanted] for (tensor, wanted), loops in found.items() for loop in loops}
 
 
 def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
@@ -397,6 +430,24 @@ def _in_place(facts: Facts, replaced: Mapping[int, int]) -> list[int]:
     begins = facts.order.begins
     stacked = {op.results[0]: begins[op.path[:-2]] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "out"}
     return [t for t, old in replaced.items() if t not in stacked or max(facts.readers.get(old, ()), default=-1) < stacked[t]]
+
+
+def _overtaken(
+    graph: Graph, facts: Facts, replaced: Mapping[int, int], layouts: Mapping[int, Layout], local: Local
+) -> dict[int, int]:
+    """{new value of donated state that is done before the old one has been read: the place of the last reader}. It cannot be
+    written where the old one is. Of two kernels that could run next, the one that makes less does; so readers of the old value
+    that make less than the new one run before it."""
+    found = {}
+    for tensor, old in replaced.items():
+        done = facts.made.get(tensor, 0)
+        if done and tensor not in facts.fused:
+            size = local(tensor, layouts.get(tensor))
+            later = [r for r in facts.readers.get(old, ()) if r > done and facts.operators[r].rule.product]
+            larger = [r for r in later if max([local(t, layouts.get(t)) for t in facts.operators[r].results], default=0.0) > size]
+            if larger:
+                found[tensor] = max(larger)
+    return found
 
 
 def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
@@ -411,22 +462,7 @@ def _rounded_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layo
             if narrow and share < 1 and result not in moved:
                 layout = _as_sliced(graph, op, layouts)
                 first, last = facts.order.begins[loop], facts.order.ends[loop]
-                found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, _axes(layout)))
-    return found
-
-
-def _added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
-    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
-    read it at the beginning of the layer."""
-    if modelled.stages is None or facts.fuses:
-        return []
-    asked, found = modelled.stages.asked, []
-    for op in facts.operators:
-        if op.name == BOUNDARY and op.path[-2] == "out" and op.path[:-2] in asked.loops and op.operands[0] not in asked.rows:
-            layer, loop = op.operands[0], op.path[:-2]
-            layout = layouts.get(layer)
-            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
-            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, _axes(layout)))
+                found.append(Buffer(source, TRANSIENT, share * local(source, layout), first, last, axes_of(layout)))
     return found
 
 
@@ -448,7 +484,7 @@ def _moved(graph: Graph, facts: Facts, layouts: Mapping[int, Layout]) -> dict[in
         if hands_on(operator) and operator.operands[0] >= 0:
             before, after = (layouts.get(t) or () for t in (operator.operands[0], operator.results[0]))
             rounds = len(graph.tensors[operator.operands[0]].shape) - len(graph.tensors[operator.results[0]].shape)
-            if set(_axes(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
+            if set(axes_of(after)) < {axis for axis, dim in enumerate(before) if dim >= rounds}:
                 found[operator.results[0]] = rounds_of(graph, operator)
     return found
 
@@ -506,7 +542,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
             share = 1.0 if reading.tensor in facts.more.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
     found = [
-        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), _axes(layout))
+        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), axes_of(layout))
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     for index, cluster in enumerate(graph.clusters):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
-from jaxplan.cost.formulas import ROUNDS, Value, all_reduce_bytes, exchange_seconds, work_seconds
+from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, exchange_seconds, work_seconds
 from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
-from jaxplan.graph.nouns import LEFT
+from jaxplan.graph.nouns import GATHERED, LEFT
 from jaxplan.layout import Layout
 
 
@@ -229,8 +229,12 @@ def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) 
     for handed in cluster.handed:
         for axis, factor in used:
             if factor == handed.factor:
-                local = _local_bytes(handed.operand, used, algebra)
-                found.append((handed, axis, all_reduce_bytes(algebra.sizes[axis], local) if handed.how == LEFT else local))
+                local, size = _local_bytes(handed.operand, used, algebra), algebra.sizes[axis]
+                if handed.how == GATHERED:
+                    local = all_gather_bytes(size, size * handed.layers * local)
+                elif handed.how == LEFT:
+                    local = all_reduce_bytes(size, local)
+                found.append((handed, axis, local))
     return found
 
 
@@ -239,7 +243,7 @@ def handed_times(handed: Handed, algebra: Algebra) -> tuple[Value, int]:
     micro-batch."""
     if handed.how == LEFT:
         return 1 / algebra.microbatches, ROUNDS["all_reduce"]
-    return (algebra.ticks if handed.every_tick else 1), ROUNDS["permute"]
+    return (algebra.ticks - handed.spared, ROUNDS["permute"]) if handed.every_tick else (1, ROUNDS["all_gather"])
 
 
 def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: Algebra) -> Value:

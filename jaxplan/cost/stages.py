@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from jaxplan.cost.formulas import pipeline_ticks, ring_slots
 from jaxplan.cost.price import Option
 from jaxplan.graph import Cluster, Combine, Graph, Handed, Operator, Tensor, Terminal
 from jaxplan.graph.flatten import BOUNDARY
-from jaxplan.graph.nouns import LEFT, ONCE
+from jaxplan.graph.nouns import GATHERED, LEFT
 
 Path = tuple[Any, ...]
 
@@ -35,7 +36,8 @@ class Staging:
     `rows`: {tensor: its dimension that holds the batch}, for tensors inside the bodies and what enters or leaves them. `summed`:
     final values of carries and stacked outputs that add up over micro-batches. `middle`: operators that run per micro-batch
     between two loops that are one; `ringed`: {stacked tensor: its dimension that holds the batch} of which not all micro-batches
-    are kept.
+    are kept; `resident`: stacked tensors of which stages of unequal length keep their own, and nobody else reads any; `spared`:
+    {path of a scan: ticks at which nothing is handed on, since the loop of the last ones is a single tick}.
     """
 
     axis: int
@@ -46,6 +48,13 @@ class Staging:
     summed: frozenset[int] = frozenset()
     middle: frozenset[int] = frozenset()
     ringed: Mapping[int, int] = field(default_factory=dict)
+    resident: frozenset[int] = frozenset()
+    spared: Mapping[Path, int] = field(default_factory=dict)
+
+    def even(self, loop: Path) -> bool:
+        """Whether all stages have as many layers of a scan."""
+        length, most = self.loops[loop]
+        return most * self.stages == length
 
     @property
     def slots(self) -> int:
@@ -58,7 +67,8 @@ class Stages:
     """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing
     that the axis does there, where it is not free. `inside`: clusters that run at every tick, and the scan that they are in.
     `divided`: tensors, and operators, that hold or work on a micro-batch's share. `middle`: clusters that run once per
-    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops."""
+    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops. `gathered`: {stacked tensor: what one layer
+    has of it} that all stages get of stages of unequal length."""
 
     asked: Staging
     whole: Graph
@@ -67,8 +77,16 @@ class Stages:
     inside: Mapping[int, Path]
     divided: frozenset[int]
     divided_operators: frozenset[int]
+    gathered: Mapping[int, int] = field(default_factory=dict)
     middle: frozenset[int] = frozenset()
     apiece: frozenset[tuple[int, int]] = frozenset()
+
+    @cached_property
+    def own(self) -> dict[int, float]:
+        """{what stages of unequal length keep for themselves: the share of all layers that the longest has room for}."""
+        shares = {loop: most / length for loop, (length, most) in self.asked.loops.items()}
+        edges = [op for op in self.whole.operators if _edge(op, shares) and op.path[-2] == "out"]
+        return {op.results[0]: shares[op.path[:-2]] for op in edges if op.results[0] in self.asked.resident}
 
     @property
     def ticks(self) -> int:
@@ -110,8 +128,9 @@ def stage_graph(graph: Graph, asked: Staging) -> Stages:
         clusters.append(cluster)
     micro = replace(graph, tensors=tuple(cut.tensors), clusters=tuple(clusters))
     return Stages(
-        asked, graph, micro, options, inside, frozenset(cut.divided), frozenset(worked), frozenset(middle), frozenset(cut.apiece)
-    )
+        asked, graph, micro, options, inside, frozenset(cut.divided), frozenset(worked), cut.gathered, frozenset(middle),
+        frozenset(cut.apiece),
+    )  # fmt: skip
 
 
 def _between(graph: Graph, asked: Staging) -> tuple[frozenset[int], frozenset[int]]:
@@ -152,6 +171,7 @@ class _Cut:
         self.walked = dict(asked.rows) if asked.middle else self.rows
         self.divided = set(self.rows)
         self.apiece: set[tuple[int, int]] = set()
+        self.gathered: dict[int, int] = {}
         self.tensors, self.operators = list(graph.tensors), graph.operators
         for tensor, dim in asked.ringed.items():
             about = graph.tensors[tensor]
@@ -217,7 +237,8 @@ class _Cut:
     def edge(self, cluster: Cluster, op: Operator, index: int) -> Cluster:
         """What enters or leaves a pipelined loop. A factor of its own, the last one, is the axis': what is stacked lies along
         it layer by layer; what is carried is handed on at every tick, and at the end is on the last stage, or partial on all.
-        Where stages have unequal numbers of layers, no axis can lie so: what is stacked is moved to and fro, all of it."""
+        Where stages have unequal numbers of layers, no axis can lie so: what is stacked enters whole, and is gathered in the
+        end, every stage filled up to the longest."""
         units = self._units(cluster, self._batch(cluster))
         self.apiece |= {(index, t.tensor) for t in cluster.reads if t.tensor in self.between - self.inner}
         times = tuple([
@@ -236,17 +257,21 @@ class _Cut:
             if final in leads and (final not in self.between or final in self.left):
                 combines += (Combine(cluster.members[-1], Terminal(final, leads[final]), frozenset([along]), False),)
             if final not in self.asked.summed and op.results[0] in leads:
-                handed += (Handed(cluster.members[-1], Terminal(op.results[0], leads[op.results[0]]), along),)
+                spared = self.asked.spared.get(op.path[:-2], 0)
+                circulating = Terminal(op.results[0], leads[op.results[0]])
+                handed += (Handed(cluster.members[-1], circulating, along, spared=spared),)
             return cluster._replace(units=(*units, stages), combines=combines, handed=handed)
         stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
-        length, most = self.asked.loops[op.path[:-2]]
         if not stacks(op):
             return cluster
-        if most * stages != length:
-            inside = op.results[0] if op.path[-2] == "in" else op.operands[0]
-            moved = [t for t in (*cluster.reads, *cluster.writes) if t.tensor == stacked and inside not in self.rows]
-            handed = tuple([Handed(cluster.members[-1], terminal, along, ONCE) for terminal in moved])
-            return cluster._replace(units=(*units, stages), handed=handed) if handed else cluster
+        if not self.asked.even(op.path[:-2]):
+            most = self.asked.loops[op.path[:-2]][1]
+            layer = [t for t in cluster.reads if t.tensor == op.operands[0]]
+            if op.path[-2] == "in" or stacked in self.asked.resident or op.operands[0] in self.rows or not layer:
+                return cluster
+            self.gathered[stacked] = op.operands[0]
+            handed = (Handed(cluster.members[-1], layer[0], along, GATHERED, most),)
+            return cluster._replace(units=(*units, stages), handed=handed)
 
         def laid(terminals: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
             return tuple([Terminal(t.tensor, (along, *t.leads[1:])) if t.tensor == stacked else t for t in terminals])

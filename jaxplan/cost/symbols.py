@@ -236,8 +236,7 @@ class Symbols:
         if loop is None or self.stages is None:
             return 1, times
         asked, layers = self.stages.asked, times / self.stages.ticks  # of one stage
-        length, most = asked.loops[loop]
-        even = most * asked.stages == length
+        even = asked.even(loop)
         return (self.ticks / self.sizes[asked.axis], layers * asked.stages) if even else (self.ticks, layers)
 
     def nbytes(self, tensor: int) -> Any:

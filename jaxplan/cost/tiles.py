@@ -17,6 +17,19 @@ def local_shape(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int
     return tuple(parts)
 
 
+def whole_tiles(shape: Sequence[int], layout: Layout | None, sizes: Sequence[int], tile: tuple[int, int]) -> bool:
+    """Whether one device's part of an array is made of whole tiles of it, so that a kernel can read it where it lies. Of
+    dimensions that waste alike the last fills columns, the one before it rows."""
+    part = local_shape(shape, layout, sizes)
+    left = list(range(len(shape)))
+    for unit in tile[::-1][: len(shape)]:
+        dim = min(left, key=lambda d: (_up(shape[d], unit) / max(shape[d], 1), -d))
+        left.remove(dim)
+        if part[dim] != shape[dim] and part[dim] % unit:
+            return False
+    return True
+
+
 @lru_cache(maxsize=1 << 14)
 def padding(shape: tuple[int, ...], tile: tuple[int, int], outer: tuple[int, ...] = ()) -> float:
     """By what factor padding makes an array of a shape larger, at least 1.

@@ -92,18 +92,21 @@ class Halo:
     extent: int
 
 
-EVERY_TICK, ONCE, LEFT = "at every tick", "once", "left"
+EVERY_TICK, GATHERED, LEFT = "at every tick", "gathered", "left"
 
 
 @dataclass(frozen=True)
 class Handed:
-    """What a member hands to other stages of a pipeline along cluster factor `factor`: to the next one at every tick, or once; or
-    to all of them when all micro-batches are through, what the last stage was left with."""
+    """What a member hands to other stages of a pipeline along cluster factor `factor`: to the next one at every tick; or to all
+    of them when all micro-batches are through, what the last stage was left with, or every stage what it has of a stack: `layers`
+    such operands, those of the longest stage. `spared`: ticks at which compilers leave out what nobody waits for."""
 
     operator: int
     operand: Terminal
     factor: int
     how: str = EVERY_TICK
+    layers: int = 1
+    spared: int = 0
 
     @property
     def every_tick(self) -> bool:

@@ -30,13 +30,14 @@ from jaxplan.pipeline.execute import (
     from_stage,
     keep,
     layer_of,
+    left_stacked,
     parts,
     where,
 )
 from jaxplan.pipeline.fuse import Fused
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.pipeline.rowwise import SUM
-from jaxplan.pipeline.staged import edited, enter_stacked, join_rows, leave_stacked, take_rows, whole
+from jaxplan.pipeline.staged import edited, enter_stacked, entering_spec, join_rows, stacked_spec, take_rows, whole
 
 TOTAL = Role(Kind.TOTAL)
 
@@ -107,20 +108,18 @@ class _Loop:
             ],
         }
         specs = {name: P() for name in given} | {
-            "xs": [self._spec(r) for r in ahead.xs],
+            "xs": [entering_spec(r, ahead, self.axis) for r in ahead.xs],
             "back xs": [
-                None if source is not None else self._spec(r) for r, source in zip(back.xs, self.sources, strict=True)
+                None if source is not None else entering_spec(r, back, self.axis)
+                for r, source in zip(back.xs, self.sources, strict=True)
             ],
         }
-        kept = [self._spec(r) for r in ahead.ys], [self._spec(r) for r in back.ys]
+        kept = [[stacked_spec(r, self.axis) for r in chain.ys] for chain in (ahead, back)]
         out = jax.shard_map(
             lambda given: self.region(given, outside), mesh=mesh.abstract_mesh, in_specs=(specs,),
             out_specs=(P(), P(), P(), P(), *kept), axis_names={self.axis}, check_vma=False,
         )(given)  # fmt: skip
         return self.collected(out, carries, starts)
-
-    def _spec(self, role: Role) -> P:
-        return P(None, self.axis) if role.kind is Kind.CUT else P(self.axis)
 
     def collected(self, out: Any, carries: Sequence[Any], starts: Sequence[Any]) -> dict[Any, Any]:
         """Everything by variable."""
@@ -131,10 +130,8 @@ class _Loop:
         numbers = [k for k, r in enumerate(self.ahead.chain.carries) if r.kind is Kind.TOTAL]
         for k, value in zip(numbers, totals, strict=True):
             found[self.ahead.equation.outvars[k]] = whole(carries[k]) + value.astype(carries[k].dtype)
-        for var, k in self.residuals.items():
-            if var in self.fused.leaving:
-                value = leave_stacked(residuals[k], self.ahead.chain.ys[k], self.ahead.chain)
-                found[var] = value.astype(var.aval.dtype) if self.ahead.chain.ys[k] == SUM else value
+        stacked = left_stacked(self.ahead.equation, self.ahead.chain, residuals, self.ahead.hold)
+        found.update({var: stacked[k] for var, k in self.residuals.items() if var in self.fused.leaving})
         chain, moving, staying = self.back.chain, iter(finals), iter(added)
         outs = self.back.equation.outvars
         for k, role in enumerate(chain.carries):
@@ -142,10 +139,8 @@ class _Loop:
                 found[outs[k]] = whole(starts[k]) + next(staying).astype(outs[k].aval.dtype)
             else:
                 found[outs[k]] = _left(next(moving), role, outs[k])
-        for var, value, role in zip(outs[len(chain.carries) :], ys, chain.ys, strict=True):
-            stacked = leave_stacked(value, role, chain)
-            found[var] = stacked.astype(var.aval.dtype) if role == SUM else stacked
-        return found
+        stacked = left_stacked(self.back.equation, chain, ys, self.back.hold)
+        return {**found, **dict(zip(outs[len(chain.carries) :], stacked, strict=True))}
 
     # ---- inside of the manual region ---------------------------------------------------------------------------
 
@@ -179,7 +174,7 @@ class _Loop:
         ) -> Any:
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
-                self._residual(stores[source], row, role, source) if source is not None else partial(layer_of, v, role, row)
+                self._residual(stores[source], row, role, source) if source is not None else back.read(v, role, row)
                 for v, role, source in zip(given["back xs"], back.chain.xs, self.sources, strict=True)
             ]
             slots = [row] * len(ys)
@@ -228,7 +223,8 @@ class _Loop:
         _, _, left, totals, finals, added, stores, ys = state
         return (
             [from_stage(v, last, self.axis) for v in left], [everywhere(v, self.axis) for v in totals],
-            [from_stage(v, first, self.axis) for v in finals], [everywhere(v, self.axis) for v in added], stores, ys,
+            [from_stage(v, first, self.axis) for v in finals], [everywhere(v, self.axis) for v in added],
+            stores, ys,
         )  # fmt: skip
 
     def _zeros(self, side: Side) -> list[Any]:

@@ -8,6 +8,7 @@ before the first and after the last (the bubble) reaches nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,16 @@ from jax.sharding import PartitionSpec as P
 from jaxplan import _jax
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.pipeline.rowwise import SUM, micro_shape
-from jaxplan.pipeline.staged import enter_stacked, join_rows, leave_stacked, once, split_rows, whole
+from jaxplan.pipeline.staged import (
+    enter_stacked,
+    entering_spec,
+    join_rows,
+    leave_stacked,
+    once,
+    split_rows,
+    stacked_spec,
+    whole,
+)
 
 Body = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]]
 BodyOf = Callable[[Any, Sequence[Any]], Body]
@@ -28,7 +38,7 @@ Read = Callable[[Any], Any]
 Hold = Callable[[str, int, Any], Any]
 """("carry", "in" or "out", number, value) -> the value in the layout that the plan has for that carry, operand or stacked
 result of a layer, whatever dimensions come before it. So are buffers held, where the compiler would be free to lay them
-otherwise."""
+otherwise. "left", outside of the stages: a stacked result of theirs as the plan has it, with all layers on every device."""
 
 
 class Stage:
@@ -43,6 +53,8 @@ class Stage:
         stage = jax.lax.axis_index(self.axis)
         self.position = self.stages - 1 - stage if chain.reverse else stage
         self.count = jnp.asarray(chain.layers, jnp.int32)[stage]
+        firsts = [end - count for end, count in zip(itertools.accumulate(chain.layers), chain.layers, strict=True)]
+        self.first = jnp.asarray(firsts, jnp.int32)[stage]
 
     def microbatch(self, tick: Any, after: int = 0) -> tuple[Any, Any]:
         """(the micro-batch of a tick, whether there is one). `after`: ticks until the first one enters."""
@@ -74,7 +86,7 @@ class Stage:
         def layer(state: tuple[tuple[Any, ...], list[Any]], number: Any) -> Any:
             carry, held = state
             after, ys = body(carry, tuple([read(number) for read in reads]))
-            if min(chain.layers) < self.longest:  # a layer that only fills the stage up hands on what it was given
+            if not chain.even:  # a layer that only fills the stage up hands on what it was given
                 after = tuple(where(number < self.count, after, carry))
             held = [keep(s, y, r, k, valid, number) for s, y, r, k in zip(held, ys, chain.ys, slots, strict=True)]
             return (tuple(after), self.held("out", numbers, held)), None
@@ -86,7 +98,13 @@ class Stage:
 
     def reads(self, xs: Sequence[Any], row: Any) -> list[Read]:
         """What each layer of this stage reads of what is stacked over layers, for one micro-batch."""
-        return [functools.partial(layer_of, x, role, row) for x, role in zip(xs, self.chain.xs, strict=True)]
+        return [self.read(x, role, row) for x, role in zip(xs, self.chain.xs, strict=True)]
+
+    def read(self, stacked: Any, role: Role, row: Any) -> Read:
+        """What a layer of this stage reads of one stacked value: of the whole stack where that enters unequal stages."""
+        if self.chain.even or role.kind is Kind.CUT:
+            return functools.partial(layer_of, stacked, role, row)
+        return lambda number: layer_of(stacked, role, row, self.first + jnp.minimum(number, self.count - 1))
 
     def carried(self, circulating: Sequence[Any], totals: Sequence[Any]) -> list[Any]:
         """All carries in order."""
@@ -233,9 +251,7 @@ def run_chain(
         finals = [from_stage(v, holds, axis) for v in finals]
         return finals, [everywhere(v, axis) for v in totals], stores
 
-    rows, layers = P(None, axis), P(axis)
-    stacked = [rows if role.kind is Kind.CUT else layers for role in chain.xs]
-    left = [rows if role.kind is Kind.CUT else layers for role in chain.ys]
+    stacked, left = [entering_spec(role, chain, axis) for role in chain.xs], [stacked_spec(role, axis) for role in chain.ys]
     finals, totals, stores = jax.shard_map(
         stages, mesh=mesh.abstract_mesh, in_specs=(P(), P(), stacked), out_specs=(P(), P(), left), axis_names={axis},
         check_vma=False,
@@ -244,9 +260,17 @@ def run_chain(
     outs = [next(staying if role.kind is Kind.TOTAL else moving) for role in chain.carries]
     outs = [join_rows(v, role) if role.kind is Kind.CUT else v for v, role in zip(outs, chain.carries, strict=True)]
     outs = [v.astype(var.aval.dtype) if role == SUM else v for v, var, role in zip(outs, equation.outvars, chain.carries)]
-    ys = [leave_stacked(v, role, chain) for v, role in zip(stores, chain.ys, strict=True)]
-    types = [aval.dtype for aval in equation.params["jaxpr"].out_avals[len(chain.carries) :]]
-    return outs + [v.astype(t) if role == SUM else v for v, role, t in zip(ys, chain.ys, types, strict=True)]
+    return outs + left_stacked(equation, chain, stores, hold)
+
+
+def left_stacked(equation: Any, chain: Chain, stores: Sequence[Any], hold: Hold) -> list[Any]:
+    """The stacked results of a scan, from what its stages have stored."""
+    found = []
+    for number, (value, role) in enumerate(zip(stores, chain.ys, strict=True)):
+        value = value.astype(equation.outvars[len(chain.carries) + number].aval.dtype) if role == SUM else value
+        value = value if chain.even or role.kind is Kind.CUT else hold("left", number, value)
+        found.append(leave_stacked(value, role, chain))
+    return found
 
 
 def parts(chain: Chain, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:

@@ -76,6 +76,11 @@ class Chain:
         return sum(self.layers)
 
     @property
+    def even(self) -> bool:
+        """Whether all stages have as many layers."""
+        return min(self.layers) == max(self.layers)
+
+    @property
     def circulating(self) -> tuple[int, ...]:
         """The carries that go from stage to stage with every micro-batch: all but those that stages add up by themselves."""
         return tuple(k for k, role in enumerate(self.carries) if role.kind is not Kind.TOTAL)

@@ -1,8 +1,9 @@
 """The forms that values have around a pipeline: rows apart by micro-batch, layers apart by stage.
 
 Micro-batch j of m has the rows j, j + m, j + 2 m, ...: where the batch is laid over another axis, each of its shards has rows of
-every micro-batch, and to take a micro-batch moves nothing. Stages of unequal length are filled up to the longest with copies of
-their last layer, whose results nobody reads.
+every micro-batch, and to take a micro-batch moves nothing. Stages of unequal length keep what they make filled up to the longest;
+nobody reads the filling. What is stacked over layers and has no rows enters such stages whole, and leaves them gathered: no
+array can lie in unequal parts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxplan.pipeline.nouns import Chain, Kind, Role
 from jaxplan.pipeline.rowwise import SUM
@@ -105,18 +107,28 @@ def whole(value: Any) -> Any:
     return value.whole() if isinstance(value, Staged) else value
 
 
+def stacked_spec(role: Role, axis: str) -> P:
+    """How a value that is stacked over the layers of stages lies along them."""
+    return P(None, axis) if role.kind is Kind.CUT else P(axis)
+
+
+def entering_spec(role: Role, chain: Chain, axis: str) -> P:
+    """The same of one that enters them."""
+    return stacked_spec(role, axis) if chain.even or role.kind is Kind.CUT else P()
+
+
 def enter_stacked(value: Any, role: Role, chain: Chain, m: int) -> Any:
-    """A value stacked over layers, as the stages take it: filled up, and by micro-batch where it has rows."""
+    """A value stacked over layers, as the stages take it: filled up and by micro-batch where it has rows, else as it is."""
     if isinstance(value, Staged):
         if value.fits(chain, role, m):
             return value.value
         value = value.whole()
     if role.kind is Kind.CUT:
         return fill_stages(split_rows(value, role._replace(dim=role.dim + 1), m), chain.layers, 1)
-    return fill_stages(value, chain.layers, 0)
+    return value
 
 
 def leave_stacked(value: Any, role: Role, chain: Chain) -> Any:
-    """The reverse of `enter_stacked`; rows are left where they are until somebody asks for the whole."""
+    """What stages have stored, as all have it; rows are left where they are until somebody asks for the whole."""
     return Staged(value, chain.layers, role) if role.kind is Kind.CUT else drop_filling(value, chain.layers, 0)
 

@@ -23,7 +23,8 @@ def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> St
     summed = frozenset().union(*[_summed(graph, chain) for chain in chains])
     longest = {chain.path: (chain.length, max(chain.layers)) for chain in chains}
     axis = tuple(axis_names).index(pipeline.axis)
-    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed)
+    resident = _resident(graph, pipeline)
+    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed, resident=resident)
     if pipeline.schedule != "1f1b":
         return stage_graph(graph, staging)
     middle, ahead = _middle(graph, pipeline), chains[0]
@@ -31,15 +32,19 @@ def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> St
         if op.path[-2] == "carry" and (role := ahead.carries[op.path[-1]]).kind is Kind.CUT:
             rows[op.results[1]] = role.dim
     spread({t: (dim, 1) for t, dim in rows.items()}, [graph.operators[index] for index in middle], rows)
-    return stage_graph(graph, replace(staging, middle=frozenset(middle), ringed=_ringed(graph, pipeline)))
+    spared = {chains[0].path: int(pipeline.microbatches == 1), chains[1].path: int(pipeline.stages == 2)}
+    ringed = _ringed(graph, pipeline)
+    return stage_graph(graph, replace(staging, middle=frozenset(middle), ringed=ringed, spared=spared))
 
 
 def _middle(graph: Graph, pipeline: Pipeline) -> list[int]:
-    """The operators that run per micro-batch between the two scans."""
+    """The operators that run per micro-batch between the two scans: not those that are the same for all of them, which compilers
+    take out of the loop."""
     beside = pipeline.chains[0].path[:-1]
     paths = {(*beside, number) for number in pipeline.middle}
     depth = len(beside) + 1
     found = [i for i, op in enumerate(graph.operators) if op.path[:depth] in paths and op.operands and op.name != VIEW]
+    found = _moved_by(graph, found, {t for op in _edges(graph, pipeline.chains[0]) for t in op.results})
     readers: dict[int, list[int]] = {}
     for index, op in enumerate(graph.operators):
         for tensor in op.operands:
@@ -47,6 +52,18 @@ def _middle(graph: Graph, pipeline: Pipeline) -> list[int]:
     own = set(found)
     views = [i for i, op in enumerate(graph.operators) if op.name == VIEW and own.issuperset(readers.get(op.results[0], ()))]
     return sorted([*found, *views])
+
+
+def _moved_by(graph: Graph, operators: Sequence[int], seeds: set[int]) -> list[int]:
+    """Those of some operators that depend on some tensors."""
+    moved, before = set(seeds), -1
+    views = [op for op in graph.operators if op.name == VIEW]
+    while before < len(moved):
+        before = len(moved)
+        for op in (*views, *[graph.operators[i] for i in operators]):
+            if not moved.isdisjoint(op.operands):
+                moved.update(op.results)
+    return [i for i in operators if not moved.isdisjoint(graph.operators[i].operands)]
 
 
 def spread(known: dict[int, Rows], operators: Sequence[Operator], rows: dict[int, int]) -> None:
@@ -71,6 +88,25 @@ def _ringed(graph: Graph, pipeline: Pipeline) -> dict[int, int]:
             if role.kind is Kind.CUT:
                 found[op.results[0]] = role.dim + 1
     return found
+
+
+def _resident(graph: Graph, pipeline: Pipeline) -> frozenset[int]:
+    """What stages of unequal length stack, and only later layers of theirs read: where it has rows, and where the two loops are
+    one. All else is gathered."""
+    chains, found = pipeline.chains, set[int]()
+    entering = {id(op): op for chain in chains for op in _edges(graph, chain) if op.path[-2] == "in"}
+    took = {op.operands[0]: op.path[:-2] for op in entering.values()}
+    others = {t for op in graph.operators if id(op) not in entering for t in op.operands}
+    layers = {chain.path: chain.layers for chain in chains}
+    for chain in chains:
+        for op in _edges(graph, chain) if not chain.even else ():
+            left = op.results[0]
+            if op.path[-2] == "out" and left not in others and left not in graph.outputs:
+                role = chain.ys[op.path[-1] - len(chain.carries)]
+                alike = left not in took or layers[took[left]] == chain.layers
+                if alike and (role.kind is Kind.CUT or (pipeline.schedule == "1f1b" and left in took)):
+                    found.add(left)
+    return frozenset(found)
 
 
 def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:

@@ -1,0 +1,68 @@
+"""The nouns of modelled memory: `Buffer`s, what shares one (`Roots`), and what of a program they follow from (`Facts`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxplan.cost.fusing import NOTHING, Stored
+from jaxplan.cost.schedule import Order
+from jaxplan.cost.stages import Path
+from jaxplan.graph import Operator
+from jaxplan.layout import Layout
+
+Local = Callable[[int, Layout | None], float]
+"""Bytes per device of a tensor in a layout."""
+Copied = Mapping[tuple[int, Path], int]
+"""{(stack, loop that slices a copy of it in another layout): where that copy is made, before the first such loop}."""
+
+HELD, TRANSIENT, OUTPUT = "activation", "transient", "output"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes per device that live from place `first` to place `last` of the order. `tensor`: what they hold; `kind`: an
+    activation, the transient of an exchange, or an output of the program; `axes`: the mesh axes that split it."""
+
+    tensor: int
+    kind: str
+    nbytes: float
+    first: int
+    last: int
+    axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
+
+    order: Order
+    operators: Sequence[Operator]
+    made: Mapping[int, int]
+    readers: Mapping[int, Sequence[int]]
+    fused: frozenset[int]
+    place: Mapping[int, int]
+    fuses: bool = False
+    more: Stored = NOTHING
+
+
+class Roots:
+    """Which tensors share a buffer."""
+
+    def __init__(self) -> None:
+        self._into: dict[int, int] = {}
+
+    def of(self, tensor: int) -> int:
+        while tensor in self._into:
+            tensor = self._into[tensor]
+        return tensor
+
+    def join(self, tensor: int, other: int) -> None:
+        """`tensor` lives in the buffer of `other`."""
+        tensor = self.of(tensor)
+        if tensor != self.of(other):
+            self._into[tensor] = other
+
+
+def axes_of(layout: Layout | None) -> tuple[int, ...]:
+    return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])

@@ -1,0 +1,106 @@
+"""What memory holds where layers run in stages, beside what values need anyway (`memory.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxplan.cost.buffers import OUTPUT, TRANSIENT, Buffer, Copied, Facts, Local, Roots, axes_of
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.stages import Path, Stages, Staging, stacks
+from jaxplan.graph import Operator
+from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.layout import Layout
+
+
+def added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
+    read it at the beginning of the layer; the loop over a single layer is none, and adds to the stack as it is."""
+    if modelled.stages is None or facts.fuses:
+        return []
+    asked, found = modelled.stages.asked, []
+    for op in facts.operators:
+        if _stacks(op, "out", asked) and op.operands[0] not in asked.rows and asked.loops[op.path[:-2]][1] > 1:
+            layer, loop = op.operands[0], op.path[:-2]
+            layout = layouts.get(layer)
+            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
+            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, axes_of(layout)))
+    return found
+
+
+def _stacks(op: Operator, mark: str, asked: Staging) -> bool:
+    """Whether an operator is where a stack enters (`mark`: "in") or leaves ("out") one of the loops."""
+    return op.name == BOUNDARY and op.path[-2] == mark and op.path[:-2] in asked.loops and stacks(op)
+
+
+def gathered_layers(
+    modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local, held: list[Buffer], roots: Roots
+) -> list[Buffer]:
+    """The buffers of values, what stages of unequal length stack apart: until the loop ends a stage has room for its own layers,
+    then those of all stages, each filled up to the longest; one stack is gathered after another."""
+    if modelled.stages is None or not modelled.stages.gathered:
+        return held
+    asked, found = modelled.stages.asked, dict[Any, Buffer]({buffer.tensor: buffer for buffer in held})
+    after: dict[tuple[Any, ...], int] = {}
+    for op in facts.operators:
+        if op.name == BOUNDARY and op.results and op.results[0] in modelled.stages.gathered:
+            stack, layer, loop = op.results[0], op.operands[0], op.path[:-2]
+            layout, (_, most) = layouts.get(layer), asked.loops[loop]
+            part, whole = most * local(layer, layout), found.get(roots.of(stack))
+            after[loop] = after.get(loop, facts.order.ends[loop]) + 1
+            found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], axes_of(layout))
+            if whole is not None:
+                filled = whole.nbytes if whole.kind == OUTPUT else asked.stages * part
+                found[roots.of(stack)] = replace(whole, first=min(after[loop], whole.last), nbytes=filled)
+    return list(found.values())
+
+
+def cut_arguments(modelled: Modelled, facts: Facts, inputs: Sequence[Layout], local: Local) -> list[Buffer]:
+    """Arguments that hold rows of the batch, put in order by micro-batch for a loop that takes one after another. Of other values
+    there is only that copy."""
+    if modelled.stages is None or modelled.stages.asked.microbatches == 1 or facts.fuses:
+        return []
+    graph, asked = modelled.graph, modelled.stages.asked
+    given, found = dict(zip(graph.inputs, inputs, strict=True)), dict[tuple[int, Path], Buffer]()
+    for op in facts.operators:
+        if op.name == BOUNDARY and op.path[-2] != "out" and op.path[:-2] in asked.loops and op.results[0] in asked.rows:
+            source, loop = op.operands[0], op.path[:-2]
+            if source in given:
+                layout, first = given[source], facts.order.begins[loop]
+                last = max(place for place in range(first, facts.order.ends[loop]) if facts.operators[place].name != BOUNDARY)
+                found[source, loop] = Buffer(source, TRANSIENT, local(source, layout), first, last, axes_of(layout))
+    return list(found.values())
+
+
+def as_one_loop(
+    stages: Stages, facts: Facts, buffers: Sequence[Buffer], roots: Roots, copied: Copied
+) -> list[Buffer]:
+    """Buffers where the forward scan, the backward scan and what stands between them are one loop: what comes from outside, and
+    what leaves it or is handed from scan to scan, lives as long as the loop. Residuals that are read in another layout are
+    brought there layer by layer, and never copied whole."""
+    asked = stages.asked
+    begin, end = (f(at[loop] for loop in asked.loops) for f, at in ((min, facts.order.begins), (max, facts.order.ends)))
+    middle = {facts.place[index] for index in asked.middle}
+    edges = {place for place, op in enumerate(facts.operators) if op.name == BOUNDARY and op.path[:-2] in asked.loops}
+    bodies = {place for loop in asked.loops for place in range(facts.order.begins[loop], facts.order.ends[loop] + 1)} - edges
+    inside = middle | edges | bodies
+    own, copies = set[int](), set[int]()
+    for tensor in {*facts.made, *facts.readers}:
+        made, readers = facts.made.get(tensor, -1), facts.readers.get(tensor, ())
+        entered = inside.intersection(readers) if made not in inside else ()
+        leaves = made in inside and not inside.issuperset(readers)
+        stays = leaves or (made in edges and facts.operators[made].path[-2] == "out")
+        if stays or any((tensor, facts.operators[place].path[:-2]) not in copied for place in entered):
+            own.add(roots.of(tensor))
+        if stays or entered:
+            copies.add(roots.of(tensor))
+    found = []
+    for buffer in buffers:
+        if buffer.kind == TRANSIENT and buffer.tensor in asked.ringed:
+            continue
+        outer = buffer.tensor in (copies if buffer.kind == TRANSIENT else own)
+        if outer and buffer.first <= end and buffer.last >= begin:
+            buffer = replace(buffer, first=min(buffer.first, begin), last=max(buffer.last, end))
+        found.append(buffer)
+    return found
