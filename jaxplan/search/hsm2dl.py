@@ -35,10 +35,10 @@ def hsm2dl(problem: Problem) -> Assignment:
     """Recursion over mesh axes: O(operators x axes x sweeps) on the folded graph.
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
-    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
-    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. Then nodes
-    may take one option along all axes at once. On small problems two axes may change places in parts of the program, and joint
-    moves (`moves.py`) are made; on larger ones these take longer than all the rest, and `search="joint"` makes them.
+    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods: each node may take one
+    option along all axes at once, and one axis at a time is re-opened until nothing improves; where writing out all joint
+    choices is cheap, all axes are re-opened at once. On small problems two axes may change places in parts of the program, and
+    joint moves (`moves.py`) are made; on larger ones these take longer than all the rest, and `search="joint"` makes them.
     Deterministic.
 
     Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
@@ -58,10 +58,12 @@ def hsm2dl(problem: Problem) -> Assignment:
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    best, seconds = _settled(pricer, elimination, best, axes)
     if len(axes) > 1:
-        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes)
+        best = _chosen(pricer, elimination, _tied(pricer, best, axes))[0]
+    best, seconds = _settled(pricer, elimination, best, axes)
     if len(folded.nodes) <= SMALL:
+        if len(axes) > 1:
+            best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes)
         for opened, follows in permutations(axes, 2):
             best, seconds = _taken(pricer, elimination, best, seconds, _turned(pricer, best, opened, follows), axes)
         for _ in range(POLISHINGS):
@@ -137,15 +139,19 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     return choices
 
 
+def _chosen(pricer: Pricer, elimination: list[int], candidates: list[np.ndarray]) -> tuple[np.ndarray, float]:
+    """Every node keeps its choice, the first of its candidates, or takes another of them; and what that costs."""
+    tables = pricer.among(candidates)
+    options, _ = solve(tables, elimination, np.zeros(len(candidates), dtype=np.int64))
+    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)]), tables.price(options)
+
+
 def _taken(
     pricer: Pricer, elimination: list[int], choices: np.ndarray, seconds: float, candidates: list[np.ndarray], axes: Sequence[int]
 ) -> tuple[np.ndarray, float]:
-    """Every node keeps its choice, the first of its candidates, or takes another of them; where that improves, axes are swept
-    again."""
-    tables = pricer.among(candidates)
-    options, _ = solve(tables, elimination, np.zeros(len(choices), dtype=np.int64))
-    if tables.price(options) < seconds * (1 - 1e-9):
-        found = np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+    """What is chosen among candidates, axes swept again, where that improves."""
+    found, now = _chosen(pricer, elimination, candidates)
+    if now < seconds * (1 - 1e-9):
         return _sweep(pricer, elimination, found, [(axis,) for axis in axes], CAP)
     return choices, seconds
 
