@@ -1,13 +1,11 @@
 """Joint moves: forests, fusing and messages never make an assignment dearer, and find what single axes do not."""
 
-import sys
-
 import numpy as np
 import pytest
 from test_certificate import at_random, modelled
 from test_search import random_layouts, random_tables
 
-from jaxplan.problem import Edge, Node, Problem, evaluate
+from jaxplan.problem import Node, Problem, evaluate
 from jaxplan.reduce import Pricer
 from jaxplan.search import brute, hsm2dl, joint, search
 from jaxplan.search.dual import Relaxation
@@ -80,18 +78,3 @@ def test_nothing_is_folded_where_that_merges_hardly_any():
     assert finest(problem)[0] is problem
     alike = Problem(problem.axes, tuple(node._replace(kind="same") for node in problem.nodes), (), (0, 1))
     assert len(finest(alike)[0].nodes) == 1
-
-
-@pytest.mark.parametrize("size", [3, 200])
-def test_one_option_along_all_axes_is_found_whatever_the_size(size, monkeypatch):
-    """A chain that must agree and split both axes alike: neither an axis nor a node alone gains."""
-    monkeypatch.setattr(sys.modules[hsm2dl.__module__], "BLOCK_LIMIT", 0)  # which would re-open both axes together
-    table = np.array([[10.0, 11.0], [11.0, 4.0]])
-    nodes = tuple(Node(f"n{i}", (2, 2), lambda rows: table[rows[:, 0], rows[:, 1]], i) for i in range(size))
-    apart = np.array([[0.0, 9.0], [9.0, 0.0]])
-
-    def moved(tails, heads):
-        return sum(apart[np.ix_(tails[:, axis], heads[:, axis])] for axis in (0, 1))
-
-    edges = tuple(Edge(i, i + 1, moved, i) for i in range(size - 1))
-    assert hsm2dl(Problem(("x", "y"), nodes, edges, (0, 1))).seconds == 4.0 * size
