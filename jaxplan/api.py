@@ -31,7 +31,7 @@ from jaxplan.hlo import audit
 from jaxplan.hybrid import Choosing, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
-from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import Dims, dimension_names, inputs_at, pinned_layouts, renamed
 from jaxplan.pipeline import Pipeline, rerolled
@@ -389,7 +389,7 @@ def make_plan(
     request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
     check_pipeline(request.pipeline, request.microbatches)
     with _collector_paused():
-        graph = build_graph(traced, while_trips)
+        graph = build_graph(traced, while_trips, platform_of(mesh))
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent)
 
@@ -438,8 +438,8 @@ def load_plan(
             donated = files.donated_of(saved, traced)
             written, traced = replace(written, donated=donated), replace(traced, donated=donated)
         if written.jaxpr is not traced.jaxpr:
-            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips)))
-        graph = build_graph(traced, asked.while_trips)
+            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips, platform_of(mesh))))
+        graph = build_graph(traced, asked.while_trips, platform_of(mesh))
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
         pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
@@ -484,7 +484,7 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
         again = traced if request.sizes else rerolled(traced)
         if again is traced:
             return None
-        loops = build_graph(again, request.while_trips)
+        loops = build_graph(again, request.while_trips, graph.platform)
         marked = replace(request, unrolled=(traced, graph))
         return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
 

@@ -35,7 +35,7 @@ NEARLY_FREE = 1e-5
 DEARER = 0.002
 """While the best plan that fits is slower than without a budget by more than this fraction, other limits are tried too:"""
 LOOSER = (2 / 3, 1 / 3)
-"""by these shares of the way (of logarithms) from the budget to the peak without one, as what a plan takes is estimated too high;"""
+"""by these shares of the way from the budget to the peak without one (in logarithms): what a plan takes is estimated too high;"""
 TIGHTER = (0.95, 0.9, 0.85, 0.8)
 """then these fractions of the budget."""
 WORTH = 1e-5

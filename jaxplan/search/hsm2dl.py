@@ -8,7 +8,7 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.problem import Assignment, Problem
 from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
 from jaxplan.search.limited import at_prices, limited
@@ -35,11 +35,19 @@ def hsm2dl(problem: Problem) -> Assignment:
     """Recursion over mesh axes: O(operators x axes x sweeps) on the folded graph.
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
+<<<<<<< HEAD
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods: each node may take one
     option along all axes at once, and one axis at a time is re-opened until nothing improves; where writing out all joint
     choices is cheap, all axes are re-opened at once. On small problems two axes may change places in parts of the program, and
     joint moves (`moves.py`) are made; on larger ones these take longer than all the rest, and `search="joint"` makes them.
     Deterministic.
+=======
+    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
+    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
+    Then nodes may take one option along all axes at once: a sum that is partial along two axes is scattered over both or not at
+    all. Small problems end with joint moves (`moves.py`); on larger ones these take longer than all the rest, and
+    `search="joint"` makes them. Deterministic.
+>>>>>>> main
 
     Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
     joint moves; raises OverLimit where nothing is found within it.
@@ -61,7 +69,14 @@ def hsm2dl(problem: Problem) -> Assignment:
     if len(axes) > 1:
         best = _chosen(pricer, elimination, _tied(pricer, best, axes))[0]
     best, seconds = _settled(pricer, elimination, best, axes)
+    if len(axes) > 1:
+        tied = _tied(pricer, elimination, best, axes)
+        now = evaluate(folded, tied)
+        if now < seconds * (1 - 1e-9):
+            small = len(folded.nodes) <= SMALL
+            best, seconds = _sweep(pricer, elimination, tied, [(a,) for a in axes], CAP) if small else (tied, now)
     if len(folded.nodes) <= SMALL:
+<<<<<<< HEAD
         if len(axes) > 1:
             best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes)
         for opened, follows in permutations(axes, 2):
@@ -71,6 +86,9 @@ def hsm2dl(problem: Problem) -> Assignment:
             best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
             if seconds >= before * (1 - 1e-9):
                 break
+=======
+        best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
+>>>>>>> main
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
