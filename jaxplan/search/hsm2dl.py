@@ -35,19 +35,11 @@ def hsm2dl(problem: Problem) -> Assignment:
     """Recursion over mesh axes: O(operators x axes x sweeps) on the folded graph.
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
-<<<<<<< HEAD
-    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods: each node may take one
-    option along all axes at once, and one axis at a time is re-opened until nothing improves; where writing out all joint
-    choices is cheap, all axes are re-opened at once. On small problems two axes may change places in parts of the program, and
-    joint moves (`moves.py`) are made; on larger ones these take longer than all the rest, and `search="joint"` makes them.
-    Deterministic.
-=======
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
     at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
     Then nodes may take one option along all axes at once: a sum that is partial along two axes is scattered over both or not at
-    all. Small problems end with joint moves (`moves.py`); on larger ones these take longer than all the rest, and
-    `search="joint"` makes them. Deterministic.
->>>>>>> main
+    all. On small problems two axes may change places in parts of the program, and joint moves (`moves.py`) end the search; on
+    larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
     Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
     joint moves; raises OverLimit where nothing is found within it.
@@ -66,19 +58,11 @@ def hsm2dl(problem: Problem) -> Assignment:
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    if len(axes) > 1:
-        best = _chosen(pricer, elimination, _tied(pricer, best, axes))[0]
     best, seconds = _settled(pricer, elimination, best, axes)
+    small = len(folded.nodes) <= SMALL
     if len(axes) > 1:
-        tied = _tied(pricer, elimination, best, axes)
-        now = evaluate(folded, tied)
-        if now < seconds * (1 - 1e-9):
-            small = len(folded.nodes) <= SMALL
-            best, seconds = _sweep(pricer, elimination, tied, [(a,) for a in axes], CAP) if small else (tied, now)
-    if len(folded.nodes) <= SMALL:
-<<<<<<< HEAD
-        if len(axes) > 1:
-            best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes)
+        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes if small else ())
+    if small:
         for opened, follows in permutations(axes, 2):
             best, seconds = _taken(pricer, elimination, best, seconds, _turned(pricer, best, opened, follows), axes)
         for _ in range(POLISHINGS):
@@ -86,9 +70,6 @@ def hsm2dl(problem: Problem) -> Assignment:
             best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
             if seconds >= before * (1 - 1e-9):
                 break
-=======
-        best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
->>>>>>> main
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
@@ -157,21 +138,18 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     return choices
 
 
-def _chosen(pricer: Pricer, elimination: list[int], candidates: list[np.ndarray]) -> tuple[np.ndarray, float]:
-    """Every node keeps its choice, the first of its candidates, or takes another of them; and what that costs."""
-    tables = pricer.among(candidates)
-    options, _ = solve(tables, elimination, np.zeros(len(candidates), dtype=np.int64))
-    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)]), tables.price(options)
-
-
 def _taken(
     pricer: Pricer, elimination: list[int], choices: np.ndarray, seconds: float, candidates: list[np.ndarray], axes: Sequence[int]
 ) -> tuple[np.ndarray, float]:
-    """What is chosen among candidates, axes swept again, where that improves."""
-    found, now = _chosen(pricer, elimination, candidates)
-    if now < seconds * (1 - 1e-9):
-        return _sweep(pricer, elimination, found, [(axis,) for axis in axes], CAP)
-    return choices, seconds
+    """Every node keeps its choice, the first of its candidates, or takes another of them; where that improves, `axes` are swept
+    again."""
+    tables = pricer.among(candidates)
+    options, _ = solve(tables, elimination, np.zeros(len(choices), dtype=np.int64))
+    now = tables.price(options)
+    if now >= seconds * (1 - 1e-9):
+        return choices, seconds
+    found = np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+    return _sweep(pricer, elimination, found, [(axis,) for axis in axes], CAP) if axes else (found, now)
 
 
 def _tied(pricer: Pricer, choices: np.ndarray, axes: Sequence[int]) -> list[np.ndarray]:
