@@ -32,10 +32,12 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-DEARER = 0.005
-"""Where the best plan that fits is slower than without a budget by more than this fraction, tighter limits are tried too:"""
+DEARER = 0.002
+"""While the best plan that fits is slower than without a budget by more than this fraction, other limits are tried too:"""
+LOOSER = (2 / 3, 1 / 3)
+"""by these shares of the way from the budget to the peak without one (in logarithms): what a plan takes is estimated too high;"""
 TIGHTER = (0.95, 0.9, 0.85, 0.8)
-"""these fractions of the budget."""
+"""then these fractions of the budget."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS = 8
@@ -96,7 +98,7 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     NothingFits.
     """
     tried = _corrected(attempt, plan, budget)
-    tried += _tighter(attempt, plan, tried, budget)
+    tried += _elsewhere(attempt, plan, tried, budget)
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
@@ -124,13 +126,18 @@ def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> lis
     return tried
 
 
-def _tighter(attempt: Attempt[SomePlan], plan: SomePlan, tried: Sequence[SomePlan], budget: float) -> list[SomePlan]:
-    """What is found within tighter limits, where the best that fits is much slower than without a budget, or nothing fits: prices
-    that are right for one limit pass over plans that they meet at another, and a plan may take more than its limit."""
-    best = min([one.seconds for one in tried if one.peak_bytes <= budget], default=math.inf)
-    if best <= (1 + DEARER) * plan.seconds:
-        return []
-    return [attempt(Limit(share * budget, (plan,), waiting)) for waiting in _ways(plan) for share in TIGHTER]
+def _elsewhere(attempt: Attempt[SomePlan], plan: SomePlan, tried: Sequence[SomePlan], budget: float) -> list[SomePlan]:
+    """What is found within other limits, as long as the best that fits is much slower than without a budget, or nothing fits:
+    prices that are right for one limit pass over plans that they meet at another, and a plan may take more than its limit, or
+    far less."""
+    limits = [budget * (plan.peak_bytes / budget) ** share for share in LOOSER] + [share * budget for share in TIGHTER]
+    found: list[SomePlan] = []
+    for nbytes in limits:
+        best = min([one.seconds for one in (*tried, *found) if one.peak_bytes <= budget], default=math.inf)
+        if best <= (1 + DEARER) * plan.seconds:
+            break
+        found += [attempt(Limit(nbytes, (plan,), waiting)) for waiting in _ways(plan)]
+    return found
 
 
 def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:

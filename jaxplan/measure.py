@@ -108,7 +108,7 @@ def calibrate(mesh: Mesh, name: str = "measured") -> Calibration:
     by_speed = sorted(links.values(), key=lambda link: link.seconds_per_byte) or [taken.inner]
     memory = (device.memory_stats() or {}).get("bytes_limit", taken.memory_bytes)
     measured = {"seconds_per_flop": rates, "seconds_per_byte": per_byte, "memory_bytes": float(memory), "node": mesh.size}
-    machine = replace(taken, name=name, inner=by_speed[0], outer=by_speed[-1], axis_links=links, **measured)
+    machine = replace(taken, name=name, torus=1, inner=by_speed[0], outer=by_speed[-1], axis_links=links, **measured)
     return Calibration(machine, tuple(samples), time.perf_counter() - start)
 
 

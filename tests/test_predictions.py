@@ -60,7 +60,7 @@ def test_an_exchange_that_nobody_planned_misses_them(script, capsys, monkeypatch
     monkeypatch.setattr(jaxplan.Plan, "exchanges_of", lambda plan, rounded: right(plan, rounded)[1:])
     assert script.main([*SMALL, "--strict", "--details"]) == 1
     found = capsys.readouterr()
-    assert "unplanned" in found.err and any(line.startswith("unplanned  all-gather") for line in found.out.splitlines())
+    assert "unplanned" in found.err and any(line.startswith("unplanned  reduce-scatter") for line in found.out.splitlines())
 
 
 def test_where_nothing_is_sent_nothing_is_shown_to_be_right(script, capsys):

@@ -63,6 +63,8 @@ def _waiting(
         late[: len(level)] += sign * level
     late = np.maximum(late, 0.0)
     begins = np.flatnonzero(np.diff(late, prepend=0.0))
+    if not len(begins):  # nothing takes more for it
+        return [], late
     found, known = [], dict[Hashable, Waiting]()
     for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
         if (reading.tensor, reading.reader) in lives.ties and isinstance(edge.price, ReshardPrice):

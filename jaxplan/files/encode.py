@@ -141,7 +141,8 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _machine_json(machine: Machine) -> dict[str, Any]:
-    """What the compiler of a machine rounds, pads, keeps on the chip and leaves lying is written where it does."""
+    """What the compiler of a machine rounds, pads, keeps on the chip and leaves lying is written where it does; so is what makes
+    a torus."""
     dialect: dict[str, Any] = {}
     if machine.matmul_reads:
         dialect["matmul_reads"] = dict(machine.matmul_reads)
@@ -153,6 +154,8 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         dialect["in_order"] = True
     if machine.sends_rounded is not None:
         dialect["sends_rounded"] = machine.sends_rounded
+    if machine.torus > 1:
+        dialect["torus"] = machine.torus
     return {
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),

@@ -80,6 +80,7 @@ def load_machine(path: str | Path) -> Machine:
             reader.number(found.get("near_bytes", 0.0), "near_bytes"),
             found.get("in_order") is True,
             reader.flag(found.get("sends_rounded"), "sends_rounded"),
+            reader.of(found, "torus", int, 1),
         )
     except ValueError as error:
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
@@ -107,6 +108,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "near_bytes": machine.near_bytes,
         "in_order": machine.in_order,
         "sends_rounded": machine.sends_rounded,
+        "torus": machine.torus,
         "axis_links": {axis: link(one) for axis, one in machine.axis_links.items()},
     }
 

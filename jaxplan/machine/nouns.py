@@ -48,6 +48,8 @@ class Machine:
     what the compiler keeps short-lived values in, which then take none of `memory_bytes`. `in_order`: buffers are placed in the
     order in which they come to live, so that gaps between them stay (`cost/heap.py`). `sends_rounded`: what products read
     rounded is rounded before it is sent; None: it is, unless a mesh of CPU devices stands for the machine, which send it whole.
+    `torus`: the fewest devices of a slice whose mesh axes are closed to rings; on a smaller one they are lines, along which a
+    collective goes one way at a time, at half of `inner`'s rate. 1: switches, or nothing known.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Machine:
     near_bytes: float = 0.0
     in_order: bool = False
     sends_rounded: bool | None = None
+    torus: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seconds_per_flop", MappingProxyType(dict(self.seconds_per_flop)))
@@ -84,6 +87,8 @@ class Machine:
             raise ValueError(f"machine {self.name!r}: near_bytes must be finite and not negative, got {self.near_bytes}")
         if self.node < 1:
             raise ValueError(f"machine {self.name!r}: node must be at least 1, got {self.node}")
+        if self.torus < 1:
+            raise ValueError(f"machine {self.name!r}: torus must be at least 1, got {self.torus}")
 
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.seconds_per_flop.items()), self.seconds_per_byte, self.memory_bytes))
@@ -112,7 +117,7 @@ def apart_from_links(machine: Machine) -> tuple[Hashable, ...]:
     return tuple([tuple(value.items()) if isinstance(value, Mapping) else value for value in found])
 
 
-_AROUND = ("name", "memory_bytes", "inner", "outer", "node", "axis_links")
+_AROUND = ("name", "memory_bytes", "inner", "outer", "node", "axis_links", "torus")
 
 
 def element_bytes(dtype: str) -> int:
@@ -131,10 +136,25 @@ def _positive(what: str, value: float) -> None:
 def axis_links(machine: Machine, mesh_shape: Mapping[str, int]) -> dict[str, Link]:
     """The link that each mesh axis uses: the innermost (last) axes fill a node, the others leave it.
 
-    An axis that reaches beyond the node uses the outer link. Axes in `machine.axis_links` use the stated one.
+    An axis that reaches beyond the node uses the outer link. Axes in `machine.axis_links` use the stated one. Where the node's
+    part of the mesh is too small to be a torus, its axes are lines at half the rate; only an axis that has it all to itself can
+    be led round the grid of its devices, as a ring again.
     """
-    links, inside = {}, 1
+    inside, beyond, node = 1, set(), []
     for axis in reversed(list(mesh_shape)):
         inside *= mesh_shape[axis]
-        links[axis] = machine.axis_links.get(axis) or (machine.inner if inside <= machine.node else machine.outer)
-    return {axis: links[axis] for axis in mesh_shape}
+        if inside > machine.node:
+            beyond.add(axis)
+        else:
+            node.append(mesh_shape[axis])
+    devices = math.prod(node)
+
+    def link(axis: str) -> Link:
+        if axis in machine.axis_links:
+            return machine.axis_links[axis]
+        if axis in beyond:
+            return machine.outer
+        ring = devices >= machine.torus or 2 < mesh_shape[axis] == devices
+        return machine.inner if ring else machine.inner.slower(2.0)
+
+    return {axis: link(axis) for axis in mesh_shape}

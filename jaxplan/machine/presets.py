@@ -2,8 +2,9 @@
 
 Sources. [scaling] "How To Scale Your Model", Google DeepMind 2025, table of TPU specs (jax-ml.github.io/scaling-book):
 peak rates, memory, one-way ICI bandwidth per link, about 1 us per hop, DCN egress per chip. [tpu] cloud.google.com/tpu/docs
-system architecture pages. [a100] NVIDIA A100 80GB datasheet and DGX A100 user guide. [h100] NVIDIA H100 datasheet and DGX
-H100 user guide.
+system architecture pages: v4 and v5p slices are tori from one cube of 4 x 4 x 4 chips on, smaller ones are meshes without
+wrap-around links; the pods of v5e and v6e are tori of 16 x 16, and smaller slices are parts of them. [a100] NVIDIA A100 80GB
+datasheet and DGX A100 user guide. [h100] NVIDIA H100 datasheet and DGX H100 user guide.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ GIB = 2.0**30
 
 
 def _tpu(
-    name: str, flops: float, int8: float, memory: float, gib: float, one_way: float, dcn: float, node: int, near: float
-) -> Machine:
+    name: str, flops: float, int8: float, memory: float, gib: float, one_way: float, dcn: float, node: int,
+    near: float, torus: int,
+) -> Machine:  # fmt: skip
     """`flops`: bf16 per second; float32 matrix work runs in bf16 passes at JAX's default precision, so at the same rate."""
     rate = 1 / flops
     return Machine(
@@ -23,6 +25,7 @@ def _tpu(
         inner=Link(1 / (2 * one_way), 1e-6, "[scaling] one-way ICI bandwidth per link, two directions; 1 us per hop"),
         outer=Link(1 / dcn, 1e-5, "[scaling] DCN egress per chip; latency of a data-centre network, about 10 us"),
         node=node, matmul_reads={"float32": "bfloat16"}, tile=(8, 128), near_bytes=near * 2.0**20, in_order=True,
+        torus=torus,
     )  # fmt: skip
 
 
@@ -39,11 +42,12 @@ def _gpu(name: str, bf16: float, tf32: float, int8: float, memory: float, gb: fl
 
 
 PRESETS: dict[str, Machine] = {
-    # name, bf16 FLOP/s, int8 OP/s, HBM B/s, HBM GiB, ICI B/s one way per link, DCN B/s per chip, largest slice [scaling] [tpu]
-    "v4": _tpu("v4", 2.75e14, 2.75e14, 1.2e12, 32, 4.5e10, 6.25e9, 4096, 108),
-    "v5e": _tpu("v5e", 1.97e14, 3.94e14, 8.1e11, 16, 4.5e10, 3.125e9, 256, 108),
-    "v5p": _tpu("v5p", 4.59e14, 9.18e14, 2.8e12, 96, 9e10, 6.25e9, 8960, 108),
-    "v6e": _tpu("v6e", 9.2e14, 1.84e15, 1.6e12, 32, 9e10, 1.25e10, 256, 108),
+    # name, bf16 FLOP/s, int8 OP/s, HBM B/s, HBM GiB, ICI B/s one way per link, DCN B/s per chip, largest slice, near MiB,
+    # smallest torus [scaling] [tpu]
+    "v4": _tpu("v4", 2.75e14, 2.75e14, 1.2e12, 32, 4.5e10, 6.25e9, 4096, 108, 64),
+    "v5e": _tpu("v5e", 1.97e14, 3.94e14, 8.1e11, 16, 4.5e10, 3.125e9, 256, 108, 256),
+    "v5p": _tpu("v5p", 4.59e14, 9.18e14, 2.8e12, 96, 9e10, 6.25e9, 8960, 108, 64),
+    "v6e": _tpu("v6e", 9.2e14, 1.84e15, 1.6e12, 32, 9e10, 1.25e10, 256, 108, 256),
     # name, bf16, tf32, int8/fp8 dense, HBM B/s, GB, NVLink B/s one way, InfiniBand B/s per GPU [a100] [h100]
     "a100": _gpu("a100", 3.12e14, 1.56e14, 6.24e14, 2.039e12, 80, 3e11, 2.5e10),
     "h100": _gpu("h100", 9.89e14, 4.94e14, 1.979e15, 3.35e12, 80, 4.5e11, 5e10),

@@ -188,11 +188,16 @@ class _Buckets:
             total = self.costs[v].reshape(shape)
             if len(tables) > 2:  # small tables first: fewer large sums
                 tables = sorted(tables, key=lambda table: table.array.size)
-            for table in tables:
+            whole = tuple([sizes[w] for w in scope])
+            for number, table in enumerate(tables):
                 table.used = True
                 mine = table.scope
                 shape = [sizes[w] if w in mine else 1 for w in scope]
-                total = total + (table.array if len(mine) == len(scope) else table.array.reshape(shape))
+                part = table.array if len(mine) == len(scope) else table.array.reshape(shape)
+                if number and total.shape == whole:  # a sum of our own: no more memory is touched than that
+                    total += part
+                else:
+                    total = total + part
         self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
         if len(scope) > 1:
             self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))

@@ -8,7 +8,7 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from jaxplan.problem import Assignment, Problem, evaluate
+from jaxplan.problem import Assignment, Problem
 from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
 from jaxplan.search.limited import at_prices, limited
@@ -21,6 +21,8 @@ fixed. Larger ones have one."""
 BLOCK_LIMIT = 30_000
 """Table entries up to which several axes are re-opened at once."""
 BLOCK_CAP = 1 << 16
+POLISHINGS = 2
+"""Times that all pairs of axes are polished, as long as that improves: one pair may open the way for an earlier one."""
 RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
 SMALLEST = 90
@@ -36,8 +38,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
     at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
     Then nodes may take one option along all axes at once: a sum that is partial along two axes is scattered over both or not at
-    all. Small problems end with joint moves (`moves.py`); on larger ones these take longer than all the rest, and
-    `search="joint"` makes them. Deterministic.
+    all. On small problems two axes may change places in parts of the program, and joint moves (`moves.py`) end the search; on
+    larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
     Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
     joint moves; raises OverLimit where nothing is found within it.
@@ -57,14 +59,17 @@ def hsm2dl(problem: Problem) -> Assignment:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
     best, seconds = _settled(pricer, elimination, best, axes)
+    small = len(folded.nodes) <= SMALL
     if len(axes) > 1:
-        tied = _tied(pricer, elimination, best, axes)
-        now = evaluate(folded, tied)
-        if now < seconds * (1 - 1e-9):
-            small = len(folded.nodes) <= SMALL
-            best, seconds = _sweep(pricer, elimination, tied, [(a,) for a in axes], CAP) if small else (tied, now)
-    if len(folded.nodes) <= SMALL:
-        best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
+        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes if small else ())
+    if small:
+        for opened, follows in permutations(axes, 2):
+            best, seconds = _taken(pricer, elimination, best, seconds, _turned(pricer, best, opened, follows), axes)
+        for _ in range(POLISHINGS):
+            before = seconds
+            best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
+            if seconds >= before * (1 - 1e-9):
+                break
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
@@ -133,15 +138,44 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     return choices
 
 
-def _tied(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """Every node keeps its choice, or takes one option along all axes at once: what no single axis improves may lie there."""
+def _taken(
+    pricer: Pricer, elimination: list[int], choices: np.ndarray, seconds: float, candidates: list[np.ndarray], axes: Sequence[int]
+) -> tuple[np.ndarray, float]:
+    """Every node keeps its choice, the first of its candidates, or takes another of them; where that improves, `axes` are swept
+    again."""
+    tables = pricer.among(candidates)
+    options, _ = solve(tables, elimination, np.zeros(len(choices), dtype=np.int64))
+    now = tables.price(options)
+    if now >= seconds * (1 - 1e-9):
+        return choices, seconds
+    found = np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+    return _sweep(pricer, elimination, found, [(axis,) for axis in axes], CAP) if axes else (found, now)
+
+
+def _tied(pricer: Pricer, choices: np.ndarray, axes: Sequence[int]) -> list[np.ndarray]:
+    """Per node its choice, and each option along all axes at once: what no single axis improves may lie there."""
     candidates = []
     for row, counts in zip(choices, pricer.options[:, list(axes)].min(1).tolist(), strict=True):
         rows = np.tile(row, (counts + 1, 1))
         rows[1:, list(axes)] = np.arange(counts)[:, None]
         candidates.append(rows)
-    options, _ = solve(pricer.among(candidates), elimination, np.zeros(len(choices), dtype=np.int64))
-    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+    return candidates
+
+
+def _turned(pricer: Pricer, choices: np.ndarray, opened: int, follows: int) -> list[np.ndarray]:
+    """Per node its choice, and every option of one axis while another keeps its own or takes over what the first one did: a part
+    of the program where two axes have changed places is left so."""
+    candidates = []
+    for row, counts in zip(choices, pricer.options.tolist(), strict=True):
+        own, over = int(row[follows]), int(row[opened])
+        rows = {tuple(row.tolist()): None}
+        for other in dict.fromkeys([own, over if over < counts[follows] else own]):
+            for option in range(counts[opened]):
+                changed = row.copy()
+                changed[[opened, follows]] = option, other
+                rows[tuple(changed.tolist())] = None
+        candidates.append(np.array(list(rows)))
+    return candidates
 
 
 def _entries(problem: Problem, axes: tuple[int, ...]) -> int:

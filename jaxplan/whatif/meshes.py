@@ -63,7 +63,7 @@ class Candidate:
         """Per axis the kind of link of the machine that it uses: "inner", "outer", or "stated" for the axis by name."""
         machine, sizes = self.plan.modelled.numbers.machine, self.plan.axis_sizes
         bound = axis_links(machine, sizes)
-        kinds = {axis: "inner" if link == machine.inner else "outer" for axis, link in bound.items()}
+        kinds = {axis: "outer" if link == machine.outer != machine.inner else "inner" for axis, link in bound.items()}
         return tuple("stated" if axis in machine.axis_links else kind for axis, kind in kinds.items())
 
     @property
