@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from jaxplan.pipeline.rowwise import SAME as SAME_ROLE
 from jaxplan.pipeline.rowwise import micro_shape
 from jaxplan.pipeline.staged import put_rows, take_rows
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, Micro, Part, Parts
+
+PLACE = "place_"
+"""What the names of equations say of where they belong, before the number of the place."""
 
 
 def role_of(micro: Micro, var: Any) -> Role:
@@ -45,7 +49,10 @@ def on_rows(micro: Micro, part: Part, row: Any, stores: Sequence[Any], operands:
     m, env = micro.microbatches, dict(zip(part.reads, operands, strict=True))
     inputs = set(micro.jaxpr.invars)
     env = {v: take_rows(x, role_of(micro, v), row, m) if v in inputs and v in micro.roles else x for v, x in env.items()}
-    _replay().on_rows(Rows(micro.edits, row, m)).equations(micro.jaxpr, part.equations, env, (), {})
+    replay = _replay().on_rows(Rows(micro.edits, row, m))
+    for number in part.equations:
+        with jax.named_scope(f"{PLACE}{micro.places[number]}") if number in micro.places else contextlib.nullcontext():
+            replay.equations(micro.jaxpr, (number,), env, (), {})
     held = []
     for v, store in zip(part.gathers, stores, strict=True):
         if v in part.adds:

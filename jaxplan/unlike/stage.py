@@ -6,6 +6,7 @@ stages send stands among its arguments, stacked over micro-batches; what it send
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxplan import _jax
 from jaxplan.trace import Traced, trace
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Part, Parts
-from jaxplan.unlike.programs import at_once, handed, on_rows, shape_of, store_of
+from jaxplan.unlike.programs import PLACE, at_once, handed, on_rows, shape_of, store_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,34 @@ class StageProgram:
     def outcomes(self) -> tuple[Any, ...]:
         """The same of the flat results."""
         return (*[v for _, v in self.state], *self.results, *self.sent, *self.told)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop over micro-batches in a stage's program. `number`: of its equation; `turn`: the number of equations of its body that
+    belong to the forward part; `places`: {(number in the body, number in the call there): the place along the layers}."""
+
+    number: int
+    equation: Any
+    turn: int
+    places: Mapping[tuple[int, int], int]
+
+
+def loop_of(program: StageProgram) -> Loop:
+    """The loop of a stage's program."""
+    equations = program.traced.jaxpr.jaxpr.eqns
+    number = next(n for n, e in enumerate(equations) if e.primitive is _jax.scan_p)
+    body = equations[number].params["jaxpr"].jaxpr.eqns
+    turn, places = len(body), dict[tuple[int, int], int]()
+    for n, call in enumerate(body):
+        if call.primitive is _jax.jit_p:
+            if call.params["name"] == FORWARD:
+                turn = n + 1
+            for k, equation in enumerate(call.params["jaxpr"].jaxpr.eqns):
+                known = re.search(rf"{PLACE}(\d+)", _jax.name_stack(equation))
+                if known is not None:
+                    places[n, k] = int(known[1])
+    return Loop(number, equations[number], turn, places)
 
 
 def stage_program(parts: Parts, stage: int) -> StageProgram:
