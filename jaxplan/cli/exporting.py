@@ -59,7 +59,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _explicit(arguments: argparse.Namespace) -> Written:
-    from jaxplan.api import load_plan
+    from jaxplan.loading import load_plan
     from jaxplan.export import write_explicit
 
     if arguments.function is None:

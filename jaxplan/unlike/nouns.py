@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxplan.pipeline.nouns import Path, Role
+from jaxplan.pipeline.nouns import Path, Pipeline, Role
 from jaxplan.pipeline.rowwise import Edit
 from jaxplan.trace import Traced
 
@@ -92,3 +92,14 @@ class Parts:
     def of(self, stage: int, phase: str) -> tuple[Part, ...]:
         """The parts of a stage and phase, lower levels first."""
         return tuple([part for part in self.parts if part.stage == stage and part.phase == phase])
+
+
+@dataclass(frozen=True)
+class UnlikePipeline(Pipeline):
+    """A pipeline of stages that have programs of their own: it has no chains. `places`: the forward equations of each stage."""
+
+    places: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stages < 2 or len(self.places) != self.stages or self.chains or self.microbatches < 1:
+            raise ValueError(f"{self.stages} stages of {self.places} equations, {self.microbatches} micro-batches: no pipeline")
