@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
-
 from conftest import assert_close, mesh_of
+from jax.sharding import AbstractMesh, AxisType
 from unlike_programs import batch_norm, encoder_decoder, residual_network, unet
 
 import jaxplan
@@ -69,20 +68,17 @@ def test_cuts_have_to_leave_every_stage_something():
 
 
 def test_what_is_summed_in_16_bits_is_kept_in_32():
-    step, args = residual_network(dtype=jnp.bfloat16)
-    found = parts(step, args, 8, 1)
-    program = jax.make_jaxpr(lambda *inputs: run_plain(found, inputs))(*jax.tree.leaves(args))
-    kept = {v.aval.dtype for part in found.parts for v in part.adds}
-    assert jnp.dtype(jnp.bfloat16) in kept
-    assert [v.aval.dtype for v in program.jaxpr.outvars] == [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(step, *args))]
-    assert not any(e.primitive.name == "add" and _is_store(e, found) for e in program.jaxpr.eqns)
+    def step(first, second, x):
+        loss = lambda p: jnp.sum((x @ p[0]) @ p[1])  # noqa: E731
+        return jax.grad(loss)((first, second))
 
-
-def _is_store(equation, found):
-    """Whether an addition adds a gradient to what was added up before, both in 16 bits."""
-    shapes = {v.aval.shape for part in found.parts for v in part.adds if v.aval.dtype == jnp.bfloat16 and len(v.aval.shape) == 4}
-    out = equation.outvars[0].aval
-    return out.dtype == jnp.bfloat16 and out.shape in shapes
+    x = jnp.asarray([256.0] + [1.0] * 8, jnp.bfloat16).repeat(2)[:16].reshape(16, 1)  # 512, and 14 times 1
+    args = jnp.ones((1, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16), x
+    found = parts(step, args, 16, 0)
+    want, got = jax.jit(step)(*args), jax.jit(lambda *inputs: run_plain(found, inputs))(*args)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in got)
+    assert_close(jax.tree.leaves(want), got)
+    assert float(got[0][0, 0]) > 512.0  # in 16 bits, 512 + 1 is 512
 
 
 # ---- refused -----------------------------------------------------------------------------------------------------
@@ -90,7 +86,8 @@ def _is_store(equation, found):
 
 def test_statistics_of_the_batch_are_refused_by_operator_and_line():
     step, args = residual_network(batch_norm)
-    with pytest.raises(PipelineError, match=r"sub at .*unlike_programs.py:\d+ reads rows of the batch beside a sum over all of them"):
+    told = r"sub at .*unlike_programs.py:\d+ reads rows of the batch beside a sum over all of them \(made by reduce_sum at"
+    with pytest.raises(PipelineError, match=told):
         jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x")
 
 
@@ -100,7 +97,7 @@ def test_effects_are_refused():
         return jnp.tanh(x @ w) @ v
 
     args = jnp.ones((4, 8)), jnp.ones((8, 2)), jnp.ones((8, 4))
-    with pytest.raises(PipelineError, match=r"debug_print at .*test_unlike.py:\d+ has an effect|debug_callback at .*has an effect"):
+    with pytest.raises(PipelineError, match=r"debug_\w+ at .*test_unlike.py:\d+ has an effect"):
         jaxplan.make_plan(step, *args, mesh=mesh_of((2,)), pipeline="x")
 
 
@@ -132,9 +129,10 @@ def check(name, shape, machine="v5e", **more):
 
 
 def test_a_u_shaped_network_over_two_stages_and_two_devices_each():
-    plan, got = check("unet", (2, 2), microbatches=4)
+    rows = jax.sharding.PartitionSpec("y")
+    plan, got = check("unet", (2, 2), microbatches=4, pins={"batch[1]": rows, "batch[2]": rows})
     assert len({array.sharding.mesh for array in jax.tree.leaves(got)}) == 2
-    assert any("y" in str(spec) for spec in jax.tree.leaves(plan.in_specs[1:], is_leaf=lambda s: s is not None))
+    assert plan.in_specs[1:] == (rows, rows) and plan.wire_bytes["y"] > 0
 
 
 def test_unlike_blocks_over_four_stages():
@@ -194,7 +192,7 @@ def test_what_a_plan_on_sub_meshes_says_of_itself():
     with pytest.raises(jaxplan.LayoutError, match="do not lie where the plan says"):
         plan.check(moved)
     again = plan.replan(microbatches=8)
-    assert again.pipeline.microbatches == 8 and plan.replan(pipeline=None).pipeline is None
+    assert again.pipeline.microbatches == 8 and plan.replan(pipeline=None, microbatches=None).pipeline is None
 
 
 def test_what_cannot_be_asked_of_a_plan_on_sub_meshes(tmp_path):
@@ -211,7 +209,7 @@ def test_what_cannot_be_asked_of_a_plan_on_sub_meshes(tmp_path):
         jax.jit(plan.jit())(*args)
     with pytest.raises(ValueError, match="has no devices to run on"):
         jaxplan.make_plan(step, *args, mesh=mesh.abstract_mesh, pipeline="x", microbatches=4).jit()
-    with pytest.raises(jaxplan.NothingFits, match="along 'x' takes"):
+    with pytest.raises(jaxplan.NothingFits, match=r"stage \d of 2 along 'x', cut where it is fastest, takes"):
         jaxplan.make_plan(step, *args, mesh=mesh, pipeline="x", microbatches=4, memory_budget=2000)
     with pytest.raises(ValueError, match="pins lay inputs along 'x' too"):
         jaxplan.make_plan(step, *args, mesh=mesh, pipeline="x", pins={"batch[1]": jax.sharding.PartitionSpec("x")})

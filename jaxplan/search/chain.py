@@ -1,8 +1,8 @@
 """Where to cut a chain of unlike layers into stages of equal numbers of devices, by dynamic programming.
 
-As Alpa's inter-operator pass (Zheng et al., OSDI 2022, section 5.2) it tries bounds on the slowest stage; beside work it prices what
-crosses each cut, and it holds a memory cap that depends on how many stages follow, as Piper does. Stages have equal meshes here, so
-that only the places of the cuts are chosen.
+As Alpa's inter-operator pass (Zheng et al., OSDI 2022, section 5.2) it tries bounds on the slowest stage; beside work it prices
+what crosses each cut, and it holds a memory cap that depends on how many stages follow, as Piper does. Stages have equal meshes
+here, so that only the places of the cuts are chosen.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 @dataclass(frozen=True)
 class Run:
     """What lies between two places where a chain may be cut. `seconds`: of one micro-batch, forward and backward; `state`: bytes
-    per device that stay; `kept`: bytes per device that a micro-batch keeps until it comes back; `crossing`: seconds per micro-batch
-    to hand on, both ways, what crosses the cut behind it."""
+    per device that stay; `kept`: bytes per device that a micro-batch keeps until it comes back; `crossing`: seconds per
+    micro-batch to hand on, both ways, what crosses the cut behind it."""
 
     seconds: float
     state: float = 0.0

@@ -10,8 +10,7 @@ from jaxplan import _jax
 from jaxplan.pipeline.dimensions import LikeDimensions
 from jaxplan.pipeline.nouns import Kind, PipelineError, Role
 from jaxplan.pipeline.roles import Walk
-from jaxplan.pipeline.rowwise import refuse, told
-from jaxplan.pipeline.rowwise import SAME as SAME_ROLE
+from jaxplan.pipeline.rowwise import SAME as SAME_ROLE, refuse, told
 from jaxplan.trace import Traced, state_pairs
 from jaxplan.unlike.nouns import ONCE, ROWS, SAME, Micro
 
@@ -106,7 +105,8 @@ def _kinds(jaxpr: Any, live: Sequence[bool], walk: Walk, roles: dict[Any, Role])
         late = next((waiting[v] for v in equation.invars if not isinstance(v, _jax.Literal) and v in waiting), None)
         rows = any(role.kind is Kind.CUT for role in read)
         if late is not None and rows:
-            refuse(equation, f"reads rows of the batch beside a sum over all of them (made by {late}), so that it needs the whole batch")
+            why = f"reads rows of the batch beside a sum over all of them (made by {late}), so that it needs the whole batch"
+            refuse(equation, why)
         if late is not None:
             kinds.append(ONCE)
             waiting.update((v, late) for v in equation.outvars)

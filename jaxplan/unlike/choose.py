@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Stagewise:
     def pipeline(self) -> UnlikePipeline:
         """What it is called."""
         ends = (-1, *self.parts.cuts, len(self.parts.micro.forward) - 1)
-        places = tuple([b - a for a, b in zip(ends, ends[1:], strict=False)])
+        places = tuple([b - a for a, b in itertools.pairwise(ends)])
         return UnlikePipeline(self.axis, len(self.plans), self.microbatches, "1f1b", (), (), places)
 
     @property
@@ -90,10 +91,11 @@ class Stagewise:
     def seconds(self) -> float:
         """Modelled seconds of a call: the slowest stage m - 1 times, every stage and what it is sent once, and the longest of
         what runs once."""
-        times, once = self._times()
+        times, once = self.times()
         return max(once) + sum(times) + (self.microbatches - 1) * max(times)
 
-    def _times(self) -> tuple[list[float], list[float]]:
+    def times(self) -> tuple[list[float], list[float]]:
+        """Per stage, modelled seconds with what it is sent: (of one micro-batch; of what runs once)."""
         g, latency = self.link
         sent = [self.sent(stage) for stage in range(len(self.plans))]
         times = [work + nbytes * g + count * latency for (work, _), (nbytes, count, _, _) in zip(self.work, sent, strict=True)]
@@ -103,7 +105,7 @@ class Stagewise:
     @property
     def idle(self) -> float:
         """The share of the stages' time in which they wait, of the time in which micro-batches pass."""
-        times, _ = self._times()
+        times, _ = self.times()
         total = sum(times) + (self.microbatches - 1) * max(times)
         return 1 - self.microbatches * sum(times) / (len(times) * total) if total else 0.0
 
@@ -112,7 +114,8 @@ class Stagewise:
         micro, program, plan = self.parts.micro, self.programs[stage], self.plans[stage]
         first, last = (-1, *self.parts.cuts)[stage], (*self.parts.cuts, len(micro.forward))[stage]
         cut = [k for k, v in enumerate(program.arguments) if role_of(micro, v).kind is Kind.CUT]
-        shares = [math.prod(plan.modelled.numbers.sizes[a] for a, dim in enumerate(plan.input_layouts[k]) if dim >= 0) for k in cut]
+        sizes, layouts = plan.modelled.numbers.sizes, plan.input_layouts
+        shares = [math.prod(sizes[a] for a, dim in enumerate(layouts[k]) if dim >= 0) for k in cut]
         share = max(shares, default=1)
         own = {v: place for v, place in residuals(micro).items() if first < place <= last and v not in program.received}
         return sum([math.prod(shape_of(micro, v).shape) * v.aval.dtype.itemsize for v in own]) / share
@@ -152,8 +155,8 @@ class Asked:
 def stagewise(asked: Asked) -> Stagewise:
     """The fastest stages of a program whose layers differ.
 
-    The uncut program is planned on the devices of one stage, for a few numbers of micro-batches; dynamic programming over what its
-    parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line, where
+    The uncut program is planned on the devices of one stage, for a few numbers of micro-batches; dynamic programming over what
+    its parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line, where
     micro-batches cannot be had; ValueError for too few places to cut; NothingFits.
     """
     program = flat(asked.traced)
@@ -191,8 +194,8 @@ def _cut(asked: Asked, micro: Micro) -> tuple[float, Micro, tuple[int, ...]]:
     ends = possible_cuts(micro)
     if len(ends) < asked.stages - 1:
         raise ValueError(
-            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; take an "
-            f"axis of at most {len(ends) + 1}"
+            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; take "
+            f"an axis of at most {len(ends) + 1}"
         )
     whole = stage_program(parts_of(micro, (), asked.ties), 0)
     plan = asked.planner(whole.traced, stage_mesh(asked.mesh, asked.axis, 0), math.inf)
@@ -213,12 +216,21 @@ def _planned(asked: Asked, micro: Micro, cuts: Sequence[int]) -> Stagewise:
     found = Stagewise(parts, programs, tuple(plans), asked.link, asked.axis)
     for stage, peak in enumerate(found.peaks):
         if peak > asked.budget:
-            plans[stage] = asked.planner(programs[stage].traced, meshes[stage], asked.budget - (peak - plans[stage].peak_bytes))
+            beside = peak - plans[stage].peak_bytes
+            try:
+                plans[stage] = asked.planner(programs[stage].traced, meshes[stage], asked.budget - beside)
+            except NothingFits as error:
+                raise _too_large(asked, stage, error.smallest + beside) from None
     found = Stagewise(parts, programs, tuple(plans), asked.link, asked.axis)
     worst = max(found.peaks)
     if worst > asked.budget:
-        raise NothingFits(
-            f"nothing fits: stage {found.peaks.index(worst)} of {asked.stages} along {asked.axis!r} takes {show_bytes(worst)} per device, "
-            f"the budget is {show_bytes(asked.budget)}", worst,
-        )  # fmt: skip
+        raise _too_large(asked, found.peaks.index(worst), worst)
     return found
+
+
+def _too_large(asked: Asked, stage: int, peak: float) -> NothingFits:
+    return NothingFits(
+        f"nothing fits: stage {stage} of {asked.stages} along {asked.axis!r}, cut where it is fastest, takes {show_bytes(peak)} "
+        f"per device, and the budget is {show_bytes(asked.budget)}. What would help: more micro-batches; more devices along any axis",
+        peak,
+    )

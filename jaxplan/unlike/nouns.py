@@ -22,8 +22,8 @@ PREPARE, FORWARD, BACKWARD, UPDATE = "prepare", "forward", "backward", "update"
 class Micro:
     """A flat program, and what of it each of `microbatches` has for itself.
 
-    `kinds`: per equation; "" for those that nothing needs. `roles`: per variable that depends on rows; `edits`: what a micro-batch
-    changes of an equation, by path. `forward`: the numbers of the equations that lead from the first layer to the last, in order.
+    `kinds`: per equation; "" for those that nothing needs. `roles`: per variable that depends on rows; `edits`: what a
+    micro-batch changes of an equation, by path. `forward`: the numbers of the equations that lead from the first layer to the last, in order.
     `places`: per equation that reads rows, where along the forward ones it belongs: a backward equation stands where the
     parameters and residuals that it reads are. `reach`: the last place at which a variable is read on the way forward. `rows`: of
     the batch.
@@ -74,8 +74,8 @@ class Part:
 @dataclass(frozen=True, eq=False)
 class Parts:
     """A program cut into parts. `cuts`: the last place of each stage but the last. `homes`: per input of the program, the stage
-    where it lies; `makers`: per variable that a part makes, the stage; `parts`: in an order in which a single micro-batch could run
-    them. `ties`: (output, input) positions of state that goes round."""
+    where it lies; `makers`: per variable that a part makes, the stage; `parts`: in an order in which a single micro-batch could
+    run them. `ties`: (output, input) positions of state that goes round."""
 
     micro: Micro
     cuts: tuple[int, ...]

@@ -26,7 +26,8 @@ def parts_of(micro: Micro, cuts: Sequence[int], ties: Sequence[tuple[int, int]] 
     Raises ValueError for cuts that leave a stage without a place.
     """
     if list(cuts) != sorted(set(cuts)) or not all(0 <= cut < len(micro.forward) - 1 for cut in cuts):
-        raise ValueError(f"cuts behind {tuple(cuts)} of {len(micro.forward)} places: they must ascend, and leave every stage a place")
+        told = f"cuts behind {tuple(cuts)} of {len(micro.forward)} places"
+        raise ValueError(f"{told}: they must ascend, and leave every stage a place")
     return _Cutting(micro, tuple(cuts), tuple(ties)).parts()
 
 
@@ -89,9 +90,10 @@ class _Cutting:
         """Equations that make single numbers from single numbers (of the step count, say): cheaper made anew than sent."""
         found: set[int] = set()
         for n, e in enumerate(self.micro.equations):
-            if self.micro.kinds[n] == SAME and all(v.aval.size == 1 for v in (*e.outvars, *variables(e))):
-                if all(v in self.inputs or self.maker[v] in found or self.maker[v] in self.free for v in variables(e)):
-                    found.add(n)
+            read = variables(e)
+            single = self.micro.kinds[n] == SAME and all(v.aval.size == 1 for v in (*e.outvars, *read))
+            if single and all(v in self.inputs or self.maker[v] in found or self.maker[v] in self.free for v in read):
+                found.add(n)
         return found
 
     def _homes(self) -> None:
@@ -155,9 +157,9 @@ class _Cutting:
                     if self.maker.get(v) in self.shared and self.maker[v] not in self.free:
                         found.setdefault(stage, {})[v] = None
         for v in self.outputs:
-            if self.maker.get(v) in self.shared and self.maker[v] not in self.free:
-                if not any(v in values for values in found.values()):
-                    found.setdefault(0, {})[v] = None
+            known = any(v in values for values in found.values())
+            if self.maker.get(v) in self.shared and self.maker[v] not in self.free and not known:
+                found.setdefault(0, {})[v] = None
         return {stage: list(values) for stage, values in found.items()}
 
     def _assembled(

@@ -27,8 +27,8 @@ def _refused(verb: str) -> Callable[..., NoReturn]:
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            f"the stages of this plan lie on sub-meshes of their own, as programs of their own, and it cannot be {verb} as one: ask "
-            f"plan.stage_plans[number], of one stage, or plan with pipeline=None"
+            f"the stages of this plan lie on sub-meshes, as programs of their own, and it cannot be {verb} as one: ask "
+            "plan.stage_plans[number], of one stage, or plan with pipeline=None"
         )
 
     refuse.__doc__ = f"Raises ValueError: a plan of stages on sub-meshes cannot be {verb} as one."
@@ -120,6 +120,12 @@ class OnStages(Plan):
         """Modelled time of one call, in seconds."""
         return self.staged.seconds
 
+    @property
+    def cost(self) -> sympy.Expr:
+        """Seconds of one call in symbols, M_micro for the micro-batches: the slowest stage M_micro - 1 times, every stage once,
+        and the longest of what runs once. Which stage is the slowest is that of these sizes."""
+        return self._symbolic[0]
+
     @cached_property
     def _symbolic(self) -> tuple[sympy.Expr, dict[Any, float]]:
         import sympy
@@ -131,13 +137,15 @@ class OnStages(Plan):
         values.update(zip((g, latency), staged.link, strict=True))
         times, once = [], []
         for stage, plan in enumerate(staged.plans):
-            inside, (rows, arrays, last, finals) = staged.inside(stage), staged.sent(stage)
-            each = 1 / staged.microbatches
-            of_rows = symbolic_cost(plan.modelled, plan.choices, plan.names, lambda c, i=inside, e=each: e if c in i else 0.0)
+            inside, (rows, arrays, finals, last_arrays) = staged.inside(stage), staged.sent(stage)
+            part = 1 / staged.microbatches
+            of_rows = symbolic_cost(plan.modelled, plan.choices, plan.names, lambda c, i=inside, p=part: p if c in i else 0.0)
             of_rest = symbolic_cost(plan.modelled, plan.choices, plan.names, lambda c, i=inside: 0.0 if c in i else 1.0)
             times.append(_merged(of_rows, values, stage) + sympy.Float(rows) * g + arrays * latency)
-            once.append(_merged(of_rest, values, stage) + sympy.Float(last) * g + finals * latency)
-        return sympy.Max(*once) + sympy.Add(*times) + (count - 1) * sympy.Max(*times), values
+            once.append(_merged(of_rest, values, stage) + sympy.Float(finals) * g + last_arrays * latency)
+        each, last = staged.times()
+        most, slowest = once[last.index(max(last))], times[each.index(max(each))]
+        return most + sympy.Add(*times) + (count - 1) * slowest, values
 
     @property
     def symbol_values(self) -> dict[Any, float]:
@@ -235,8 +243,8 @@ class StagedFunction(PlannedFunction):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{self.plan.traced.name} runs in stages on sub-meshes of their own, which is no single program, and cannot be {what}: call "
-            "it by itself, or plan with pipeline=None"
+            f"{self.plan.traced.name} runs in stages on sub-meshes of their own, which is no single program, and cannot be {what}: "
+            "call it by itself, or plan with pipeline=None"
         )
 
     def lower(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -259,10 +267,8 @@ def describe_stages(plan: OnStages) -> str:
     machine = plan.modelled.numbers.machine.name
     lines = [f"Plan for {plan.traced.name} on mesh ({mesh}), machine {machine}", ""]
     count = f"{staged.microbatches} micro-batch" + ("es" if staged.microbatches > 1 else "")
-    lines += [
-        f"{staged.axis} ({pipeline.stages}): stages of unlike layers on sub-meshes of their own, {count}, 1f1b, waiting {staged.idle:.1%}",
-        "",
-    ]
+    told = f"stages of unlike layers on sub-meshes of their own, {count}, 1f1b, waiting {staged.idle:.1%}"
+    lines += [f"{staged.axis} ({pipeline.stages}): {told}", ""]
     rows = []
     for stage, ((work, once), peak) in enumerate(zip(staged.work, staged.peaks, strict=True)):
         nbytes, _, _, _ = staged.sent(stage)
@@ -270,9 +276,8 @@ def describe_stages(plan: OnStages) -> str:
         number = staged.parts.micro.forward[ends[stage]]
         file, line = _jax.source_line(staged.parts.micro.equations[number])
         where = f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
-        rows.append((
-            str(stage), f"{pipeline.places[stage]}", where, show_seconds(work), show_seconds(once), show_bytes(nbytes), show_bytes(peak)
-        ))  # fmt: skip
+        shown = show_seconds(work), show_seconds(once), show_bytes(nbytes), show_bytes(peak)
+        rows.append((str(stage), str(pipeline.places[stage]), where, *shown))
     header = ("stage", "operators", "up to", "per micro-batch", "once", "is sent", "peak per device")
     lines += table(header, rows, right=(1, 3, 4, 5, 6))
     inputs = []
@@ -293,6 +298,6 @@ def describe_stages(plan: OnStages) -> str:
 
 
 def on_stages(plan: Plan, kind: type[Any], staged: Stagewise) -> Any:
-    """A plan with its program in stages. `plan`: of the program without a pipeline; `kind`: a class of `OnStages` and of plans."""
+    """A plan with its program in stages. `plan`: without a pipeline; `kind`: a class of `OnStages` and of plans."""
     fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
     return replace(kind(**fields, stagewise=staged), pipeline=staged.pipeline)

@@ -14,8 +14,7 @@ from jax.sharding import AbstractMesh
 from jaxplan import _jax
 from jaxplan.apply import Replay, Rows
 from jaxplan.pipeline.nouns import Kind, Role
-from jaxplan.pipeline.rowwise import SAME as SAME_ROLE
-from jaxplan.pipeline.rowwise import micro_shape
+from jaxplan.pipeline.rowwise import SAME as SAME_ROLE, micro_shape
 from jaxplan.pipeline.staged import put_rows, take_rows
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, Micro, Part, Parts
 

@@ -1,4 +1,4 @@
-"""Runs a program whose stages lie on sub-meshes: each stage's plan, taken apart into what runs once and what runs per micro-batch.
+"""Runs a program whose stages lie on sub-meshes: each stage's plan, taken apart into what runs once and what per micro-batch.
 
 Python hands the steps to the devices in the order of `order`, and never waits: what a step needs of others are arrays that are
 still being computed. Values go from one sub-mesh to the next by `jax.device_put`.
@@ -19,7 +19,7 @@ from jaxplan.apply import Replay, auto_mesh
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, spec_of
 from jaxplan.plan import Plan
-from jaxplan.unlike.nouns import BACKWARD, FORWARD, UPDATE, Parts
+from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Parts
 from jaxplan.unlike.order import order
 from jaxplan.unlike.stage import StageProgram, loop_of
 
@@ -100,7 +100,8 @@ class StageRun:
 
     def _compiled(self, cut: tuple[list[Any], list[Any]], bounds: tuple[int, int], donated: Sequence[bool]) -> _Slice:
         reads, leaves = cut
-        replay, jaxpr, consts = self._replay, self._jaxpr, dict(zip(self._jaxpr.constvars, self.plan.traced.jaxpr.consts, strict=True))
+        replay, jaxpr = self._replay, self._jaxpr
+        consts = dict(zip(jaxpr.constvars, self.plan.traced.jaxpr.consts, strict=True))
         places = {inner: (k, self.outcomes[v]) for k, (v, inner) in enumerate(self.outputs.items()) if inner in leaves}
         entering = {v: (*self._path, "carry", k) for k, v in enumerate(self._firsts) if not isinstance(v, _jax.Literal)}
 
@@ -115,6 +116,7 @@ class StageRun:
                     found.append(replay.constrain(value, steps))
                 return found
 
+        run.__name__ = run.__qualname__ = f"stage_{self.program.stage}_{PREPARE if bounds[0] == 0 else UPDATE}"
         shardings = [places[v][1] if v in places else None for v in leaves]
         gone = tuple([k for k, flag in enumerate(donated) if flag])
         return _Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
@@ -158,6 +160,7 @@ class StageRun:
                     found.append(value)
                 return found
 
+        run.__name__ = run.__qualname__ = f"stage_{self.program.stage}_{BACKWARD if numbers.start else FORWARD}"
         leaving = dict(zip(self._sending, self.program.sent, strict=True))
         shardings = [
             NamedSharding(self.mesh, PartitionSpec(*self.outcomes[leaving[v]].spec[1:])) if v in leaving else None for v in leaves

@@ -1,4 +1,4 @@
-"""The program of one stage as a whole: what it prepares, a loop over micro-batches with its forward and backward part, its update.
+"""The program of one stage as a whole: what it prepares, a loop over micro-batches, forward and backward, and its update.
 
 It is what the planner is asked about: all that lies and happens on the stage, in the order and as often as it happens. What other
 stages send stands among its arguments, stacked over micro-batches; what it sends, among its results.
@@ -53,8 +53,8 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop over micro-batches in a stage's program. `number`: of its equation; `turn`: the number of equations of its body that
-    belong to the forward part; `places`: {(number in the body, number in the call there): the place along the layers}."""
+    """The loop over micro-batches in a stage's program. `number`: of its equation; `turn`: the number of equations of its body
+    that belong to the forward part; `places`: {(number in the body, number in the call there): the place along the layers}."""
 
     number: int
     equation: Any
@@ -117,12 +117,16 @@ def stage_program(parts: Parts, stage: int) -> StageProgram:
 def _traced(parts: Parts, own: Sequence[Part], program: StageProgram) -> Traced:
     micro, m = parts.micro, parts.micro.microbatches
 
+    def once(part: Part, env: dict[Any, Any]) -> None:
+        made = _called(part.phase, lambda *values: at_once(micro, part, values), _of(env, part))
+        env.update(zip(part.makes, made, strict=True))
+
     def stage(state: Any, given: Any, received: Any, late: Any) -> Any:
         env = dict(zip((*[v for v, _ in program.state], *program.given), (*state, *given), strict=True))
         env.update(zip(program.late, late, strict=True))
         for part in own:
             if part.phase == PREPARE:
-                env.update(zip(part.makes, _called(PREPARE, lambda *v, part=part: at_once(micro, part, v), _of(env, part)), strict=True))
+                once(part, env)
 
         def body(stores: Any, x: Any) -> Any:
             row, arrived = x
@@ -142,7 +146,7 @@ def _traced(parts: Parts, own: Sequence[Part], program: StageProgram) -> Traced:
         env.update(zip(program.stores, held, strict=True))
         for part in own:
             if part.phase == UPDATE:
-                env.update(zip(part.makes, _called(UPDATE, lambda *v, part=part: at_once(micro, part, v), _of(env, part)), strict=True))
+                once(part, env)
         return tuple([env[v] for _, v in program.state]), [env[v] for v in program.results], sent, [env[v] for v in program.told]
 
     spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v, _ in program.state]
