@@ -156,8 +156,8 @@ def stagewise(asked: Asked) -> Stagewise:
     """The fastest stages of a program whose layers differ.
 
     The uncut program is planned on the devices of one stage, for a few numbers of micro-batches; dynamic programming over what
-    its parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line, where
-    micro-batches cannot be had; ValueError for too few places to cut; NothingFits.
+    its parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line,
+    where micro-batches cannot be had; ValueError for too few places to cut; NothingFits.
     """
     program = flat(asked.traced)
     found: list[tuple[float, Micro, tuple[int, ...]]] = []
@@ -194,8 +194,8 @@ def _cut(asked: Asked, micro: Micro) -> tuple[float, Micro, tuple[int, ...]]:
     ends = possible_cuts(micro)
     if len(ends) < asked.stages - 1:
         raise ValueError(
-            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; take "
-            f"an axis of at most {len(ends) + 1}"
+            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; "
+            f"take an axis of at most {len(ends) + 1}"
         )
     whole = stage_program(parts_of(micro, (), asked.ties), 0)
     plan = asked.planner(whole.traced, stage_mesh(asked.mesh, asked.axis, 0), math.inf)
@@ -231,6 +231,7 @@ def _planned(asked: Asked, micro: Micro, cuts: Sequence[int]) -> Stagewise:
 def _too_large(asked: Asked, stage: int, peak: float) -> NothingFits:
     return NothingFits(
         f"nothing fits: stage {stage} of {asked.stages} along {asked.axis!r}, cut where it is fastest, takes {show_bytes(peak)} "
-        f"per device, and the budget is {show_bytes(asked.budget)}. What would help: more micro-batches; more devices along any axis",
+        f"per device, and the budget is {show_bytes(asked.budget)}. What would help: more micro-batches; more devices along "
+        "any axis",
         peak,
     )

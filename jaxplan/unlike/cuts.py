@@ -52,7 +52,8 @@ def crossing_bytes(micro: Micro) -> tuple[np.ndarray, np.ndarray]:
 def possible_cuts(micro: Micro) -> list[int]:
     """Places behind which the program may be cut: where no fewer bytes cross next to it; the last of places that are alike, and
     never the last place of all."""
-    crossing = sum(crossing_bytes(micro))
+    ahead, back = crossing_bytes(micro)
+    crossing = ahead + back
     found = []
     for place in range(len(micro.forward) - 1):
         before = crossing[place - 1] if place else math.inf

@@ -23,10 +23,10 @@ class Micro:
     """A flat program, and what of it each of `microbatches` has for itself.
 
     `kinds`: per equation; "" for those that nothing needs. `roles`: per variable that depends on rows; `edits`: what a
-    micro-batch changes of an equation, by path. `forward`: the numbers of the equations that lead from the first layer to the last, in order.
-    `places`: per equation that reads rows, where along the forward ones it belongs: a backward equation stands where the
-    parameters and residuals that it reads are. `reach`: the last place at which a variable is read on the way forward. `rows`: of
-    the batch.
+    micro-batch changes of an equation, by path. `forward`: the numbers of the equations that lead from the first layer to the
+    last, in order. `places`: per equation that reads rows, where along the forward ones it belongs: a backward equation stands
+    where the parameters and residuals that it reads are. `reach`: the last place at which a variable is read on the way forward.
+    `rows`: of the batch.
     """
 
     traced: Traced

@@ -189,21 +189,33 @@ class OnStages(Plan):
     to_html = _refused("drawn")
     save_html = _refused("drawn")
     plot_memory = _refused("drawn")
-    memory = property(_refused("taken apart byte by byte"))
-    ledger = property(_refused("taken apart byte by byte"))
-    peak = property(_refused("written in symbols of its memory"))
+
+    @cached_property
+    def memory(self) -> NoReturn:
+        """Raises ValueError: what lives when is asked of the plan of one stage."""
+        _refused("taken apart byte by byte")(self)
+
+    @cached_property
+    def ledger(self) -> NoReturn:
+        """Raises ValueError: what lives when is asked of the plan of one stage."""
+        _refused("taken apart byte by byte")(self)
+
+    @property
+    def peak(self) -> NoReturn:
+        """Raises ValueError: bytes in symbols are asked of the plan of one stage."""
+        _refused("written in symbols of its memory")(self)
 
     def _repr_html_(self) -> str:
         """For notebooks: what `print(plan)` says."""
         return f"<pre>{self}</pre>"
 
 
-def _merged(found: tuple[sympy.Expr, dict[Any, float]], values: dict[Any, float], stage: int) -> sympy.Expr:
+def _merged(found: tuple[sympy.Expr, dict[Any, float]], values: dict[Any, float], stage: int) -> Any:
     """A stage's expression, whose symbols that mean something else on another stage get its number; `values` grows."""
     import sympy
 
     expression, own = found
-    changed = {}
+    changed: dict[Any, Any] = {}
     for symbol, value in own.items():
         if values.setdefault(symbol, value) != value:
             changed[symbol] = sympy.Symbol(f"{symbol.name}_stage{stage}", positive=True)
@@ -243,8 +255,8 @@ class StagedFunction(PlannedFunction):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{self.plan.traced.name} runs in stages on sub-meshes of their own, which is no single program, and cannot be {what}: "
-            "call it by itself, or plan with pipeline=None"
+            f"{self.plan.traced.name} runs in stages on sub-meshes of their own, which is no single program, and cannot be {what}"
+            ": call it by itself, or plan with pipeline=None"
         )
 
     def lower(self, *args: Any, **kwargs: Any) -> NoReturn:

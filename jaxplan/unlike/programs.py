@@ -105,10 +105,16 @@ def run_plain(parts: Parts, inputs: Sequence[Any]) -> list[Any]:
     return results(micro, env)
 
 
+def dtype_of(var: Any) -> Any:
+    """Of a variable or a literal."""
+    return var.aval.dtype
+
+
 def results(micro: Micro, env: Mapping[Any, Any]) -> list[Any]:
     """The program's outputs, where all values are known; those that are sums in the program's own dtype."""
     found = []
     for var in micro.jaxpr.outvars:
-        value = jnp.asarray(var.val, var.aval.dtype) if isinstance(var, _jax.Literal) else env[var]
-        found.append(value if value.dtype == var.aval.dtype else value.astype(var.aval.dtype))
+        dtype = dtype_of(var)
+        value = jnp.asarray(var.val, dtype) if isinstance(var, _jax.Literal) else env[var]
+        found.append(value if value.dtype == dtype else value.astype(dtype))
     return found

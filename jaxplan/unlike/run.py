@@ -21,6 +21,7 @@ from jaxplan.layout import Layout, spec_of
 from jaxplan.plan import Plan
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Parts
 from jaxplan.unlike.order import order
+from jaxplan.unlike.programs import dtype_of
 from jaxplan.unlike.stage import StageProgram, loop_of
 
 
@@ -227,7 +228,7 @@ class StageRun:
 
 
 def _operand(var: Any, env: Mapping[Any, Any]) -> Any:
-    return np.asarray(var.val, var.aval.dtype) if isinstance(var, _jax.Literal) else env[var]
+    return np.asarray(var.val, dtype_of(var)) if isinstance(var, _jax.Literal) else env[var]
 
 
 def _is_call(equation: Any, name: str) -> bool:
@@ -282,10 +283,10 @@ class StagedRun:
         found = []
         for var, sharding in zip(jaxpr.outvars, self.out_shardings, strict=True):
             if isinstance(var, _jax.Literal):
-                value = np.asarray(var.val, var.aval.dtype)
+                value = np.asarray(var.val, dtype_of(var))
             else:
                 value = self.stages[parts.makers[var]].value(var) if var in parts.makers else values[var]
-                value = value if value.dtype == var.aval.dtype else value.astype(var.aval.dtype)
+                value = value if value.dtype == dtype_of(var) else value.astype(dtype_of(var))
             found.append(jax.device_put(value, sharding))
         for stage in self.stages:
             stage.clear()
