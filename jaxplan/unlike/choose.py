@@ -157,7 +157,7 @@ def stagewise(asked: Asked) -> Stagewise:
 
     The uncut program is planned on the devices of one stage, for a few numbers of micro-batches; dynamic programming over what
     its parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line,
-    where micro-batches cannot be had; ValueError for too few places to cut; NothingFits.
+    where micro-batches cannot be had, and for too few places to cut; NothingFits.
     """
     program = flat(asked.traced)
     found: list[tuple[float, Micro, tuple[int, ...]]] = []
@@ -193,7 +193,7 @@ def _cut(asked: Asked, micro: Micro) -> tuple[float, Micro, tuple[int, ...]]:
     """(seconds of a call, about; the program; the best cuts)."""
     ends = possible_cuts(micro)
     if len(ends) < asked.stages - 1:
-        raise ValueError(
+        raise PipelineError(
             f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; "
             f"take an axis of at most {len(ends) + 1}"
         )
