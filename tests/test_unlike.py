@@ -39,7 +39,10 @@ def parts(step, args, microbatches, cuts):
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "microbatches", "cuts"), [("unet", 4, 2), ("residual", 2, 3), ("encoder-decoder", 4, 1)])
+@pytest.mark.parametrize(
+    ("name", "microbatches", "cuts"),
+    [("unet", 4, 2), ("residual", 2, 3), pytest.param("encoder-decoder", 4, 1, marks=pytest.mark.slow)],
+)
 def test_the_parts_of_a_program_one_after_another_are_the_program(name, microbatches, cuts):
     step, args = PROGRAMS[name]()
     found = parts(step, args, microbatches, cuts)
@@ -99,6 +102,16 @@ def test_effects_are_refused():
     args = jnp.ones((4, 8)), jnp.ones((8, 2)), jnp.ones((8, 4))
     with pytest.raises(PipelineError, match=r"debug_\w+ at .*test_unlike.py:\d+ has an effect"):
         jaxplan.make_plan(step, *args, mesh=mesh_of((2,)), pipeline="x")
+
+
+def test_what_features_can_be_cut_in_is_no_batch():
+    def step(first, second, x):
+        hidden = jnp.tanh(x @ first)
+        return (hidden - hidden.mean(0, keepdims=True)) @ second
+
+    args = jnp.ones((4, 8)), jnp.ones((8, 64)), jnp.ones((6, 4))
+    with pytest.raises(PipelineError, match=r"sub at .*reads rows of the batch beside a sum.*would share 1 of 2 layers"):
+        jaxplan.make_plan(step, *args, mesh=mesh_of((2,)), pipeline="x", microbatches=2)
 
 
 def test_micro_batches_that_do_not_divide_and_too_many_stages_are_refused():

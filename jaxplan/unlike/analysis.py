@@ -9,11 +9,14 @@ from typing import Any
 from jaxplan import _jax
 from jaxplan.pipeline.dimensions import LikeDimensions
 from jaxplan.pipeline.nouns import Kind, PipelineError, Role
+from jaxplan.pipeline.reroll import contracts
 from jaxplan.pipeline.roles import Walk
 from jaxplan.pipeline.rowwise import SAME as SAME_ROLE, refuse, told
 from jaxplan.trace import Traced, state_pairs
 from jaxplan.unlike.nouns import ONCE, ROWS, SAME, Micro
 
+LAYERS = 2
+"""Products that micro-batches have to share, at least: what has fewer is no chain of layers."""
 MOST_SEEDS = 4
 """Inputs that are tried as the only one with rows, where all that have the dimension together are refused."""
 
@@ -36,14 +39,32 @@ def micro_of(program: Traced, microbatches: int) -> Micro:
         except PipelineError as error:
             refusals.setdefault(str(error), place)
             continue
+        why = _not_worth(program, kinds, roles)
+        if why:
+            refusals.setdefault(why, place)
+            continue
         shared = sum(walk.points.values())
-        if shared and (best is None or shared > best[0]):
+        if (best is None or shared > best[0]):
             best = shared, walk, roles, kinds, rows
     if best is None:
         raise PipelineError(_told_all(program, microbatches, refusals))
     _, walk, roles, kinds, rows = best
     forward, places, reach = _places(jaxpr, kinds)
     return Micro(program, microbatches, rows, tuple(kinds), roles, dict(walk.edits), forward, places, reach)
+
+
+def _not_worth(program: Traced, kinds: Sequence[str], roles: Mapping[Any, Role]) -> str:
+    """Why what can be cut is no batch of a chain of layers, "" if it may be one. (The columns of a last layer's weight are rows
+    for that layer alone; the features between two layers are, for these two.)"""
+    jaxpr = program.jaxpr.jaxpr
+    products = [kind for e, kind in zip(jaxpr.eqns, kinds, strict=True) if kind and contracts(e)]
+    shared = products.count(ROWS)
+    if shared < LAYERS or 2 * shared <= len(products):
+        return f"micro-batches would share {shared} of {len(products)} layers, that is of products summed over a dimension"
+    outputs = [v for v in jaxpr.outvars if not isinstance(v, _jax.Literal) and v in roles]
+    if not state_pairs(program) and any(roles[v].kind is Kind.SUM and v.aval.size > 1 for v in outputs):
+        return "what comes out would be sums of what micro-batches make, each as large as the whole"
+    return ""
 
 
 def _told_all(program: Traced, microbatches: int, refusals: Mapping[str, str]) -> str:
