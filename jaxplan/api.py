@@ -31,7 +31,7 @@ from jaxplan.hlo import audit
 from jaxplan.hybrid import Choosing, choose
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
-from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed
 from jaxplan.pipeline import Pipeline, PipelineError, rerolled
@@ -401,7 +401,7 @@ def make_plan(
     request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
     check_pipeline(request.pipeline, request.microbatches)
     with collector_paused():
-        graph = build_graph(traced, while_trips)
+        graph = build_graph(traced, while_trips, platform_of(mesh))
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent)
 
@@ -429,7 +429,7 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
         again = traced if request.sizes else rerolled(traced)
         if again is traced:
             return None
-        loops = build_graph(again, request.while_trips)
+        loops = build_graph(again, request.while_trips, graph.platform)
         marked = replace(request, unrolled=(traced, graph))
         return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
 
@@ -461,7 +461,7 @@ def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) ->
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
         own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
         asked = Request(mesh, numbers.machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
-        return _solve(traced, build_graph(traced, request.while_trips), asked, {}, {})
+        return _solve(traced, build_graph(traced, request.while_trips, platform_of(mesh)), asked, {}, {})
 
     link = numbers.link(numbers.axis_names.index(axis))
     ties = tuple(using.graph.ties)

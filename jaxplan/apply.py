@@ -20,7 +20,7 @@ from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
 from jaxplan.pipeline.fuse import Fused, fuse
-from jaxplan.pipeline.nouns import Chain, Pipeline, PipelineError
+from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
@@ -111,17 +111,19 @@ class Replay:
             value = self._moved[key][1]
         return value
 
-    def run(self, closed: Any, inputs: Sequence[Any], path: Path) -> list[Any]:
+    def run(self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None) -> list[Any]:
         """A closed jaxpr."""
-        outs = [whole(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path)]
+        outs = [whole(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
-    def evaluate(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], path: Path) -> list[Any]:
+    def evaluate(
+        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], path: Path, moved: Moved | None = None
+    ) -> list[Any]:
         """The values of a jaxpr's outputs (what a pipeline left on its stages may be `Staged`); `path` is where it stands in the
-        graph."""
+        graph. `moved`: what was moved for readers around it; None where they cannot share."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        moved: Moved = {}
+        moved = {} if moved is None else moved
         fused = self.fused(jaxpr, path)
         if fused is None:
             self.equations(jaxpr, range(len(jaxpr.eqns)), env, path, moved)
@@ -173,6 +175,11 @@ class Replay:
             return _jax.bind(equation, values, self.mesh.size)
         return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
 
+    @property
+    def moved(self) -> Moved:
+        """What was moved so far for readers of the jaxpr that is replayed, and of those that it calls."""
+        return self._moved
+
     def boundary_read(self, value: Any, path: Path, slot: int = 0) -> Any:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
         return self.constrain(value, self._boundary_specs(path, slot))
@@ -181,6 +188,14 @@ class Replay:
         """The same before a loop begins: loops that read one value in one layout share the exchange. (Not inside of a loop's
         body: what is made there must not be met outside of it.)"""
         return self.brought(value, self._boundary_specs(path, 0))
+
+    def leaving(self, value: Any, path: Path, slot: int, moved: Moved) -> Any:
+        """The same at the end of a round, or of a branch, whose readers have `moved` what they read."""
+        around, self._moved = self._moved, moved
+        try:
+            return self.brought(value, self._boundary_specs(path, slot))
+        finally:
+            self._moved = around
 
     def _boundary_specs(self, path: Path, slot: int) -> Sequence[Spec]:
         operator = self.found.at.get(path)
@@ -271,9 +286,10 @@ def _body(replay: Replay, equation: Any, consts: Sequence[Any], path: Path) -> C
 
     def body(carry: Any, x: Any) -> Any:
         inner = [replay.boundary_written(v, (*path, *m)) for v, m in zip((*consts, *carry, *x), _marks(equation), strict=True)]
-        outs = replay.run(equation.params["jaxpr"], inner, path)
-        state = [replay.boundary_read(v, (*path, "carry", k), 1) for k, v in enumerate(outs[:carries])]
-        ys = [replay.boundary_read(v, (*path, "out", carries + k)) for k, v in enumerate(outs[carries:])]
+        moved: Moved = {}
+        outs = replay.run(equation.params["jaxpr"], inner, path, moved)
+        state = [replay.leaving(v, (*path, "carry", k), 1, moved) for k, v in enumerate(outs[:carries])]
+        ys = [replay.leaving(v, (*path, "out", carries + k), 0, moved) for k, v in enumerate(outs[carries:])]
         return tuple(state), tuple(ys)
 
     return body
@@ -298,10 +314,11 @@ def _side(replay: Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Si
         specs = replay.found.writes.get((replay.found.at.get((*chain.path, kind, number + first), -1), 0), ())
         if not specs:
             return value
-        if what == "left":
-            return replay.constrain(value, [((), *specs[-1][1:])])
-        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
         inner = replay.on_rows(Rows(edits, None, pipeline.microbatches))
+        if what == "left":
+            rows = chain.ys[number].kind is Kind.CUT
+            return (inner if rows else replay).constrain(value, [((),) * rows + ((), *specs[-1][1:])])
+        spec = specs[-1][what == "out" :]  # of a stacked result, what a layer has of it
         return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec])
 
     return Side(equation, chain, body_of, hold)
@@ -349,10 +366,11 @@ def _while(replay: Replay, equation: Any, values: list[Any], path: Path) -> list
         return jax.numpy.any(going(carry))
 
     def body(carry: Any) -> Any:
-        outs = replay.run(params["body_jaxpr"], enter(range(split, total), carry), (*path, "body"))
+        moved: Moved = {}
+        outs = replay.run(params["body_jaxpr"], enter(range(split, total), carry), (*path, "body"), moved)
         if params["cond_jaxpr"].out_avals[0].shape:  # under vmap: rows that have ended stay as they are
             outs = [_where_rows(going(carry), new, old) for new, old in zip(outs, carry, strict=True)]
-        return tuple(replay.boundary_read(v, (*path, "carry", k), 1) for k, v in enumerate(outs))
+        return tuple(replay.leaving(v, (*path, "carry", k), 1, moved) for k, v in enumerate(outs))
 
     finals = jax.lax.while_loop(cond, body, tuple(initial))
     return [replay.boundary_written(v, (*path, "carry", k), 1) for k, v in enumerate(finals)]
@@ -366,8 +384,9 @@ def _where_rows(rows: Any, new: Any, old: Any) -> Any:
 def _cond(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def branch(number: int, closed: Any) -> Callable[..., tuple[Any, ...]]:
         def run(*operands: Any) -> tuple[Any, ...]:
-            outs = replay.run(closed, operands, (*path, "branch", number))
-            return tuple(replay.boundary_read(v, (*path, "out", k), number) for k, v in enumerate(outs))
+            moved: Moved = {}
+            outs = replay.run(closed, operands, (*path, "branch", number), moved)
+            return tuple(replay.leaving(v, (*path, "out", k), number, moved) for k, v in enumerate(outs))
 
         return run
 
@@ -387,7 +406,7 @@ def _shard_map(replay: Replay, equation: Any, values: list[Any], path: Path) -> 
 def _call(parameter: str) -> Callable[[Replay, Any, list[Any], Path], list[Any]]:
     def run(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
         jaxpr = equation.params[parameter]
-        return replay.evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), values, path)
+        return replay.evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), values, path, replay.moved)
 
     return run
 

@@ -15,7 +15,7 @@ from jaxplan import files
 from jaxplan.api import Plan, Request, collector_paused
 from jaxplan.cost import Numbers, model
 from jaxplan.graph import build_graph
-from jaxplan.machine import Machine, machine as find_machine
+from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pins import pinned_layouts
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
@@ -66,8 +66,8 @@ def load_plan(
             donated = files.donated_of(saved, traced)
             written, traced = replace(written, donated=donated), replace(traced, donated=donated)
         if written.jaxpr is not traced.jaxpr:
-            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips)))
-        graph = build_graph(traced, asked.while_trips)
+            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips, platform_of(mesh))))
+        graph = build_graph(traced, asked.while_trips, platform_of(mesh))
         numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
         pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None

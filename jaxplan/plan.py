@@ -29,7 +29,7 @@ from jaxplan.cost import (
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
-from jaxplan.graph import Cluster, Graph, Operator
+from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
 from jaxplan.layout import Layout, Spec, spec_of
@@ -206,11 +206,9 @@ class Plan:
                 views[graph.operators[cluster.members[-1]].results[0]] = specs
                 continue
             specs = views.get(reading.tensor, ()) + specs
-            for member in cluster.members:
-                operator = graph.operators[member]
-                for slot, tensor in enumerate(operator.operands):
-                    if tensor == reading.tensor and (specs or not operator.rule.fusible):
-                        reads[(member, slot)] = specs or (spec_of(dst, ndim),)
+            for member, slot in _read_at(graph, cluster, reading.read):
+                if specs or not graph.operators[member].rule.fusible:
+                    reads[(member, slot)] = specs or (spec_of(dst, ndim),)
         outputs = {}
         for position, tensor in enumerate(graph.outputs):
             if tensor >= 0:
@@ -453,6 +451,15 @@ def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
 def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:
     """The member of a cluster that makes a tensor."""
     return next(m for m in cluster.members if tensor in graph.operators[m].results)
+
+
+def _read_at(graph: Any, cluster: Cluster, read: Terminal) -> list[tuple[int, int]]:
+    """(member of a cluster, its operand) where a tensor is read, and read so."""
+    several = [(m, slot, number) for m, slot, number in cluster.slots if graph.operators[m].operands[slot] == read.tensor]
+    if several:
+        own = cluster.reads.index(read)
+        return [(m, slot) for m, slot, number in several if number == own]
+    return [(m, slot) for m in cluster.members for slot, t in enumerate(graph.operators[m].operands) if t == read.tensor]
 
 
 def _reduced_then_moved(steps: Sequence[Step]) -> tuple[Spec, ...]:

@@ -1,7 +1,7 @@
 """Predicted beside compiled: bytes sent, per mesh axis, over every example program.
 
     python scripts/check_predictions.py [--strict] [--markdown] [--details] [--only NAME ...] [--meshes 8,4x2,4x4]
-                                        [--machines v4,fast] [--size small] [--pipelines]
+                                        [--machines v4,fast] [--size small] [--pipelines] [--models]
 
 Each program is planned, compiled for simulated devices and audited (`plan.audit()`). A row is one program on one mesh for one
 machine; for each axis the error is |predicted - compiled| / compiled, of bytes sent per device and call. `fast` stands for the
@@ -11,6 +11,8 @@ that was compiled and not planned, as a part of all that is sent.
 
 `--pipelines`: instead of all programs the train step of the decoder with its layers in stages along the first axis of each mesh,
 under both schedules, in 2 and 4 micro-batches. `permutes`: how often stages hand on, predicted and compiled, and 2 (m + k - 1).
+
+`--models`: instead of the examples the train steps of `scripts/models` at their tiny sizes, each in its own framework.
 
 The goals: median error at most 2%, worst at most 10%, no unplanned exchange above 1%. With `--strict` the exit status is 1 where
 one of them is missed, or where something was not read. `--details` prints the exchanges that do not match.
@@ -100,6 +102,15 @@ def rows_of(
                 spent = time.perf_counter() - start
                 print(f"# {program.name} {shape} {machine.name}: {spent:.1f} s", file=sys.stderr, flush=True)
                 yield row
+
+
+def tiny_models() -> dict[str, Program]:
+    """{name: program}; they count on JAX's standard promotion."""
+    from models import MODELS, model
+
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    return {name: model(name, "tiny") for name in MODELS}
 
 
 def staged_rows(machines: Sequence[Machine], meshes: Sequence[tuple[int, ...]]) -> Iterator[Row]:
@@ -201,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--machines", default="v4,fast", help="presets, and `fast` (default: v4,fast)")
     parser.add_argument("--size", default="small", choices=("small", "full"), help="of the programs (default: small)")
     parser.add_argument("--pipelines", action="store_true", help="the decoder in stages along the first axis instead")
+    parser.add_argument("--models", action="store_true", help="tiny models of scripts/models instead")
     given = parser.parse_args(argv)
-    known = programs(given.size)
+    known = tiny_models() if given.models else programs(given.size)
     unknown = sorted(set(given.only) - set(known))
     if unknown:
         parser.error(f"no program is called {', '.join(unknown)}; there are {', '.join(known)}")

@@ -110,10 +110,15 @@ def test_state_that_meets_a_transposed_gradient_is_transposed_and_the_new_one_ta
 
     w = shape(8 * WIDTH, 2 * WIDTH)
     size = 4.0 * 16 * WIDTH * WIDTH
-    far = planned(step, w, shape(WIDTH, 8 * WIDTH), donate_argnums=0).memory
-    near = planned(step, w, shape(WIDTH, 8 * WIDTH), donate_argnums=0, machine=replace(FAR, near_bytes=3 * size)).memory
-    assert [b.nbytes for b in far.live if b.nbytes >= size] == [size], "one, whether it is the copy or what replaces it"
-    assert [b.nbytes for b in near.live if b.nbytes >= size] == [size], "the copy lies on the chip, what replaces it does not"
+
+    def large(room):
+        machine = replace(FAR, near_bytes=room * size)
+        found = planned(step, w, shape(WIDTH, 8 * WIDTH), donate_argnums=0, machine=machine).memory
+        return [b.nbytes for b in found.live if b.nbytes >= size]
+
+    assert large(0) == [size], "one, whether it is the copy or what replaces it"
+    assert large(1.5) == [size], "one of them finds room on the chip"
+    assert large(3) == [], "both do"
 
 
 def test_a_carry_is_updated_in_place_unless_neighbours_are_read():
@@ -396,3 +401,18 @@ def test_batch_dimensions_of_a_product_are_never_innermost():
     plan = planned(fn, shape(1024, 16, 4), shape(1024, 16, 4), machine=machine)
     largest = max(buffer.nbytes for buffer in plan.memory.live)
     assert largest == 1024 * 16 * 128 * 4
+
+
+def test_a_sum_that_is_scattered_has_its_part_beside_it():
+    """What goes round lies beside the whole, and what stays: where the chip holds the whole alone, it does not hold the sum."""
+
+    def fn(x, w):
+        return jnp.tanh(high(x, w)), jnp.float32(0)
+
+    args, mesh = (shape(8 * WIDTH, 8 * WIDTH), shape(8 * WIDTH, 2 * WIDTH)), AbstractMesh((4,), ("x",))
+    whole, pins = 4.0 * 16 * WIDTH * WIDTH, {"x": P(None, "x"), "w": P("x")}
+    for room, far in ((0.0, 1.5), (1.0, 1.0), (1.25, 0.25), (1.5, 0.0)):
+        machine = replace(FAR, near_bytes=room * whole)
+        plan = jaxplan.make_plan(fn, *args, mesh=mesh, machine=machine, pins=pins)
+        assert [e.kind for e in plan.exchanges] == ["reduce_scatter"]
+        assert plan.memory.temporaries == pytest.approx(far * whole, abs=0.01 * whole)

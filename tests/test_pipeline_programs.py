@@ -246,3 +246,23 @@ def test_stages_of_unequal_length_gather_what_they_stack_once(schedule):
     assert {row.status for row in found.exchanges if row.kind == "all-gather"} == {"matched"}, str(found)
     assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
     assert float(plan.peak.subs(plan.symbol_values)) == pytest.approx(plan.peak_bytes, rel=1e-9)
+
+
+def test_what_unequal_stages_stack_of_rows_is_gathered_for_whoever_reads_it_outside():
+    """A recurrence over ten steps in three stages, whose states are all read: layers of rows leave and enter unequal stages."""
+
+    def step(w, x):
+        def loss(w):
+            states = jax.lax.scan(lambda h, x: ((y := jnp.tanh(h @ w + x)), y), jnp.zeros((16, 32)), x)[1]
+            scores = jnp.einsum("tbd,sbd->bts", states, states)
+            return jnp.sum(jnp.einsum("bts,sbd->btd", scores, states) ** 2)
+
+        return w - 0.01 * jax.grad(loss)(w)
+
+    args = 0.1 * jax.random.normal(jax.random.key(0), (32, 32)), 0.1 * jax.random.normal(jax.random.key(1), (10, 16, 32))
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((3,)), machine=SLOW_WORK, pipeline="x", microbatches=4)
+    assert plan.pipeline.chains[0].layers == (4, 3, 3)
+    np.testing.assert_allclose(plan.jit()(*args), step(*args), rtol=2e-5, atol=1e-6)
+    found = plan.audit()
+    assert any(e.operator == "stages of unequal length" for e in plan.exchanges)
+    assert {row.status for row in found.exchanges} == {"matched"} and found.errors["x"] < 1e-9, str(found)

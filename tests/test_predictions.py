@@ -7,9 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import jaxplan
+from jaxplan.machine import PRESETS
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_predictions.py"
 SMALL = ["--only", "mlp_sgd", "conjugate_gradient", "--meshes", "4x2", "--machines", "fast"]
@@ -78,3 +82,29 @@ def test_bad_input_is_explained(script, capsys, given, message):
 def test_every_example_on_every_mesh(script):
     meshes = "8,4x2,4x4" if len(jax.devices()) >= 16 else "8,4x2"
     assert script.main(["--strict", "--meshes", meshes]) == 0
+
+
+def test_pairs_of_one_tensor_are_read_in_two_ways():
+    """x against itself: an axis splits one side, and the other is whole (or both, each along its own axis)."""
+
+    def forces(x, m):
+        apart = x[None] - x[:, None]
+        return jnp.sum(m[None, :, None] * apart / (0.1 + jnp.sum(apart * apart, -1)[..., None]), 1)
+
+    def similar(x, m):
+        return jnp.tanh((x * m[:, None]) @ (x * m[:, None]).T) @ x
+
+    x, m = jax.random.normal(jax.random.key(0), (24, 6)), jnp.linspace(0.1, 1.0, 24)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    cpu = PRESETS["cpu"]
+    links = {"inner": replace(cpu.inner, latency_seconds=0.0), "outer": replace(cpu.outer, latency_seconds=0.0)}
+    machine = replace(cpu, seconds_per_flop={"float32": 1e-8}, **links)
+    for pull in (forces, similar):
+
+        def fn(x, m, pull=pull):
+            return jax.lax.scan(lambda x, _: (x + 0.01 * pull(x, m), None), x, None, length=3)[0]
+
+        plan = jaxplan.make_plan(fn, x, m, mesh=mesh, machine=machine)
+        found = plan.audit()
+        assert found.errors == {"x": 0.0, "y": 0.0} and found.largest_unplanned == 0 < found.compiled_bytes, str(found)
+        np.testing.assert_allclose(plan.jit()(x, m), fn(x, m), rtol=1e-4, atol=1e-4)

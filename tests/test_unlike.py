@@ -110,8 +110,9 @@ def test_what_features_can_be_cut_in_is_no_batch():
         return (hidden - hidden.mean(0, keepdims=True)) @ second
 
     args = jnp.ones((4, 8)), jnp.ones((8, 64)), jnp.ones((6, 4))
-    with pytest.raises(PipelineError, match=r"sub at .*reads rows of the batch beside a sum.*would share 1 of 2 layers"):
+    with pytest.raises(PipelineError, match="would share 1 of 2 layers") as refused:
         jaxplan.make_plan(step, *args, mesh=mesh_of((2,)), pipeline="x", microbatches=2)
+    assert "what comes out would be sums" in str(refused.value)
 
 
 def test_micro_batches_that_do_not_divide_and_too_many_stages_are_refused():

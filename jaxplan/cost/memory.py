@@ -128,8 +128,9 @@ def memory(
         transposed = [copy(old, first, max(last, until)) for (old, first, last), (_, _, until) in pairs]
         heap = _far(buffers + transposed, facts, machine.near_bytes)
         far = {id(buffer) for buffer in heap}
-        for old, new in zip(transposed, turned, strict=True):
-            heap += [] if id(old) in far else [copy(*new)]  # else the new value is written in the place of the copy
+        news = [copy(*new) for old, new in zip(transposed, turned, strict=True) if id(old) not in far]
+        if news:  # there where there is room; those of copies in main memory are written over them
+            heap = _far(buffers + transposed + news, facts, machine.near_bytes)
     lives = _lives(heap, places)
     at = int(lives.argmax())
     live, most = [b for b in heap if b.first <= at <= b.last and b.nbytes], float(lives[at])
@@ -555,6 +556,9 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
                 if any(step.kind == "reduce_scatter" for step in exchange.steps):
                     last = max(last, facts.more.beside.get(exchange.tensor, at))
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
+                parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
+                if parts > 1 and facts.fuses:  # what goes round lies beside the whole
+                    found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
 
 

@@ -47,6 +47,7 @@ def gathered_layers(
         if op.name == BOUNDARY and op.results and op.results[0] in modelled.stages.gathered:
             stack, layer, loop = op.results[0], op.operands[0], op.path[:-2]
             layout, (_, most) = layouts.get(layer), asked.loops[loop]
+            most *= asked.microbatches if layer in asked.rows else 1
             part, whole = most * local(layer, layout), found.get(roots.of(stack))
             after[loop] = after.get(loop, facts.order.ends[loop]) + 1
             found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], axes_of(layout))

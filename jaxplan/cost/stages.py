@@ -267,10 +267,11 @@ class _Cut:
         if not self.asked.even(op.path[:-2]):
             most = self.asked.loops[op.path[:-2]][1]
             layer = [t for t in cluster.reads if t.tensor == op.operands[0]]
-            if op.path[-2] == "in" or stacked in self.asked.resident or op.operands[0] in self.rows or not layer:
+            if op.path[-2] == "in" or stacked in self.asked.resident or not layer:
                 return cluster
             self.gathered[stacked] = op.operands[0]
-            handed = (Handed(cluster.members[-1], layer[0], along, GATHERED, most),)
+            layers = most * (self.asked.microbatches if op.operands[0] in self.rows else 1)
+            handed = (Handed(cluster.members[-1], layer[0], along, GATHERED, layers),)
             return cluster._replace(units=(*units, stages), handed=handed)
 
         def laid(terminals: tuple[Terminal, ...]) -> tuple[Terminal, ...]:

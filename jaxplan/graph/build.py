@@ -8,9 +8,10 @@ from jaxplan.graph.nouns import Graph, Operator
 from jaxplan.trace import Traced, state_pairs
 
 
-def build_graph(traced: Traced, while_trips: float = WHILE_TRIPS) -> Graph:
-    """The graph of a traced program. `while_trips`: how often a `while` loop of unknown length is assumed to run."""
-    return graph_of(traced, Flat(while_trips))
+def build_graph(traced: Traced, while_trips: float = WHILE_TRIPS, platform: str = "") -> Graph:
+    """The graph of a traced program. `while_trips`: how often a `while` loop of unknown length is assumed to run; `platform`:
+    what it will run on, as JAX calls it, where the program has branches for several ("": not known)."""
+    return graph_of(traced, Flat(while_trips, platform))
 
 
 def graph_of(traced: Traced, flat: Flat) -> Graph:
@@ -20,6 +21,7 @@ def graph_of(traced: Traced, flat: Flat) -> Graph:
     clusters = fuse(flat.tensors, flat.operators, outputs)
     return Graph(
         tuple(flat.tensors), tuple(flat.operators), tuple(clusters), tuple(inputs), tuple(outputs), tuple(ties), flat.calls,
+        flat.platform,
     )  # fmt: skip
 
 

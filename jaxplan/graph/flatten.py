@@ -30,11 +30,11 @@ _ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
 class Flat:
     """The operators of a program while they are being collected."""
 
-    def __init__(self, while_trips: float = WHILE_TRIPS) -> None:
+    def __init__(self, while_trips: float = WHILE_TRIPS, platform: str = "") -> None:
         self.tensors: list[Tensor] = []
         self.operators: list[Operator] = []
         self.calls: dict[Path, tuple[int, ...]] = {}
-        self.while_trips = while_trips
+        self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
 
@@ -339,7 +339,7 @@ def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
         start = len(flat.operators)
         produced.append(flat.call(branch.jaxpr, operands[1:], place.inside(flat.scope(), 1.0, "branch", number)))
         spans.append(range(start, len(flat.operators)))
-    _charge_worst(flat, spans)
+    _charge_one(flat, spans, equation.params.get("branches_platforms"))
     outs = []
     for k, var in enumerate(equation.outvars):
         joined = flat.tensor(var.aval)
@@ -349,16 +349,19 @@ def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
     return outs
 
 
-def _charge_worst(flat: Flat, spans: Sequence[range]) -> None:
-    """Only the branch with the most work (unsharded) is paid for; the others still get layouts."""
+def _charge_one(flat: Flat, spans: Sequence[range], platforms: Sequence[Sequence[str] | None] | None) -> None:
+    """Only one branch is paid for: that of the platform where branches are for `platforms` (None: for any other), else the one
+    with the most work (unsharded). The others still get layouts."""
 
     def work(span: range) -> float:
         operators = [flat.operators[i] for i in span]
         return sum(op.times * (op.rule.points * op.rule.flops + 1.0) for op in operators)
 
-    worst = max(spans, key=work)
+    alike = {flat.platform, *(("cuda", "rocm") if flat.platform == "gpu" else ())}
+    ours = [span for span, names in zip(spans, platforms or (), strict=False) if names is None or alike.intersection(names)]
+    paid = ours[0] if ours and flat.platform else max(spans, key=work)
     for span in spans:
-        if span is not worst:
+        if span is not paid:
             for i in span:
                 flat.operators[i] = flat.operators[i]._replace(times=0.0)
 

@@ -190,6 +190,7 @@ class _Forms:
             moves_bytes=model.moves_bytes,
             apart=model.apart,
             alike=number,
+            slots=tuple([(members[index], slot, read) for index, slot, read in model.slots]),
         )  # fmt: skip
 
 
@@ -197,7 +198,8 @@ class _Form:
     """What a cluster is made of, its tensors and operators numbered as they came. Never changed once others may start from it."""
 
     __slots__ = (
-        "apart", "combines", "count", "fusible", "halos", "moves", "reads", "steps", "times", "units", "work", "writes",
+        "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units", "work",
+        "writes",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -211,6 +213,8 @@ class _Form:
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
         self.apart: list[tuple[int, int]] = []
+        self.inner: frozenset[Leads] = frozenset()  # of values that never leave
+        self.slots: dict[tuple[int, int], tuple[int, Leads]] = {}  # by operator and operand: what is read there, and how
         self.moves = False
         self.steps: dict[Hashable, _Step] = {}
 
@@ -218,7 +222,8 @@ class _Form:
         new = _Form()
         new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
         new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
-        new.reads, new.writes, new.work = dict(self.reads), dict(self.writes), dict(self.work)
+        new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), self.inner
+        new.slots = dict(self.slots)
         return new
 
     def after(self, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> _Step:
@@ -231,7 +236,7 @@ class _Form:
             if found is None:
                 return _Step(self, False)
             mapping, same = found
-            new.reads.pop(tensor, None)
+            new.inner |= frozenset(new.reads.pop(tensor, ()))
         else:
             new.fusible, new.times = operator.rule.fusible, operator.times
         asks = bool(self.combines) and any(f not in mapping for f in digest.partial)
@@ -264,8 +269,9 @@ class _Form:
         return mapping, same
 
     def _unite(self, keep: int, drop: int) -> None:
-        """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does)."""
-        seen = [leads for reads in self.reads.values() for leads in reads] + [leads for _, leads in self.writes]
+        """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does, or all
+        differences of x with itself, a value that may not leave the cluster)."""
+        seen = [*self.inner, *[leads for reads in self.reads.values() for leads in reads], *[leads for _, leads in self.writes]]
         if keep == drop or any(keep in leads and drop in leads for leads in seen):
             return
 
@@ -276,6 +282,8 @@ class _Form:
         self.units[drop] = 0
         self.reads = {tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()}
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
+        self.inner = frozenset([new(leads) for leads in self.inner])
+        self.slots = {where: (tensor, new(leads)) for where, (tensor, leads) in self.slots.items()}
         self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
         work, self.work = self.work, {}
         for (factors, dtype), (flops, members) in work.items():
@@ -310,6 +318,7 @@ class _Form:
                 continue
             share = touched[slot] if touched else 1.0
             if slot < count:
+                self.slots[index, slot] = (tensor, own)
                 reads = self.reads[tensor] = dict(self.reads.get(tensor, ()))
                 often = times[slot] if times else operator.times
                 before = reads.get(own)
@@ -343,6 +352,8 @@ class _Form:
         """The finished form; `wanted`: which of the values are needed by somebody else."""
         reads = [(tensor, leads, often) for tensor, seen in self.reads.items() for leads, often in seen.items()]
         writes = [(*where, share) for (where, share), keep in zip(self.writes.items(), wanted, strict=True) if keep]
+        numbers = {(tensor, leads): number for number, (tensor, leads, _) in enumerate(reads)}
+        several = {tensor for tensor, seen in self.reads.items() if len(seen) > 1}
         return Cluster(
             members=tuple(range(self.count)),
             units=tuple(self.units),
@@ -357,6 +368,7 @@ class _Form:
             write_shares=tuple([share for _, _, share in writes]),
             moves_bytes=self.moves,
             apart=tuple(self.apart),
+            slots=tuple([(*where, numbers[read]) for where, read in self.slots.items() if read[0] in several]),
         )
 
 

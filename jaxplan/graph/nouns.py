@@ -99,7 +99,8 @@ EVERY_TICK, GATHERED, LEFT = "at every tick", "gathered", "left"
 class Handed:
     """What a member hands to other stages of a pipeline along cluster factor `factor`: to the next one at every tick; or to all
     of them when all micro-batches are through, what the last stage was left with, or every stage what it has of a stack: `layers`
-    such operands, those of the longest stage. `spared`: ticks at which compilers leave out what nobody waits for."""
+    such operands, those of the longest stage (of every micro-batch, where they hold its rows). `spared`: ticks at which compilers
+    leave out what nobody waits for."""
 
     operator: int
     operand: Terminal
@@ -120,7 +121,8 @@ class Cluster(NamedTuple):
     program order; the last one names it. `read_times`: how often each of `reads` is read.
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
-    made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline.
+    made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline. `slots`: (operator, operand,
+    number in `reads`), where members read one tensor in more than one way (as x x^T does).
     """
 
     members: tuple[int, ...]
@@ -138,6 +140,7 @@ class Cluster(NamedTuple):
     apart: tuple[tuple[int, int], ...] = ()
     alike: int = -1
     handed: tuple[Handed, ...] = ()
+    slots: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def scatters(self) -> bool:
@@ -149,8 +152,8 @@ class Cluster(NamedTuple):
 class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
-    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls. `memo`:
-    see `remembered`.
+    `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
+    `platform`: whose branch is paid for where a program has one per platform. `memo`: see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -160,6 +163,7 @@ class Graph:
     outputs: tuple[int, ...]
     ties: tuple[tuple[int, int], ...]
     calls: Mapping[Path, tuple[int, ...]]
+    platform: str = ""
     memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def remembered(self, what: str, key: Hashable, make: Callable[[], Value], most: int = 8) -> Value:

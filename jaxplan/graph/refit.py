@@ -28,8 +28,8 @@ class Refit(Flat):
     `shapes`: per tensor, in the order in which they are made. `rounds_at`: how often loops run.
     """
 
-    def __init__(self, while_trips: float, shapes: Sequence[tuple[int, ...]], rounds_at: Rounds) -> None:
-        super().__init__(while_trips)
+    def __init__(self, while_trips: float, shapes: Sequence[tuple[int, ...]], rounds_at: Rounds, platform: str) -> None:
+        super().__init__(while_trips, platform)
         self._shapes, self._rounds_at = shapes, rounds_at
         self._known: dict[Any, Tensor] = {}
 
@@ -78,7 +78,7 @@ def refit(
     described["in_avals"] = avals(graph.inputs, traced.in_avals)
     described["out_avals"] = avals(graph.outputs, traced.out_avals)
     resized = Traced(**described)
-    return resized, graph_of(resized, Refit(while_trips, shapes, rounds_at))
+    return resized, graph_of(resized, Refit(while_trips, shapes, rounds_at, graph.platform))
 
 
 def is_reshape(equation: Any) -> bool:

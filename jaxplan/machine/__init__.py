@@ -7,9 +7,9 @@
 """
 
 from jaxplan.machine.files import load_machine, machine_json, named, save_machine
-from jaxplan.machine.find import machine
+from jaxplan.machine.find import machine, platform_of
 from jaxplan.machine.nouns import Link, Machine, apart_from_links, axis_links
 from jaxplan.machine.presets import DEFAULT, PRESETS
 
 __all__ = ["DEFAULT", "PRESETS", "Link", "Machine", "apart_from_links", "axis_links", "load_machine", "machine", "machine_json",
-           "named", "save_machine"]  # fmt: skip
+           "named", "platform_of", "save_machine"]  # fmt: skip

@@ -30,6 +30,11 @@ def machine(which: str | Machine | None, mesh: Any = None) -> Machine:
     return replace(found, sends_rounded=False) if whole else found  # what compiles for CPU devices rounds nothing
 
 
+def platform_of(mesh: Any) -> str:
+    """The platform of a mesh's devices, as JAX calls it ("cpu", "tpu", "gpu"); "" where it has none."""
+    return _device(mesh)[1]
+
+
 def _device(mesh: Any) -> tuple[str, str]:
     """Kind and platform of a mesh's devices; "" each where it has none."""
     try:

@@ -37,7 +37,7 @@ from jaxplan.pipeline.execute import (
 from jaxplan.pipeline.fuse import Fused
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.pipeline.rowwise import SUM
-from jaxplan.pipeline.staged import edited, enter_stacked, entering_spec, join_rows, stacked_spec, take_rows, whole
+from jaxplan.pipeline.staged import all_entering, edited, entering_spec, join_rows, stacked_spec, take_rows, whole
 
 TOTAL = Role(Kind.TOTAL)
 
@@ -94,6 +94,7 @@ class _Loop:
         consts, carries, xs = parts(ahead, [read(v) for v in self.ahead.equation.invars])
         back_consts, _, back_xs = parts(back, self.back.equation.invars)
         starts = [None if self.made(v) else read(v) for v in self.starts]
+        entering = [None if source is not None else read(v) for v, source in zip(back_xs, self.sources, strict=True)]
         outside = self.fused.inputs(self.jaxpr)
         given = {
             "consts": [by_microbatch(whole(v), r, m) for v, r in zip(consts, ahead.consts, strict=True)],
@@ -101,11 +102,8 @@ class _Loop:
             "back consts": [by_microbatch(whole(read(v)), r, m) for v, r in zip(back_consts, back.consts, strict=True)],
             "starts": [None if v is None else by_microbatch(whole(v), r, m) for v, r in zip(starts, back.carries, strict=True)],
             "outside": [whole(read(v)) for v in outside],
-            "xs": [enter_stacked(v, r, ahead, m) for v, r in zip(xs, ahead.xs, strict=True)],
-            "back xs": [
-                None if source is not None else enter_stacked(read(v), r, back, m)
-                for v, r, source in zip(back_xs, back.xs, self.sources, strict=True)
-            ],
+            "xs": all_entering(xs, ahead, m, self.ahead.hold),
+            "back xs": all_entering(entering, back, m, self.back.hold),
         }
         specs = {name: P() for name in given} | {
             "xs": [entering_spec(r, ahead, self.axis) for r in ahead.xs],

@@ -20,7 +20,7 @@ from jaxplan import _jax
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.pipeline.rowwise import SUM, micro_shape
 from jaxplan.pipeline.staged import (
-    enter_stacked,
+    all_entering,
     entering_spec,
     join_rows,
     leave_stacked,
@@ -217,7 +217,7 @@ def run_chain(
     given = (
         [by_microbatch(whole(v), role, m) for v, role in zip(consts, chain.consts, strict=True)],
         [by_microbatch(whole(v), role, m) for v, role in zip(carries, chain.carries, strict=True)],
-        [enter_stacked(v, role, chain, m) for v, role in zip(xs, chain.xs, strict=True)],
+        all_entering(xs, chain, m, hold),
     )
 
     def stages(consts: list[Any], carries: list[Any], xs: list[Any]) -> Any:
@@ -268,8 +268,7 @@ def left_stacked(equation: Any, chain: Chain, stores: Sequence[Any], hold: Hold)
     found = []
     for number, (value, role) in enumerate(zip(stores, chain.ys, strict=True)):
         value = value.astype(equation.outvars[len(chain.carries) + number].aval.dtype) if role == SUM else value
-        value = value if chain.even or role.kind is Kind.CUT else hold("left", number, value)
-        found.append(leave_stacked(value, role, chain))
+        found.append(leave_stacked(value, role, chain, functools.partial(hold, "left", number)))
     return found
 
 

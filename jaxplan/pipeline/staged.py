@@ -9,8 +9,9 @@ array can lie in unequal parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -94,15 +95,18 @@ def _rows(value: Any, rows: Sequence[int], dim: int) -> Any:
 @dataclass(frozen=True)
 class Staged:
     """What the layers of a chain leave behind for every micro-batch, where the stages keep it. `value`: (micro-batches, stages *
-    longest stage, ...). A later chain of the same stages takes it as it is; whoever else reads it takes `whole`."""
+    longest stage, ...). A later chain of the same stages takes it as it is; whoever else reads it takes `whole`. `gather`: gives
+    the value with the layers of all stages on every device."""
 
     value: Any
     layers: tuple[int, ...]
     role: Role
+    gather: Callable[[Any], Any]
 
     def whole(self) -> Any:
-        """(layers, ...), the whole batch."""
-        return join_rows(drop_filling(self.value, self.layers, 1), self.role._replace(dim=self.role.dim + 1))
+        """(layers, ...), the whole batch. Layers of stages of unequal length are gathered first: no array lies as they do."""
+        value = self.value if min(self.layers) == max(self.layers) else self.gather(self.value)
+        return join_rows(drop_filling(value, self.layers, 1), self.role._replace(dim=self.role.dim + 1))
 
     def fits(self, chain: Chain, role: Role, m: int) -> bool:
         """Whether a chain can take it up without moving anything."""
@@ -124,18 +128,29 @@ def entering_spec(role: Role, chain: Chain, axis: str) -> P:
     return stacked_spec(role, axis) if chain.even or role.kind is Kind.CUT else P()
 
 
-def enter_stacked(value: Any, role: Role, chain: Chain, m: int) -> Any:
-    """A value stacked over layers, as the stages take it: filled up and by micro-batch where it has rows, else as it is."""
+def enter_stacked(value: Any, role: Role, chain: Chain, m: int, hold: Callable[[Any], Any]) -> Any:
+    """A value stacked over layers, as the stages take it: filled up and by micro-batch where it has rows, else as it is. `hold`:
+    what is filled up with the layers of all stages on every device, so that it is not filled up from one device to another."""
     if isinstance(value, Staged):
         if value.fits(chain, role, m):
             return value.value
         value = value.whole()
     if role.kind is Kind.CUT:
-        return fill_stages(split_rows(value, role._replace(dim=role.dim + 1), m), chain.layers, 1)
+        filled = fill_stages(split_rows(value, role._replace(dim=role.dim + 1), m), chain.layers, 1)
+        return filled if chain.even else hold(filled)
     return value
 
 
-def leave_stacked(value: Any, role: Role, chain: Chain) -> Any:
-    """What stages have stored, as all have it; rows are left where they are until somebody asks for the whole."""
-    return Staged(value, chain.layers, role) if role.kind is Kind.CUT else drop_filling(value, chain.layers, 0)
+def all_entering(values: Sequence[Any], chain: Chain, m: int, hold: Callable[[str, int, Any], Any]) -> list[Any]:
+    """Every value stacked over the layers of a chain, as its stages take it; None stays None."""
+    pairs = enumerate(zip(values, chain.xs, strict=True))
+    return [None if v is None else enter_stacked(v, role, chain, m, partial(hold, "in", k)) for k, (v, role) in pairs]
+
+
+def leave_stacked(value: Any, role: Role, chain: Chain, gather: Callable[[Any], Any]) -> Any:
+    """What stages have stored, as all have it; rows are left where they are until somebody asks for the whole. `gather`: a value
+    with the layers of all stages on every device."""
+    if role.kind is Kind.CUT:
+        return Staged(value, chain.layers, role, gather)
+    return drop_filling(value if chain.even else gather(value), chain.layers, 0)
 

@@ -35,8 +35,9 @@ def hsm2dl(problem: Problem) -> Assignment:
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
     at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
-    Small problems end with one option taken along all axes at once, and with joint moves (`moves.py`); on larger ones
-    these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+    Then nodes may take one option along all axes at once: a sum that is partial along two axes is scattered over both or not at
+    all. Small problems end with joint moves (`moves.py`); on larger ones these take longer than all the rest, and
+    `search="joint"` makes them. Deterministic.
 
     Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
     joint moves; raises OverLimit where nothing is found within it.
@@ -56,11 +57,13 @@ def hsm2dl(problem: Problem) -> Assignment:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
     best, seconds = _settled(pricer, elimination, best, axes)
+    if len(axes) > 1:
+        tied = _tied(pricer, elimination, best, axes)
+        now = evaluate(folded, tied)
+        if now < seconds * (1 - 1e-9):
+            small = len(folded.nodes) <= SMALL
+            best, seconds = _sweep(pricer, elimination, tied, [(a,) for a in axes], CAP) if small else (tied, now)
     if len(folded.nodes) <= SMALL:
-        if len(axes) > 1:
-            tied = _tied(pricer, elimination, best, axes)
-            if evaluate(folded, tied) < seconds * (1 - 1e-9):
-                best, seconds = _sweep(pricer, elimination, tied, [(axis,) for axis in axes], CAP)
         best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)

@@ -1,0 +1,102 @@
+"""What is planned to be sent is what is compiled, in programs where it was not: each with the one thing that matters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from jax.sharding import PartitionSpec as P
+
+import jaxplan
+from jaxplan.graph import build_graph
+from jaxplan.machine import PRESETS, Link, Machine
+from jaxplan.problem import Node, Problem
+from jaxplan.search import search
+from jaxplan.search.moves import SMALL
+from jaxplan.trace import trace
+
+
+def shape(*extents):
+    return jax.ShapeDtypeStruct(extents, jnp.float32)
+
+
+def free_links() -> Machine:
+    free = Link(1e-15, 1e-14)
+    return replace(PRESETS["cpu"], name="free links", inner=free, outer=free)
+
+
+def test_what_leaves_a_round_and_what_a_call_in_it_reads_are_moved_once():
+    """A loop stacks what a product within a nested call reads gathered: one gather a round, not two."""
+
+    @jax.jit
+    def linear(w, x):
+        return jnp.tanh(x @ w)
+
+    def loss(w, xs, h):
+        def cell(h, x):
+            return linear(w, jnp.concatenate([x, h], 1)), None
+
+        return jnp.sum(jax.lax.scan(cell, h, xs)[0])
+
+    args = shape(32, 16), shape(8, 16, 16), shape(16, 16)
+    pins = {"xs": P(None, "x"), "h": P("x"), "w": P(None, "y")}
+    plan = jaxplan.make_plan(jax.grad(loss, (0, 1)), *args, mesh=mesh_of((4, 2)), machine=free_links(), pins=pins)
+    gathers = [row for row in plan.audit().exchanges if row.kind == "all-gather"]
+    assert gathers and {row.status for row in gathers} == {"matched"}
+
+
+def test_what_gains_only_along_all_axes_at_once_is_found_in_large_problems_too():
+    """As a partial sum that is scattered over both of its axes, or not at all: along one alone nothing is gained."""
+    options, taken = 13, 5
+
+    class Together:
+        def __call__(self, choices):
+            together = choices[:, 0] == choices[:, 1]
+            return np.where(choices.any(1), np.where(together & (choices[:, 0] == taken), 0.5, 2.0), 1.0)
+
+    nodes = tuple(Node(f"sum{k}", (options, options), Together(), k) for k in range(2 * SMALL))
+    found = search(Problem(("x", "y"), nodes, (), (0, 1)))
+    assert found.seconds == 0.5 * len(nodes) and (found.choices == taken).all()
+
+
+def test_members_of_a_cluster_that_read_one_tensor_in_two_layouts_are_each_told_theirs():
+    def fn(x, rows, columns):
+        square = jnp.exp(x @ x.T)
+        return rows * jnp.sum(square, 0)[:, None] + columns * jnp.sum(square, 1)[:, None]
+
+    args = shape(32, 8), shape(32, 8), shape(32, 8)
+    pins = {"x": P("x"), "rows": P("x"), "columns": P("x")}
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((8,)), machine=free_links(), pins=pins)
+    asked = {}
+    for (member, slot), specs in plan.constraints.reads.items():
+        operator = plan.modelled.graph.operators[member]
+        if operator.name == "reduce_sum" and slot == 0:
+            asked[operator.equation.params["axes"]] = specs[-1]
+    assert all(not spec[axis] for (axis,), spec in asked.items()), "no sum is over a dimension that is split"
+    assert plan.audit().errors == {"x": 0.0}
+
+
+@pytest.mark.parametrize(("platform", "paid"), [("cpu", "sin"), ("tpu", "cos"), ("gpu", "tanh"), ("", "sin")])
+def test_of_branches_for_platforms_that_of_the_meshs_devices_is_paid(platform, paid):
+    def fn(x):
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: jnp.sin(jnp.sin(jnp.sin(x))), tpu=jnp.cos, default=lambda x: jnp.tanh(jnp.tanh(x))
+        )
+
+    graph = build_graph(trace(fn, (shape(8, 8),), {}), platform=platform)
+    assert {op.name for op in graph.operators if op.times and op.name in ("sin", "cos", "tanh")} == {paid}
+
+
+def test_a_diagonal_is_planned_as_the_meshs_devices_take_it():
+    """JAX masks and sums on TPUs, and gathers elsewhere: on CPU devices the latter is compiled."""
+    links = {"inner": Link(1e-15, 1e-14), "outer": Link(1e-15, 1e-14)}
+    machine = replace(PRESETS["v4"], name="free links, v4", **links)
+    pins = {"x": P(None, "x", None)}
+    plan = jaxplan.make_plan(
+        lambda x: jax.vmap(jnp.diagonal)(jnp.exp(x)), shape(8, 32, 32), mesh=mesh_of((8,)), machine=machine, pins=pins
+    )
+    assert plan.exchanges and plan.audit().errors == {"x": 0.0}
