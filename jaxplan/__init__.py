@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxplan.agree import DifferentPlans as DifferentPlans
-    from jaxplan.api import Plan as Plan, load_plan as load_plan, make_plan as make_plan
+    from jaxplan.api import Plan as Plan, make_plan as make_plan
     from jaxplan.auto import auto_shard as auto_shard
     from jaxplan.budget import NothingFits as NothingFits
     from jaxplan.export import CheckpointError as CheckpointError, ExportError as ExportError
     from jaxplan.hlo import Audit as Audit, audit as audit
+    from jaxplan.loading import load_plan as load_plan
     from jaxplan.machine import Link as Link, Machine as Machine, load_machine as load_machine, save_machine as save_machine
     from jaxplan.measure import Calibration as Calibration, calibrate as calibrate
     from jaxplan.regimes import Regimes as Regimes
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "auto_shard": "jaxplan.auto",
-    "load_plan": "jaxplan.api",
+    "load_plan": "jaxplan.loading",
     "make_plan": "jaxplan.api",
     "Plan": "jaxplan.api",
     "audit": "jaxplan.hlo",

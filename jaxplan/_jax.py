@@ -85,7 +85,12 @@ def user_context(equation: Any) -> AbstractContextManager[Any]:
 
 def is_transposed(equation: Any) -> bool:
     """Whether an equation belongs to a backward pass: it has no line of its own in the user's program."""
-    return "transpose(" in str(equation.source_info.name_stack)
+    return "transpose(" in name_stack(equation)
+
+
+def name_stack(equation: Any) -> str:
+    """The names and transformations under which an equation was traced, outermost first."""
+    return str(equation.source_info.name_stack)
 
 
 def sub_jaxprs(equation: Any) -> Iterator[Any]:

@@ -33,8 +33,8 @@ from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import Dims, dimension_names, inputs_at, pinned_layouts, renamed
-from jaxplan.pipeline import Pipeline, rerolled
+from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed
+from jaxplan.pipeline import Pipeline, PipelineError, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.plots import plot_memory
@@ -47,6 +47,7 @@ from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
+from jaxplan.unlike import Asked, OnStages, on_stages, stagewise
 
 Search = str | Callable[[Problem], Assignment]
 
@@ -118,7 +119,10 @@ class Plan(_plan.Plan):
             count = len(self.traced.in_avals)
             args, _ = self.traced.unflatten_inputs(range(count))
             donated = [leaf for i, arg in enumerate(args) if i in wanted for leaf in jax.tree.leaves(arg)]
-        return PlannedFunction(self, dict(self.request.static), donated)
+        return self._function(dict(self.request.static), donated)
+
+    def _function(self, static: dict[int | str, Any], donate: Sequence[int]) -> PlannedFunction:
+        return PlannedFunction(self, static, donate)
 
     def audit(self, topology: str | None = None) -> PlanAudit:
         """What was predicted beside what XLA compiles, per exchange and per axis; printing it gives a table.
@@ -260,7 +264,7 @@ class Plan(_plan.Plan):
         return files.to_python(self._saved())
 
     def _saved(self) -> files.SavedPlan:
-        with _collector_paused():
+        with collector_paused():
             return files.saved_plan(self)
 
     def to_html(self, sweep: SweepView | Literal["auto"] | None = "auto") -> str:
@@ -303,7 +307,7 @@ class Plan(_plan.Plan):
         check_certify(request.certify)
         check_mesh(request.mesh)
         check_pipeline(request.pipeline, request.microbatches)
-        with _collector_paused():
+        with collector_paused():
             traced, graph = self.program
             if sizes is not None:
                 origin = self.origin
@@ -336,6 +340,14 @@ class Plan(_plan.Plan):
                 f"this plan was derived for {sizes} from a trace of other shapes, so it can be looked at but not {verb}: call "
                 "make_plan with arguments of these shapes"
             )
+
+
+class StagedPlan(OnStages, Plan):
+    """A plan whose stages lie on sub-meshes of their own: what `make_plan` gives where an axis is laid along layers that differ.
+
+    It runs as other plans do (`jit`, `auto_shard`, `init`, `check`); `stage_plans` has the plan of each stage. It is no single
+    program, so that it cannot be lowered, audited, saved, or called inside of another jitted function (ValueError).
+    """
 
 
 def make_plan(
@@ -388,81 +400,14 @@ def make_plan(
     insisted = dict(pins) if isinstance(pins, Mapping) else pins or {}
     request = Request(mesh, machine, search, memory_budget, insisted, static, while_trips, certify, pipeline, microbatches)
     check_pipeline(request.pipeline, request.microbatches)
-    with _collector_paused():
+    with collector_paused():
         graph = build_graph(traced, while_trips, platform_of(mesh))
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent)
 
 
-def load_plan(
-    path: str | os.PathLike[str],
-    fn: Callable[..., Any],
-    *args: Any,
-    mesh: Any = None,
-    static_argnums: int | Sequence[int] | None = None,
-    static_argnames: str | Sequence[str] | None = None,
-    donate_argnums: int | Sequence[int] | None = None,
-    donate_argnames: str | Sequence[str] | None = None,
-    **kwargs: Any,
-) -> Plan:
-    """The plan that `Plan.save` wrote, for the same function and shapes. `fn` is traced anew; nothing is searched, and nothing in
-    the file is executed.
-
-    `mesh`: of the same axes and sizes; None: the first devices of this process, or an `AbstractMesh` where they are too few.
-    The other keywords are those of `make_plan`; what was donated is donated again, unless `donate_*` says otherwise.
-
-    Raises ValueError if the file is no plan, or if it is not about this program: the message says which inputs, shapes or
-    operations changed; OSError if the file cannot be read.
-    """
-    saved = files.read_plan(path)
-    mesh = files.mesh_for(saved, mesh)
-    start = time.perf_counter()
-    traced = trace(
-        fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
-        donate_argnums=donate_argnums, donate_argnames=donate_argnames,
-    )  # fmt: skip
-    stages = {"trace": time.perf_counter() - start}
-    asked = saved.asked
-    pins = {name: PartitionSpec(*spec) for name, spec in asked.pins.items()}
-    budget = math.inf if asked.memory_budget == "unlimited" else asked.memory_budget
-    static = static_values(fn, args, kwargs, static_argnums, static_argnames)
-    search = asked.search or "hsm2dl"
-    machine = _as_saved(saved.machine, mesh)
-    request = Request(
-        mesh, machine, search, budget, pins, static, asked.while_trips, asked.certify, asked.pipeline, asked.microbatches
-    )
-    with _collector_paused():
-        written, traced = traced, files.program_for(saved, traced)
-        files.check_program(saved, traced)
-        if donate_argnums is None and donate_argnames is None and not any(traced.donated):
-            donated = files.donated_of(saved, traced)
-            written, traced = replace(written, donated=donated), replace(traced, donated=donated)
-        if written.jaxpr is not traced.jaxpr:
-            request = replace(request, unrolled=(written, build_graph(written, asked.while_trips, platform_of(mesh))))
-        graph = build_graph(traced, asked.while_trips, platform_of(mesh))
-        numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
-        pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
-        cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
-        if cut is not None:
-            graph, numbers = cut.graph, micro_numbers(numbers, cut)
-        modelled = model(graph, numbers, layouts, stages=cut)
-        choices = files.choices_of(saved, modelled)
-        if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
-            modelled = model(graph, numbers, layouts, follow=False, stages=cut)
-        plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
-        files.check_specs(saved, plan)
-    return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
-
-
-def _as_saved(machine: Machine, mesh: Any) -> Machine:
-    """A saved plan's machine, which goes on sending as it was planned to where this mesh would change that."""
-    asked = find_machine(replace(machine, sends_rounded=None), mesh)
-    same = (asked.sends_rounded is False) == (machine.sends_rounded is False)
-    return replace(machine, sends_rounded=None if same else machine.sends_rounded is not False)
-
-
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
     was_on = gc.isenabled()
     gc.disable()
@@ -493,13 +438,38 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
         attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
         return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled)
 
-    plan = choose(choosing(traced, graph, request, dims, rolled), asked, request.microbatches)
+    using = choosing(traced, graph, request, dims, rolled)
+    try:
+        plan = choose(using, asked, request.microbatches)
+    except PipelineError as error:
+        plan = _on_stages(using, request, error)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
-    if request.certify is not False:
+    if request.certify is not False and not isinstance(plan, StagedPlan):
         plan = _certified(plan, request, budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
+
+
+def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) -> StagedPlan:
+    """A plan with stages on sub-meshes, for an axis that was asked for by name. `error`: why its layers are no loop."""
+    axis, numbers = request.pipeline, using.numbers
+    assert axis is not None
+    if any(axis in (names if isinstance(names, tuple) else (names,)) for spec in request.pins.values() for names in spec):
+        raise ValueError(f"pipeline={axis!r}: pins lay inputs along {axis!r} too, which has one device on every stage") from error
+
+    def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
+        own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
+        asked = Request(mesh, numbers.machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
+        return _solve(traced, build_graph(traced, request.while_trips, platform_of(mesh)), asked, {}, {})
+
+    link = numbers.link(numbers.axis_names.index(axis))
+    ties = tuple(using.graph.ties)
+    try:
+        found = stagewise(Asked(using.traced, ties, request.mesh, axis, link, request.microbatches, using.budget, planner))
+    except PipelineError as second:
+        raise PipelineError(f"{error}. Nor can it be cut into stages of unlike layers: {second}") from None
+    return on_stages(using.planned(None)[1], StagedPlan, found)
 
 
 def _attempts(

@@ -24,7 +24,7 @@ from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, PipelineError
 from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
-from jaxplan.plan import Plan
+from jaxplan.plan import Constraints, Plan
 
 Path = tuple[Any, ...]
 
@@ -36,7 +36,7 @@ def auto_mesh(mesh: Mesh) -> Mesh:
 
 def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
     """The planned program over flat inputs and outputs."""
-    replay = _Replay(plan, mesh)
+    replay = Replay(plan, mesh)
 
     def planned(*inputs: Any) -> list[Any]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whatever mesh, of whatever types, is set outside
@@ -57,18 +57,30 @@ Moved = dict[tuple[int, Spec], tuple[Any, Any]]
 """{(id of a value, spec): (the value, the same in that layout)}."""
 
 
-class _Replay:
-    """Evaluates jaxprs, constraining what operators read and write."""
+class _Anywhere(dict[Path, int]):
+    """Operators of a program that has no plan: nothing is constrained."""
 
-    def __init__(self, plan: Plan, mesh: Mesh) -> None:
+    def __missing__(self, path: Path) -> None:
+        return None
+
+
+class Replay:
+    """Evaluates jaxprs, constraining what operators read and write; nothing where there is no plan."""
+
+    def __init__(self, plan: Plan | None, mesh: Any) -> None:
         self.plan, self.mesh = plan, mesh
-        self.found = plan.constraints
-        self.operators = plan.modelled.graph.operators
+        self.found = Constraints({}, {}, {}, {}, _Anywhere()) if plan is None else plan.constraints
+        self.operators = () if plan is None else plan.modelled.graph.operators
         self._shardings: dict[Spec, NamedSharding] = {}
         self._moved: Moved = {}
-        self.rows: _Rows | None = None
+        self.rows: Rows | None = None
 
-    def on_rows(self, rows: _Rows) -> _Replay:
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The plan's, if there is one."""
+        return None if self.plan is None else self.plan.pipeline
+
+    def on_rows(self, rows: Rows) -> Replay:
         """The same for one micro-batch, inside of a region that is manual over the stage axis."""
         inner = copy.copy(self)
         inner.rows, inner.mesh, inner._shardings = rows, jax.sharding.get_abstract_mesh(), {}
@@ -77,6 +89,7 @@ class _Replay:
     def sharding(self, spec: Spec) -> NamedSharding:
         known = self._shardings.get(spec)
         if known is None:
+            assert self.plan is not None
             known = self._shardings[spec] = NamedSharding(self.mesh, self.plan.partition_spec(spec))
         return known
 
@@ -84,7 +97,7 @@ class _Replay:
         """One constraint per step: the compiler then takes the steps that were priced."""
         for spec in specs:
             if spec and getattr(value, "ndim", 0) == len(spec):
-                if self.rows is not None:
+                if self.rows is not None and self.plan is not None:
                     spec = self.rows.fitting(spec, value.shape, self.plan)
                 value = jax.lax.with_sharding_constraint(value, self.sharding(spec))
         return value
@@ -122,7 +135,7 @@ class _Replay:
 
     def fused(self, jaxpr: Any, path: Path) -> Fused | None:
         """The loop that forward and backward scan of a jaxpr become, where the pipeline alternates between them."""
-        pipeline = self.plan.pipeline
+        pipeline = self.pipeline
         if pipeline is None or pipeline.schedule != "1f1b" or self.rows is not None or pipeline.chains[0].path[:-1] != path:
             return None
         return fuse(jaxpr, path, pipeline)
@@ -198,19 +211,18 @@ class _Replay:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The micro-batch that a replay computes. `edits`: what it changes, by path; `row`: its number."""
 
     edits: Mapping[Path, Edit]
     row: Any
-    pipeline: Pipeline
+    microbatches: int
 
     def edited(self, values: Sequence[Any], path: Path) -> list[Any]:
         """Operands (or the outputs of a body) as this micro-batch needs them."""
         found = self.edits.get(path)
         operands = found.operands if found is not None else {}
-        count = self.pipeline.microbatches
-        return [edited(v, operands[k], self.row, count) if k in operands else v for k, v in enumerate(values)]
+        return [edited(v, operands[k], self.row, self.microbatches) if k in operands else v for k, v in enumerate(values)]
 
     def params(self, path: Path) -> Mapping[str, Any]:
         """The parameters that an equation has for a micro-batch instead of its own."""
@@ -230,20 +242,21 @@ class _Rows:
 
     def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
         """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""
-        stage, fits = plan.axis_names.index(self.pipeline.axis), []
+        assert plan.pipeline is not None
+        stage, fits = plan.axis_names.index(plan.pipeline.axis), []
         for axes, extent in zip(spec, shape, strict=True):
             left = tuple(a for a in axes if a != stage)
             fits.append(left if extent % math.prod(plan.axis_sizes[plan.axis_names[a]] for a in left) == 0 else ())
         return tuple(fits)
 
 
-def _scan(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _scan(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     params, (consts, carries) = equation.params, scan_arity(equation)
     values = [
         value if isinstance(value, Staged) else replay.entering(value, (*path, *mark))
         for value, mark in zip(values, _marks(equation), strict=True)
     ]
-    pipeline = replay.plan.pipeline
+    pipeline = replay.pipeline
     chain = pipeline.chain_at(path) if pipeline is not None else None
     if chain is not None and pipeline is not None:
         outs = _pipelined(replay, equation, values, chain, pipeline)
@@ -267,7 +280,7 @@ def _marks(equation: Any) -> list[Path]:
     return [("carry", k - consts) if consts <= k < consts + carries else ("in", k) for k in range(len(equation.invars))]
 
 
-def _body(replay: _Replay, equation: Any, consts: Sequence[Any], path: Path) -> Callable[[Any, Any], Any]:
+def _body(replay: Replay, equation: Any, consts: Sequence[Any], path: Path) -> Callable[[Any, Any], Any]:
     """The body of a scan, replayed."""
     _, carries = scan_arity(equation)
 
@@ -282,18 +295,18 @@ def _body(replay: _Replay, equation: Any, consts: Sequence[Any], path: Path) -> 
     return body
 
 
-def _pipelined(replay: _Replay, equation: Any, values: list[Any], chain: Chain, pipeline: Pipeline) -> list[Any]:
+def _pipelined(replay: Replay, equation: Any, values: list[Any], chain: Chain, pipeline: Pipeline) -> list[Any]:
     """A scan over layers, run in stages."""
     side = _side(replay, equation, chain, pipeline)
     return run_chain(equation, chain, pipeline, replay.mesh, values, side.body_of, side.hold)
 
 
-def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Side:
+def _side(replay: Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Side:
     """A scan over layers, as its stages replay it."""
     edits = edits_of(equation, chain, pipeline.microbatches)
 
     def body_of(row: Any, consts: Sequence[Any]) -> Callable[[Any, Any], Any]:
-        return _body(replay.on_rows(_Rows(edits, row, pipeline)), equation, consts, chain.path)
+        return _body(replay.on_rows(Rows(edits, row, pipeline.microbatches)), equation, consts, chain.path)
 
     def hold(what: str, number: int, value: Any) -> Any:
         kind = "out" if what == "left" else what
@@ -301,7 +314,7 @@ def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> S
         specs = replay.found.writes.get((replay.found.at.get((*chain.path, kind, number + first), -1), 0), ())
         if not specs:
             return value
-        inner = replay.on_rows(_Rows(edits, None, pipeline))
+        inner = replay.on_rows(Rows(edits, None, pipeline.microbatches))
         if what == "left":
             rows = chain.ys[number].kind is Kind.CUT
             return (inner if rows else replay).constrain(value, [((),) * rows + ((), *specs[-1][1:])])
@@ -311,15 +324,15 @@ def _side(replay: _Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> S
     return Side(equation, chain, body_of, hold)
 
 
-def _alternating(replay: _Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
+def _alternating(replay: Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
     """What the one loop makes of a forward scan, a backward scan and all between them."""
-    pipeline = replay.plan.pipeline
+    pipeline = replay.pipeline
     assert pipeline is not None
     chains = dict(zip((fused.forward, fused.backward), pipeline.chains, strict=True))
     equations = {number: jaxpr.eqns[number] for number in chains}
 
     def middle(row: Any, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
-        inner = replay.on_rows(_Rows(fused.edits, row, pipeline))
+        inner = replay.on_rows(Rows(fused.edits, row, pipeline.microbatches))
         found = dict(values)
         inner.equations(jaxpr, fused.middle, found, fused.path, {})
         return found
@@ -335,7 +348,7 @@ def _alternating(replay: _Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, An
     return made
 
 
-def _while(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _while(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     params = equation.params
     split = params["cond_nconsts"]
     total = split + params["body_nconsts"]
@@ -368,7 +381,7 @@ def _where_rows(rows: Any, new: Any, old: Any) -> Any:
     return jax.numpy.where(rows.reshape(rows.shape + (1,) * (new.ndim - rows.ndim)), new, old)
 
 
-def _cond(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _cond(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def branch(number: int, closed: Any) -> Callable[..., tuple[Any, ...]]:
         def run(*operands: Any) -> tuple[Any, ...]:
             moved: Moved = {}
@@ -383,36 +396,36 @@ def _cond(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list
     return [replay.boundary_written(v, (*path, "out", k)) for k, v in enumerate(outs)]
 
 
-def _shard_map(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _shard_map(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     marks = [(*path, "in", k) for k in range(len(values))]
     values = [replay.boundary_written(replay.boundary_read(v, m), m) for v, m in zip(values, marks, strict=True)]
     outs = _jax.bind_shard_map(equation, values, replay.mesh)
     return [replay.boundary_written(out, (*path, "out", k)) for k, out in enumerate(outs)]
 
 
-def _call(parameter: str) -> Callable[[_Replay, Any, list[Any], Path], list[Any]]:
-    def run(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _call(parameter: str) -> Callable[[Replay, Any, list[Any], Path], list[Any]]:
+    def run(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
         jaxpr = equation.params[parameter]
         return replay.evaluate(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), values, path, replay.moved)
 
     return run
 
 
-def _custom(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _custom(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
         return replay.run(equation.params["call_jaxpr"], inputs, path)
 
     return _jax.rebind_custom(equation, body, values)
 
 
-def _linear_solve(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _linear_solve(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
         return replay.run(equation.params["jaxprs"].solve, inputs, path)
 
     return _jax.rebind_solve(equation, body, values)
 
 
-def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+def _remat(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
     def body(*inputs: Any) -> list[Any]:
         entries = replay.found.entries.get(path, ((),) * len(inputs))
         held = [replay.constrain(v, (spec,)) for v, spec in zip(inputs, entries, strict=True)]
@@ -424,7 +437,7 @@ def _remat(replay: _Replay, equation: Any, values: list[Any], path: Path) -> lis
 _TAKES_STAGED = frozenset((_jax.scan_p, _jax.jit_p, _jax.closed_call_p))
 """Primitives that hand on what lies on stages as it is."""
 
-_CONTROL: dict[Any, Callable[[_Replay, Any, list[Any], Path], list[Any]]] = {
+_CONTROL: dict[Any, Callable[[Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,

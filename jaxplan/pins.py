@@ -33,13 +33,23 @@ def pinned_layouts(
 def inputs_at(traced: Traced, what: str, path: str) -> list[int]:
     """Flat inputs that a path names: a leaf, every leaf below a pytree prefix, or every path that a glob matches ("blocks/*/wq",
     where a star stays within one level and two stars cross levels)."""
+    hits = _hits(traced, path)
+    if not hits:
+        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3) or [*traced.in_paths[:3]]
+        raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
+    return hits
+
+
+def has_inputs(traced: Traced, path: str) -> bool:
+    """Whether a path names any input."""
+    return bool(_hits(traced, path))
+
+
+def _hits(traced: Traced, path: str) -> list[int]:
     hits = [i for i, p in enumerate(traced.in_paths) if p == path or p.startswith(path + "/")]
     if not hits and any(c in path for c in "*?["):
         pattern = re.compile(_glob(path))
         hits = [i for i, p in enumerate(traced.in_paths) if pattern.fullmatch(p)]
-    if not hits:
-        near = difflib.get_close_matches(path, traced.in_paths, 3, 0.3) or [*traced.in_paths[:3]]
-        raise ValueError(f"{what} {path!r}: no input of {traced.name} has that path; the closest are {near}")
     return hits
 
 

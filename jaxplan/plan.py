@@ -158,6 +158,10 @@ class Plan:
         """The spec of one flat input."""
         return self._specs([self.input_layouts[position]], [self.traced.in_avals[position]])[0]
 
+    def input_sharding(self, position: int) -> NamedSharding:
+        """Where one flat input lies, on the plan's mesh."""
+        return NamedSharding(self.mesh, self.partition_spec_of(position))
+
     def _specs(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[PartitionSpec]:
         return [self.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
 

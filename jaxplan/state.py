@@ -29,7 +29,21 @@ def init(plan: Plan, init_fn: Callable[..., Any], args: Sequence[Any], kwargs: M
     """
     shapes = jax.eval_shape(init_fn, *args, **kwargs)
     shardings = _shardings(plan, shapes, f"the result of {getattr(init_fn, '__name__', 'init_fn')}")
-    return jax.jit(init_fn, out_shardings=shardings)(*args, **kwargs)
+    groups: dict[Any, list[int]] = {}
+    for number, sharding in enumerate(jax.tree.leaves(shardings)):
+        groups.setdefault(sharding.mesh, []).append(number)
+    if len(groups) < 2:
+        return jax.jit(init_fn, out_shardings=shardings)(*args, **kwargs)
+    made: dict[int, Any] = {}
+    for numbers in groups.values():  # stages on devices of their own: each makes what lies there
+
+        def some(*args: Any, numbers: Sequence[int] = tuple(numbers), **kwargs: Any) -> list[Any]:
+            leaves = jax.tree.leaves(init_fn(*args, **kwargs))
+            return [leaves[number] for number in numbers]
+
+        places = [jax.tree.leaves(shardings)[number] for number in numbers]
+        made.update(zip(numbers, jax.jit(some, out_shardings=places)(*args, **kwargs), strict=True))
+    return jax.tree.structure(shardings).unflatten([made[number] for number in sorted(made)])
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,7 @@ def _shardings(plan: Plan, tree: Any, what: str) -> Any:
     """The planned shardings of arrays that are structured as some of the plan's arguments, in a tree like theirs."""
     if not isinstance(plan.mesh, Mesh):
         raise ValueError("this plan was made for an AbstractMesh; use plan.replan(mesh=...) with a mesh of devices first")
-    specs = [plan.partition_spec_of(position) for position in planned_inputs(plan, tree, what)]
-    return jax.tree.structure(tree).unflatten([NamedSharding(plan.mesh, spec) for spec in specs])
+    return jax.tree.structure(tree).unflatten([plan.input_sharding(position) for position in planned_inputs(plan, tree, what)])
 
 
 def planned_inputs(plan: Plan, tree: Any, what: str) -> list[int]:

@@ -45,6 +45,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "report": ("ledger",),
     "budget": ("ledger", "report"),
     "hybrid": ("asked", "budget"),
+    "unlike": ("apply", "budget", "hybrid", "report"),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),
@@ -57,7 +58,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
-FRONT = ("api", "auto", "whatif", "examples", "demo", "cli")
+FRONT = ("api", "loading", "auto", "whatif", "examples", "demo", "cli")
 """What a user calls: each may import the flow, the leaves, and what stands before it here."""
 
 NO_JAX: Mapping[str, tuple[str, ...]] = {

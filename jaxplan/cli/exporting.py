@@ -59,8 +59,8 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _explicit(arguments: argparse.Namespace) -> Written:
-    from jaxplan.api import load_plan
     from jaxplan.export import write_explicit
+    from jaxplan.loading import load_plan
 
     if arguments.function is None:
         raise Trouble("explicit needs the function that was planned: jaxplan export plan.json explicit train:step --spec ...")

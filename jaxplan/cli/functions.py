@@ -293,7 +293,7 @@ def audit(arguments: argparse.Namespace) -> int:
 def _laid_out(fn: Callable[..., Any], args: tuple[Any, ...], arguments: argparse.Namespace, shape: Mapping[str, int]) -> Plan:
     import jax
 
-    from jaxplan.api import load_plan
+    from jaxplan.loading import load_plan
 
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), devices=jax.devices()[: math.prod(shape.values())])
     if not arguments.plan:

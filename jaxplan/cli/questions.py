@@ -120,7 +120,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     args, options = arguments_of(fn, arguments), planning(arguments)
     if saved is None:
         return planned(fn, args, mesh=abstract_mesh(arguments.mesh), **options)
-    from jaxplan.api import load_plan
+    from jaxplan.loading import load_plan
 
     donated = options.pop("donate_argnames", None)
     with progress("loading the plan"), refused():

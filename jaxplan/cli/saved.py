@@ -46,7 +46,7 @@ def _drawn(arguments: argparse.Namespace) -> str:
         from jaxplan.pages import page, picture_of_saved
 
         return page(picture_of_saved(read(arguments.file)))
-    from jaxplan.api import load_plan
+    from jaxplan.loading import load_plan
 
     fn = function_of(arguments.function)
     with progress("drawing the plan"), refused():

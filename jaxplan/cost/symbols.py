@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -281,9 +281,10 @@ class Symbols:
 
 
 def symbolic_cost(
-    modelled: Modelled, choices: np.ndarray, names: DimensionNames
+    modelled: Modelled, choices: np.ndarray, names: DimensionNames, share: Callable[[int], float] = lambda _: 1.0
 ) -> tuple[sympy.Expr, dict[Any, float]]:
-    """The whole program's time as a SymPy expression, and the value of each of its symbols."""
+    """The whole program's time as a SymPy expression, and the value of each of its symbols. `share`: how much of a cluster's
+    time is meant, by its number (that of an exchange between two is the reader's); all of it if not given."""
     import sympy
 
     symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
@@ -297,14 +298,16 @@ def symbolic_cost(
     for index, cluster in enumerate(modelled.graph.clusters):
         options: Sequence[Option] = modelled.chosen(choices, index)
         loop, middle = (stages.loop(index, index), index in stages.middle) if stages else (None, False)
-        pay(terms_seconds(cluster_terms(cluster, options, modelled.setting, symbols), symbols), cluster.times, loop, middle)
+        terms = cluster_terms(cluster, options, modelled.setting, symbols)
+        pay(terms_seconds(terms, symbols), share(index) * cluster.times, loop, middle)
     for reading in modelled.readings:
         steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
         if steps:
             nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None
             middle = stages is not None and (reading.reader, reading.tensor) in stages.apiece
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), reading.times, loop, middle)
+            times = share(reading.reader) * reading.times
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), times, loop, middle)
     return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values
 
 

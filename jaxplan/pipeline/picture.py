@@ -28,12 +28,11 @@ def timetable(pipeline: Pipeline) -> tuple[tuple[Slot | None, ...], ...]:
     """Per step of time, what each stage works on, None where it waits. A step is one micro-batch through one stage's layers,
     there or back; steps in which no stage works are left out."""
     if pipeline.schedule == "1f1b":
-        forward, backward = pipeline.chains
         last = 2 * (pipeline.stages - 1)
         steps = []
         for tick in range(pipeline.microbatches + last):
-            steps.append([_slot(pipeline, 0, tick - stage, forward.reverse) for stage in range(pipeline.stages)])
-            steps.append([_slot(pipeline, 1, tick - last + stage, backward.reverse) for stage in range(pipeline.stages)])
+            steps.append([_slot(pipeline, 0, tick - stage, False) for stage in range(pipeline.stages)])
+            steps.append([_slot(pipeline, 1, tick - last + stage, True) for stage in range(pipeline.stages)])
     else:
         steps = [
             [

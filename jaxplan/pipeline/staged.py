@@ -44,6 +44,13 @@ def join_rows(value: Any, role: Role) -> Any:
     return jnp.moveaxis(value.reshape(split), 0, role.dim + 1).reshape(whole)
 
 
+def put_rows(value: Any, part: Any, role: Role, row: Any, m: int) -> Any:
+    """A whole batch, with the rows of micro-batch `row` in their place: the reverse of `take_rows`."""
+    apart = _apart(value.shape, role, m)
+    split = part.reshape((*apart[: role.dim + 1], *apart[role.dim + 2 :]))
+    return jax.lax.dynamic_update_index_in_dim(value.reshape(apart), split, row, role.dim + 1).reshape(value.shape)
+
+
 def _apart(shape: Sequence[int], role: Role, m: int) -> tuple[int, ...]:
     rest = shape[role.dim] // (m * role.stride)
     return (*shape[: role.dim], rest, m, role.stride, *shape[role.dim + 1 :])

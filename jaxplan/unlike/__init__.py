@@ -1,0 +1,26 @@
+"""Room `unlike`: layers that differ from one another, in stages on sub-meshes of their own."""
+
+from jaxplan.unlike.analysis import micro_of
+from jaxplan.unlike.choose import Asked, Stagewise, stagewise
+from jaxplan.unlike.flat import flat
+from jaxplan.unlike.nouns import Micro, Part, Parts, UnlikePipeline
+from jaxplan.unlike.parts import parts_of
+from jaxplan.unlike.plan import OnStages, StagedFunction, on_stages
+from jaxplan.unlike.programs import run_plain
+
+__all__ = [
+    "Asked",
+    "Micro",
+    "OnStages",
+    "Part",
+    "Parts",
+    "StagedFunction",
+    "Stagewise",
+    "UnlikePipeline",
+    "flat",
+    "micro_of",
+    "on_stages",
+    "parts_of",
+    "run_plain",
+    "stagewise",
+]

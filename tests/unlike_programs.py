@@ -1,0 +1,157 @@
+"""Train steps of models whose layers differ from one another, small: for the tests of stages on sub-meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def weights(seed):
+    """A maker of arrays of a shape, scaled by what they contract."""
+    random = np.random.default_rng(seed)
+
+    def make(*shape):
+        return jnp.asarray(random.normal(size=shape) / np.sqrt(max(1, np.prod(shape[:-1]))), jnp.float32)
+
+    return make
+
+
+def conv(x, kernel, stride=1):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def doubled(x):
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+
+
+def trainer(loss, params, clip=None):
+    """((state, *batch) -> (state, loss), the first state). Adam; gradients clipped by their global norm, if it is given."""
+
+    def train_step(state, *batch):
+        params, (count, means, squares) = state
+        value, gradients = jax.value_and_grad(loss)(params, *batch)
+        if clip is not None:
+            norm = jnp.sqrt(sum([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]))
+            gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / norm).astype(g.dtype), gradients)
+        count = count + 1
+        means = jax.tree.map(lambda a, g: 0.9 * a + 0.1 * g, means, gradients)
+        squares = jax.tree.map(lambda a, g: 0.99 * a + 0.01 * g * g, squares, gradients)
+        steps = count.astype(jnp.float32)
+        first, second = 1 - 0.9**steps, 1 - 0.99**steps
+
+        def updated(p, mean, square):
+            change = mean / first.astype(p.dtype) / (jnp.sqrt(square / second.astype(p.dtype)) + 1e-3)
+            return p - 0.01 * change
+
+        return (jax.tree.map(updated, params, means, squares), (count, means, squares)), value
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return train_step, (params, (jnp.zeros((), jnp.int32), zeros, zeros))
+
+
+def cross_entropy(logits, labels):
+    wanted = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return -jnp.mean(jnp.sum(wanted * jax.nn.log_softmax(logits), -1))
+
+
+def unet(width=4, batch=16):
+    """Two levels down and up, with connections across; no normalisation."""
+    w = weights(0)
+    params = {
+        "down": w(3, 3, 3, width), "deep": w(3, 3, width, 2 * width), "middle": w(3, 3, 2 * width, 2 * width),
+        "up": w(3, 3, 4 * width, 2 * width), "top": w(3, 3, 3 * width, width), "out": w(1, 1, width, 2),
+    }  # fmt: skip
+
+    def loss(p, x, wanted):
+        first = jax.nn.relu(conv(x, p["down"]))
+        second = jax.nn.relu(conv(first, p["deep"], 2))
+        middle = jax.nn.relu(conv(second, p["middle"], 2))
+        up = jax.nn.relu(conv(jnp.concatenate([doubled(middle), second], -1), p["up"]))
+        top = jax.nn.relu(conv(jnp.concatenate([doubled(up), first], -1), p["top"]))
+        return jnp.mean((conv(top, p["out"]) - wanted) ** 2)
+
+    step, state = trainer(loss, params)
+    return step, (state, w(batch, 8, 8, 3), w(batch, 8, 8, 2))
+
+
+def group_norm(x, scale):
+    b, h, w, c = x.shape
+    grouped = x.reshape(b, h, w, 2, c // 2)
+    mean = grouped.mean((1, 2, 4), keepdims=True)
+    variance = ((grouped - mean) ** 2).mean((1, 2, 4), keepdims=True)
+    return ((grouped - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape) * scale.reshape(1, 1, 1, c)
+
+
+def batch_norm(x, scale):
+    mean = x.mean((0, 1, 2), keepdims=True)
+    variance = ((x - mean) ** 2).mean((0, 1, 2), keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale.reshape(1, 1, 1, -1)
+
+
+def residual_network(norm=group_norm, dtype=jnp.float32, masked=False):
+    """Three blocks that differ in width, depth and activation; gradients clipped by their global norm."""
+    w = weights(1)
+    params = {
+        "stem": w(3, 3, 3, 4), "head": w(8, 10), "bias": jnp.zeros((10,)),
+        "a": {"one": w(3, 3, 4, 4), "two": w(3, 3, 4, 4), "scale": jnp.ones((4,))},
+        "b": {"one": w(3, 3, 4, 8), "two": w(3, 3, 8, 8), "scale": jnp.ones((8,)), "across": w(1, 1, 4, 8)},
+        "c": {"one": w(1, 1, 8, 4), "two": w(3, 3, 4, 4), "three": w(1, 1, 4, 8), "scale": jnp.ones((8,))},
+    }  # fmt: skip
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+
+    def logits_of(p, x):
+        x = jax.nn.relu(conv(x, p["stem"]))
+        a, b, c = p["a"], p["b"], p["c"]
+        x = x + conv(jax.nn.relu(norm(conv(x, a["one"]), a["scale"])), a["two"])
+        x = conv(x, b["across"], 2) + conv(jax.nn.relu(norm(conv(x, b["one"], 2), b["scale"])), b["two"])
+        x = x + conv(jax.nn.gelu(conv(jax.nn.relu(conv(norm(x, c["scale"]), c["one"])), c["two"])), c["three"])
+        return x.mean((1, 2)) @ p["head"] + p["bias"].reshape(1, -1)
+
+    def loss(p, x, labels, *mask):
+        logits = logits_of(p, x.astype(dtype)).astype(jnp.float32)
+        if not mask:
+            return cross_entropy(logits, labels)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+        return -jnp.sum(picked * mask[0]) / jnp.sum(mask[0])
+
+    step, state = trainer(loss, params, clip=1.0)
+    labels = jnp.asarray(np.random.default_rng(2).integers(0, 10, 16), jnp.int32)
+    mask = (jnp.asarray(np.arange(16) % 3 > 0, jnp.float32),) if masked else ()
+    return step, (state, w(16, 8, 8, 3), labels, *mask)
+
+
+def attention(queries, seen, p):
+    scores = jnp.einsum("btd,bsd->bts", queries @ p["q"], seen @ p["k"]) * 0.3
+    return (jax.nn.softmax(scores) @ (seen @ p["v"])) @ p["o"]
+
+
+def encoder_decoder():
+    """Written out: an encoder of two layers, a decoder of one that looks back at itself and one that does not, cross-attention,
+    dropout, and one embedding for both ends."""
+    w = weights(3)
+    attends = lambda: {name: w(8, 8) for name in "qkvo"}  # noqa: E731
+    params = {
+        "embedding": w(16, 8),
+        "first": {"own": attends(), "up": w(8, 16), "down": w(16, 8)},
+        "second": {"own": attends(), "up": w(8, 24), "down": w(24, 8)},
+        "third": {"own": attends(), "cross": attends(), "up": w(8, 16), "down": w(16, 8)},
+        "fourth": {"cross": attends(), "up": w(8, 32), "down": w(32, 8)},
+    }
+
+    def loss(p, source, target, key):
+        h = p["embedding"][source]
+        for layer, activation in ((p["first"], jax.nn.gelu), (p["second"], jax.nn.relu)):
+            h = h + attention(h, h, layer["own"])
+            h = h + activation(h @ layer["up"]) @ layer["down"]
+        d = p["embedding"][target[:, :-1]]
+        d = d + attention(d, d, p["third"]["own"])
+        d = d + attention(d, h, p["third"]["cross"])
+        d = jnp.where(jax.random.bernoulli(key, 0.8, d.shape), d / 0.8, 0.0)
+        d = d + jax.nn.relu(d @ p["third"]["up"]) @ p["third"]["down"]
+        d = d + attention(d, h, p["fourth"]["cross"])
+        d = d + jax.nn.silu(d @ p["fourth"]["up"]) @ p["fourth"]["down"]
+        return cross_entropy(d @ p["embedding"].T, target[:, 1:])
+
+    step, state = trainer(loss, params)
+    random = np.random.default_rng(4)
+    source, target = (jnp.asarray(random.integers(0, 16, (16, n)), jnp.int32) for n in (6, 5))
+    return step, (state, source, target, jax.random.key(5))
