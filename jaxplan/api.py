@@ -445,7 +445,7 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
         plan = _on_stages(using, request, error)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
-    if request.certify is not False and not isinstance(plan, StagedPlan):
+    if request.certify is not False:
         plan = _certified(plan, request, budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
@@ -455,6 +455,11 @@ def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) ->
     """A plan with stages on sub-meshes, for an axis that was asked for by name. `error`: why its layers are no loop."""
     axis, numbers = request.pipeline, using.numbers
     assert axis is not None
+    if request.certify is not False:
+        raise ValueError(
+            f"certify=True: no bound is known for stages of unlike layers, as pipeline={axis!r} asks for here ({error}); "
+            "plan with pipeline=None, or without certify"
+        ) from error
     if any(axis in (names if isinstance(names, tuple) else (names,)) for spec in request.pins.values() for names in spec):
         raise ValueError(f"pipeline={axis!r}: pins lay inputs along {axis!r} too, which has one device on every stage") from error
 

@@ -94,6 +94,12 @@ def test_statistics_of_the_batch_are_refused_by_operator_and_line():
         jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x")
 
 
+def test_a_bound_is_refused():
+    step, args = unet()
+    with pytest.raises(ValueError, match="no bound is known for stages of unlike layers"):
+        jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x", certify=True)
+
+
 def test_effects_are_refused():
     def step(w, v, x):
         jax.debug.print("{}", x[0, 0])
