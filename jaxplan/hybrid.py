@@ -375,7 +375,7 @@ def forced_groups(
             ) from None
     longest = max(min(chain.length for chain in chains) for chains in groups)
     if size > longest:
-        raise ValueError(
+        raise PipelineError(
             f"pipeline={axis!r}: {size} stages, and only {longest} layers: every stage needs at least one; take an axis of at "
             f"most {longest}"
         )

@@ -298,3 +298,25 @@ def test_no_step_is_handed_out_before_what_it_waits_for(stages, microbatches):
         assert flying[stage] <= min(microbatches, stages - stage)
         done.add((stage, phase, row))
     assert len(done) == 2 * stages * microbatches and flying == [0] * stages
+
+
+def test_more_stages_than_alike_layers_are_cut_as_unlike_ones():
+    """Two layers of four are alike: a loop over them has no third stage, and the whole chain has."""
+
+    def step(params, x, y):
+        def loss(params):
+            h = jnp.tanh(x @ params["in"])
+            for w in params["layers"]:
+                h = h + jnp.tanh(h @ w)
+            return jnp.mean((h @ params["out"] - y) ** 2)
+
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, jax.grad(loss)(params))
+
+    shapes = [(8, 16), (16, 16), (16, 16), (16, 4), (12, 8), (12, 4)]
+    draw = [0.3 * jax.random.normal(jax.random.key(k), shape) for k, shape in enumerate(shapes)]
+    params = {"in": draw[0], "layers": draw[1:3], "out": draw[3]}
+    args = (params, *draw[4:])
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((3,)), pipeline="x")
+    assert len(plan.stage_plans) == 3
+    for found, wanted in zip(jax.tree.leaves(plan.jit()(*args)), jax.tree.leaves(step(*args)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
