@@ -32,7 +32,7 @@ from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_in_order
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, gathered_layers
+from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.graph import Graph, Operator
@@ -105,6 +105,8 @@ def memory(
 
     copied = _stacks_copied(modelled, choices, facts) if machine.materialises else {}
     held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
+    cut = {t for t in cut_out(modelled, choices) if t in facts.made and _in_a_loop(facts.operators[facts.made[t]])}
+    held = [buffer for buffer in held if buffer.tensor not in cut]
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
@@ -418,7 +420,7 @@ def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Cop
         if op.name == BOUNDARY and op.path[-2] == "in" and source != wanted:
             part, whole = (graph.tensors[tensor].shape for tensor in (op.results[0], reading.tensor))
             steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
-            if part != whole and any(step.kind != "slice" for step in steps):
+            if part != whole and (staged(modelled, op) or any(step.kind != "slice" for step in steps)):
                 found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
     first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}
     return {(tensor, loop): first[tensor, wanted] for (tensor, wanted), loops in found.items() for loop in loops}
@@ -538,7 +540,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
             continue
         users = users_of(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
-        if any(step.kind != "slice" for step in steps):
+        if staged(modelled, graph.operators[members[-1]]) or any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)
             share = 1.0 if reading.tensor in facts.more.narrow else reading.share
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from jaxplan.cost.buffers import OUTPUT, TRANSIENT, Buffer, Copied, Facts, Local, Roots, axes_of
 from jaxplan.cost.build import Modelled
+from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.stages import Path, Stages, Staging, stacks
 from jaxplan.graph import Operator
 from jaxplan.graph.flatten import BOUNDARY
@@ -72,6 +75,26 @@ def cut_arguments(modelled: Modelled, facts: Facts, inputs: Sequence[Layout], lo
                 last = max(place for place in range(first, facts.order.ends[loop]) if facts.operators[place].name != BOUNDARY)
                 found[source, loop] = Buffer(source, TRANSIENT, local(source, layout), first, last, axes_of(layout))
     return list(found.values())
+
+
+def staged(modelled: Modelled, op: Operator) -> bool:
+    """Whether a value enters the layers of stages, where compilers that materialise cut out what is a stage's own."""
+    if modelled.stages is None or not modelled.numbers.machine.materialises:
+        return False
+    return op.name == BOUNDARY and op.path[-2] == "in" and op.path[:-2] in modelled.stages.asked.loops
+
+
+def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
+    """Tensors that everybody has whole, and of which stages only cut out their own: where they are computed element by element,
+    the rest is never there."""
+    if modelled.stages is None or not modelled.numbers.machine.materialises:
+        return set()
+    graph, whole, cut = modelled.graph, set(modelled.graph.outputs), set[int]()
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+        apart = staged(modelled, graph.operators[graph.clusters[reading.reader].members[-1]])
+        (cut if apart and steps and all(step.kind == "slice" for step in steps) else whole).add(reading.tensor)
+    return cut - whole
 
 
 def as_one_loop(
