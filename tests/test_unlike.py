@@ -73,7 +73,9 @@ def test_cuts_have_to_leave_every_stage_something():
 
 def test_what_is_summed_in_16_bits_is_kept_in_32():
     def step(first, second, x):
-        loss = lambda p: jnp.sum((x @ p[0]) @ p[1])  # noqa: E731
+        def loss(p):
+            return jnp.sum((x @ p[0]) @ p[1])
+
         return jax.grad(loss)((first, second))
 
     x = jnp.asarray([256.0] + [1.0] * 8, jnp.bfloat16).repeat(2)[:16].reshape(16, 1)  # 512, and 14 times 1

@@ -128,7 +128,10 @@ def encoder_decoder():
     """Written out: an encoder of two layers, a decoder of one that looks back at itself and one that does not, cross-attention,
     dropout, and one embedding for both ends."""
     w = weights(3)
-    attends = lambda: {name: w(8, 8) for name in "qkvo"}  # noqa: E731
+
+    def attends():
+        return {name: w(8, 8) for name in "qkvo"}
+
     params = {
         "embedding": w(16, 8),
         "first": {"own": attends(), "up": w(8, 16), "down": w(16, 8)},

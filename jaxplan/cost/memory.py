@@ -338,11 +338,9 @@ def held_buffers(
 ) -> tuple[list[Buffer], Roots]:
     """The buffers of values: from where they are made, or their loop begins, to their last reader, or its loop's end; and which
     tensors share one."""
-    order, operators, readers, made = facts.order, facts.operators, facts.readers, facts.made
-    copied = copied or {}
+    order, operators, readers, made, copied = facts.order, facts.operators, facts.readers, facts.made, copied or {}
     roots, inputs = Roots(), set(graph.inputs)
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    first, last = dict[int, int](), dict[int, int]()
     nbytes: dict[int, float] = {}
     split: dict[int, Layout | None] = {}
 

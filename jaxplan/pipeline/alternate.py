@@ -143,8 +143,7 @@ class _Loop:
     # ---- inside of the manual region ---------------------------------------------------------------------------
 
     def region(self, given: dict[str, list[Any]], outside: Sequence[Any]) -> Any:
-        ahead = Stage(self.ahead.equation, self.ahead.chain, self.pipeline, self.ahead.hold)
-        back = Stage(self.back.equation, self.back.chain, self.pipeline, self.back.hold)
+        ahead, back = (Stage(side.equation, side.chain, self.pipeline, side.hold) for side in (self.ahead, self.back))
         carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
