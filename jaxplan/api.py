@@ -472,6 +472,8 @@ def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) ->
     ties = tuple(using.graph.ties)
     try:
         found = stagewise(Asked(using.traced, ties, request.mesh, axis, link, request.microbatches, using.budget, planner))
+    except NothingFits:
+        raise
     except ValueError as second:
         raise PipelineError(f"{error}. Nor can it be cut into stages of unlike layers: {second}") from None
     return on_stages(using.planned(None)[1], StagedPlan, found)
