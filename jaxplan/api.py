@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
-from jaxplan.budget import Limit, budget_bytes
+from jaxplan.budget import Limit, NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
