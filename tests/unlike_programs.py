@@ -87,14 +87,20 @@ def batch_norm(x, scale):
     return (x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale.reshape(1, 1, 1, -1)
 
 
-def residual_network(norm=group_norm, dtype=jnp.float32, masked=False):
+def residual_network(norm=group_norm, dtype=jnp.float32, masked=False, width=4, batch=16):
     """Three blocks that differ in width, depth and activation; gradients clipped by their global norm."""
-    w = weights(1)
+    w, double = weights(1), 2 * width
     params = {
-        "stem": w(3, 3, 3, 4), "head": w(8, 10), "bias": jnp.zeros((10,)),
-        "a": {"one": w(3, 3, 4, 4), "two": w(3, 3, 4, 4), "scale": jnp.ones((4,))},
-        "b": {"one": w(3, 3, 4, 8), "two": w(3, 3, 8, 8), "scale": jnp.ones((8,)), "across": w(1, 1, 4, 8)},
-        "c": {"one": w(1, 1, 8, 4), "two": w(3, 3, 4, 4), "three": w(1, 1, 4, 8), "scale": jnp.ones((8,))},
+        "stem": w(3, 3, 3, width), "head": w(double, 10), "bias": jnp.zeros((10,)),
+        "a": {"one": w(3, 3, width, width), "two": w(3, 3, width, width), "scale": jnp.ones((width,))},
+        "b": {
+            "one": w(3, 3, width, double), "two": w(3, 3, double, double), "scale": jnp.ones((double,)),
+            "across": w(1, 1, width, double),
+        },
+        "c": {
+            "one": w(1, 1, double, width), "two": w(3, 3, width, width), "three": w(1, 1, width, double),
+            "scale": jnp.ones((double,)),
+        },
     }  # fmt: skip
     params = jax.tree.map(lambda p: p.astype(dtype), params)
 
@@ -114,9 +120,9 @@ def residual_network(norm=group_norm, dtype=jnp.float32, masked=False):
         return -jnp.sum(picked * mask[0]) / jnp.sum(mask[0])
 
     step, state = trainer(loss, params, clip=1.0)
-    labels = jnp.asarray(np.random.default_rng(2).integers(0, 10, 16), jnp.int32)
-    mask = (jnp.asarray(np.arange(16) % 3 > 0, jnp.float32),) if masked else ()
-    return step, (state, w(16, 8, 8, 3), labels, *mask)
+    labels = jnp.asarray(np.random.default_rng(2).integers(0, 10, batch), jnp.int32)
+    mask = (jnp.asarray(np.arange(batch) % 3 > 0, jnp.float32),) if masked else ()
+    return step, (state, w(batch, 8, 8, 3), labels, *mask)
 
 
 def attention(queries, seen, p):
@@ -124,20 +130,23 @@ def attention(queries, seen, p):
     return (jax.nn.softmax(scores) @ (seen @ p["v"])) @ p["o"]
 
 
-def encoder_decoder():
+def encoder_decoder(width=8, batch=16, length=6):
     """Written out: an encoder of two layers, a decoder of one that looks back at itself and one that does not, cross-attention,
     dropout, and one embedding for both ends."""
     w = weights(3)
 
     def attends():
-        return {name: w(8, 8) for name in "qkvo"}
+        return {name: w(width, width) for name in "qkvo"}
+
+    def widened(times):
+        return {"up": w(width, times * width), "down": w(times * width, width)}
 
     params = {
-        "embedding": w(16, 8),
-        "first": {"own": attends(), "up": w(8, 16), "down": w(16, 8)},
-        "second": {"own": attends(), "up": w(8, 24), "down": w(24, 8)},
-        "third": {"own": attends(), "cross": attends(), "up": w(8, 16), "down": w(16, 8)},
-        "fourth": {"cross": attends(), "up": w(8, 32), "down": w(32, 8)},
+        "embedding": w(16, width),
+        "first": {"own": attends(), **widened(2)},
+        "second": {"own": attends(), **widened(3)},
+        "third": {"own": attends(), "cross": attends(), **widened(2)},
+        "fourth": {"cross": attends(), **widened(4)},
     }
 
     def loss(p, source, target, key):
@@ -156,5 +165,5 @@ def encoder_decoder():
 
     step, state = trainer(loss, params)
     random = np.random.default_rng(4)
-    source, target = (jnp.asarray(random.integers(0, 16, (16, n)), jnp.int32) for n in (6, 5))
+    source, target = (jnp.asarray(random.integers(0, 16, (batch, n)), jnp.int32) for n in (length, length - 1))
     return step, (state, source, target, jax.random.key(5))

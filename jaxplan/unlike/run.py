@@ -59,6 +59,12 @@ class StageRun:
         self._path = (self._loop.number,)
         consts, carries = scan_arity(self._loop.equation)
         self._consts = list(zip(self._loop.equation.invars[:consts], self._body.jaxpr.invars[:consts], strict=True))
+        self._moved = {
+            inner: (outer, (*self._path, "in", k))
+            for k, (outer, inner) in enumerate(self._consts)
+            if not isinstance(outer, _jax.Literal) and self._replay.moves((*self._path, "in", k))
+        }
+        """What lies elsewhere for the loop than before it: moved once, not for every micro-batch."""
         self._firsts = self._loop.equation.invars[consts : consts + carries]
         self._held = self._body.jaxpr.invars[consts : consts + carries]
         self._next = self._body.jaxpr.outvars[:carries]
@@ -91,8 +97,12 @@ class StageRun:
         equations, start = self._jaxpr.eqns, self._loop.number
         marks: list[int] = [n + 1 for n in range(start + 1, len(equations)) if _is_call(equations[n], UPDATE)]
         bounds = [(0, start), *zip([start + 1, *marks], marks, strict=False)]
-        wanted = {v for v in self._loop.equation.invars if not isinstance(v, _jax.Literal)}
-        slices = [self._cut(self._jaxpr, range(a, b), (), wanted) for a, b in bounds]
+        slices = [cut(self._jaxpr, range(a, b)) for a, b in bounds]
+        reads, leaves = slices[0]
+        made = {v for e in equations[:start] for v in e.outvars}
+        reads += [v for v in dict.fromkeys(outer for outer, _ in self._moved.values()) if v not in made and v not in reads]
+        only = {v for v in leaves if v in {outer for outer, _ in self._moved.values()}} - self._read_elsewhere()
+        slices[0] = reads, [*[v for v in leaves if v not in only], *self._moved]
         state = {self.inputs[v] for v, _ in self.program.state if v in donate}
         last = {v: k for k, (reads, _) in enumerate(slices) for v in reads}
         self._first, *self._updates = [
@@ -110,6 +120,7 @@ class StageRun:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 env = {**consts, **dict(zip(reads, values, strict=True))}
                 replay.equations(jaxpr, range(*bounds), env, (), {})
+                env.update({v: replay.boundary_read(env[o], mark) for v, (o, mark) in self._moved.items() if v in leaves})
                 found = []
                 for v in leaves:
                     value = replay.entering(env[v], entering[v]) if v in entering else env[v]
@@ -122,25 +133,23 @@ class StageRun:
         gone = tuple([k for k, flag in enumerate(donated) if flag])
         return _Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
 
-    def _cut(self, jaxpr: Any, numbers: range, given: Iterable[Any], wanted: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-        """(what some equations read, what of theirs others read, or is among `wanted`)."""
-        own = {v for n in numbers for v in jaxpr.eqns[n].outvars}
-        known = {*jaxpr.constvars, *given}
-        read = [v for n in numbers for v in jaxpr.eqns[n].invars if not isinstance(v, _jax.Literal) and v not in own]
-        later = {v for n, e in enumerate(jaxpr.eqns) if n not in numbers for v in e.invars if not isinstance(v, _jax.Literal)}
-        later |= {v for v in (*jaxpr.outvars, *wanted) if not isinstance(v, _jax.Literal)}
-        leaves = [v for n in numbers for v in jaxpr.eqns[n].outvars if v in later]
-        return [v for v in dict.fromkeys(read) if v not in known], leaves
+    def _read_elsewhere(self) -> set[Any]:
+        """What is read of what is prepared, apart from the loop's constants that are moved."""
+        later = [v for n, e in enumerate(self._jaxpr.eqns) if n > self._loop.number for v in e.invars]
+        still = [outer for outer, inner in self._consts if inner not in self._moved]
+        return {v for v in (*later, *still, *self._firsts, *self._jaxpr.outvars) if not isinstance(v, _jax.Literal)}
 
     # ---- what runs per micro-batch -------------------------------------------------------------------------------
 
     def _inside(self) -> None:
         turn, end = self._loop.turn, len(self._body.jaxpr.eqns)
         self._phases = {FORWARD: self._per_row(range(turn)), BACKWARD: self._per_row(range(turn, end))}
+        others = {*self._held, self._row, *[inner for _, inner in self._consts]}
+        self._keeps = [v for v in self._phases[BACKWARD].reads if v not in others]
 
     def _per_row(self, numbers: range) -> _Slice:
         replay, body, carries = self._replay, self._body, len(self._held)
-        reads, leaves = self._cut(body.jaxpr, numbers, (), ())
+        reads, leaves = cut(body.jaxpr, numbers)
         consts = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
         sends = {v: k for k, v in enumerate(self._sending)}
         stores = {v: k for k, v in enumerate(self._next) if v in leaves}
@@ -182,21 +191,18 @@ class StageRun:
     def step(self, phase: str, row: int, arrived: Mapping[Any, Any]) -> dict[Any, Any]:
         """One micro-batch, one way. `arrived`: what other stages have sent, by variable of the program that was cut. Gives what
         is to be sent."""
-        if row not in self._flight:
-            self._flight[row] = {inner: _operand(outer, self._env) for outer, inner in self._consts}
-            self._flight[row][self._row] = np.int32(row)
-        env = self._flight[row]
+        piece = self._phases[phase]
+        env = {inner: self._env[inner] if inner in self._moved else _operand(outer, self._env) for outer, inner in self._consts}
+        env.update({**self._stores, **self._flight.pop(row, {}), self._row: np.int32(row)})
         names = dict(zip(self.program.received, self._arriving, strict=True))
         env.update((names[v], value) for v, value in arrived.items())
-        env.update(self._stores)
-        piece = self._phases[phase]
         piece(env)
         for v, after in zip(self._held, self._next, strict=True):
             if after in piece.leaves:
                 self._stores[v] = env[after]
         sent = {v: env[inner] for v, inner in zip(self.program.sent, self._sending, strict=True) if inner in piece.leaves}
-        if phase == BACKWARD or not self.has_backward:
-            del self._flight[row]
+        if phase == FORWARD and self.has_backward:
+            self._flight[row] = {v: env[v] for v in self._keeps if v in env}
         return sent
 
     @property
@@ -208,6 +214,9 @@ class StageRun:
         """All micro-batches are through."""
         finals = self._loop.equation.outvars[: len(self._held)]
         self._env.update(zip(finals, [self._stores[v] for v in self._held], strict=True))
+        read = {v for piece in self._updates for v in piece.reads}
+        read |= {v for v in self._jaxpr.outvars if not isinstance(v, _jax.Literal)}
+        self._env, self._stores = {v: value for v, value in self._env.items() if v in read}, {}
 
     def update(self, level: int) -> None:
         """The update of one level."""
@@ -225,6 +234,16 @@ class StageRun:
     def clear(self) -> None:
         """Let go of all arrays."""
         self._env, self._flight, self._stores = {}, {}, {}
+
+
+def cut(jaxpr: Any, numbers: range) -> tuple[list[Any], list[Any]]:
+    """(what some equations of a jaxpr read, what of theirs other equations read, or leaves it)."""
+    own = {v for n in numbers for v in jaxpr.eqns[n].outvars}
+    known = {*jaxpr.constvars, *own}
+    read = [v for n in numbers for v in jaxpr.eqns[n].invars if not isinstance(v, _jax.Literal) and v not in known]
+    later = {v for n, e in enumerate(jaxpr.eqns) if n not in numbers for v in e.invars if not isinstance(v, _jax.Literal)}
+    later |= {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)}
+    return list(dict.fromkeys(read)), [v for n in numbers for v in jaxpr.eqns[n].outvars if v in later]
 
 
 def _operand(var: Any, env: Mapping[Any, Any]) -> Any:
@@ -267,9 +286,12 @@ class StagedRun:
         parts, jaxpr = self.parts, self.parts.micro.jaxpr
         values = dict(zip(jaxpr.constvars, parts.micro.traced.jaxpr.consts, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
-        for stage in self.stages:
+        given = []
+        for stage in self.stages:  # all of them before any starts, which may reuse what others read, too
             own = (*[v for v, _ in stage.program.state], *stage.program.given)
-            stage.start({v: jax.device_put(values[v], stage.arguments[v]) for v in own})
+            given.append({v: jax.device_put(values[v], stage.arguments[v]) for v in own})
+        for stage, own in zip(self.stages, given, strict=True):
+            stage.start(own)
         self._rows()
         for stage in self.stages:
             stage.finish()
@@ -302,6 +324,7 @@ class StagedRun:
                 for v in stage.program.received:
                     if v in sent:
                         arrived.setdefault((other, row), {})[v] = jax.device_put(sent[v], stage.arriving(v))
+            del sent  # nothing of it is kept while the next step runs
 
     def _hand_on(self, level: int) -> None:
         """What the update of other stages needs of what is there since that of a level (-1: before any)."""
