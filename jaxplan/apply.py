@@ -184,10 +184,6 @@ class Replay:
         """A value on its way into (or out of) a loop, in the boundary's layout."""
         return self.constrain(value, self._boundary_specs(path, slot))
 
-    def moves(self, path: Path) -> bool:
-        """Whether what enters a loop there is brought to another layout first."""
-        return bool(self._boundary_specs(path, 0))
-
     def entering(self, value: Any, path: Path) -> Any:
         """The same before a loop begins: loops that read one value in one layout share the exchange. (Not inside of a loop's
         body: what is made there must not be met outside of it.)"""

@@ -3,8 +3,9 @@
 from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.lifetimes import waits
-from jaxplan.cost.memory import Buffer, Memory, hidden_work, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, facts_of, gathered_state, hidden_work, local_sizes, memory, running_order
 from jaxplan.cost.numbers import Numbers
+from jaxplan.cost.pieces import piece_bytes
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
@@ -23,10 +24,14 @@ __all__ = [
     "Staging",
     "Step",
     "cluster_exchanges",
+    "facts_of",
     "frugal",
+    "gathered_state",
     "hidden_work",
+    "local_sizes",
     "memory",
     "model",
+    "piece_bytes",
     "reshard_steps",
     "running_order",
     "stage_graph",

@@ -51,7 +51,7 @@ class Memory:
     worst moment: `temporaries`. `live`: the buffers of that moment, or, where places in memory are given in order, those that the
     highest address stands on, of which some may be gone already (`cost/heap.py`); largest first. `results`: the buffers of the
     outputs, `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments
-    and outputs at every place of that order."""
+    and outputs at every place of that order; `buffers`: all that is stored besides arguments, those of outputs too."""
 
     arguments: float
     outputs: float
@@ -61,6 +61,7 @@ class Memory:
     given: tuple[Buffer, ...]
     moment: int
     over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+    buffers: tuple[Buffer, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def peak(self) -> float:
@@ -114,7 +115,7 @@ def memory(
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
-        heap = _outside_outputs(buffers)
+        heap = outside_outputs(buffers)
     else:
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
@@ -133,7 +134,7 @@ def memory(
         news = [copy(*new) for old, new in zip(transposed, turned, strict=True) if id(old) not in far]
         if news:  # there where there is room; those of copies in main memory are written over them
             heap = _far(buffers + transposed + news, facts, machine.near_bytes)
-    lives = _lives(heap, places)
+    lives = lives_of(heap, places)
     at = int(lives.argmax())
     live, most = [b for b in heap if b.first <= at <= b.last and b.nbytes], float(lives[at])
     if machine.in_order:
@@ -142,11 +143,12 @@ def memory(
     live.sort(key=lambda b: (-b.nbytes, b.tensor))
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(
-        float(arguments), float(total), most, tuple(live), tuple(results.values()), tuple(given), at, lives[:-1]
+        float(arguments), float(total), most, tuple(live), tuple(results.values()), tuple(given), at, lives[:-1],
+        tuple(buffers if machine.materialises else heap),
     )  # fmt: skip
 
 
-def _lives(heap: Sequence[Buffer], places: int) -> np.ndarray:
+def lives_of(heap: Sequence[Buffer], places: int) -> np.ndarray:
     """Bytes that live at each place."""
     change = np.zeros(places + 1)
     for buffer in heap:
@@ -562,7 +564,7 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
     return found
 
 
-def _outside_outputs(buffers: Sequence[Buffer]) -> list[Buffer]:
+def outside_outputs(buffers: Sequence[Buffer]) -> list[Buffer]:
     """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
     holds them (XLA's buffer assignment)."""
     outputs: list[tuple[float, list[tuple[int, int]]]] = []

@@ -11,17 +11,17 @@ from typing import Any
 
 from jaxplan.budget import NothingFits
 from jaxplan.hybrid import counts
-from jaxplan.pipeline.nouns import Kind, PipelineError
+from jaxplan.pipeline.nouns import PipelineError
 from jaxplan.plan import Plan
 from jaxplan.report import show_bytes
 from jaxplan.search.chain import chain_seconds, cut_chain
 from jaxplan.trace import Traced
 from jaxplan.unlike.analysis import micro_of
-from jaxplan.unlike.cuts import possible_cuts, residuals, runs_of, seconds_by
+from jaxplan.unlike.cuts import possible_cuts, runs_of, seconds_by
 from jaxplan.unlike.flat import flat
+from jaxplan.unlike.holding import Holding, holding
 from jaxplan.unlike.nouns import Micro, Parts, UnlikePipeline
 from jaxplan.unlike.parts import parts_of
-from jaxplan.unlike.programs import role_of, shape_of
 from jaxplan.unlike.run import stage_mesh
 from jaxplan.unlike.stage import StageProgram, loop_of, stage_program
 
@@ -109,24 +109,16 @@ class Stagewise:
         total = sum(times) + (self.microbatches - 1) * max(times)
         return 1 - self.microbatches * sum(times) / (len(times) * total) if total else 0.0
 
-    def kept(self, stage: int) -> float:
-        """Bytes per device that a micro-batch keeps on a stage until it comes back, beside what it was sent."""
-        micro, program, plan = self.parts.micro, self.programs[stage], self.plans[stage]
-        first, last = (-1, *self.parts.cuts)[stage], (*self.parts.cuts, len(micro.forward))[stage]
-        cut = [k for k, v in enumerate(program.arguments) if role_of(micro, v).kind is Kind.CUT]
-        sizes, layouts = plan.modelled.numbers.sizes, plan.input_layouts
-        shares = [math.prod(sizes[a] for a, dim in enumerate(layouts[k]) if dim >= 0) for k in cut]
-        share = max(shares, default=1)
-        own = {v: place for v, place in residuals(micro).items() if first < place <= last and v not in program.received}
-        return sum([math.prod(shape_of(micro, v).shape) * v.aval.dtype.itemsize for v in own]) / share
+    @cached_property
+    def held(self) -> tuple[Holding, ...]:
+        """Per stage, what it holds and when."""
+        return tuple([holding(self.parts.micro, *pair) for pair in zip(self.programs, self.plans, strict=True)])
 
     def peak(self, stage: int) -> float:
-        """Modelled peak of live bytes per device of a stage: that of its program, but with what 1F1B keeps of micro-batches."""
-        flying = min(self.microbatches, len(self.plans) - stage)
-        rows, _, _, _ = self.sent(stage)
-        return self.plans[stage].peak_bytes - rows * (self.microbatches - flying) + self.kept(stage) * (flying - 1)
+        """Modelled peak of live bytes per device of a stage, its parts run in 1F1B order."""
+        return self.held[stage].peak(stage, len(self.plans), self.microbatches)
 
-    @property
+    @cached_property
     def peaks(self) -> tuple[float, ...]:
         """Of every stage."""
         return tuple([self.peak(stage) for stage in range(len(self.plans))])

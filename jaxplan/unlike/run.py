@@ -22,7 +22,7 @@ from jaxplan.plan import Plan
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Parts
 from jaxplan.unlike.order import order
 from jaxplan.unlike.programs import dtype_of
-from jaxplan.unlike.stage import StageProgram, loop_of
+from jaxplan.unlike.stage import StageProgram, cut, loop_of, moved_constants, update_ends
 
 
 def stage_mesh(mesh: Any, axis: str, stage: int) -> Any:
@@ -59,12 +59,7 @@ class StageRun:
         self._path = (self._loop.number,)
         consts, carries = scan_arity(self._loop.equation)
         self._consts = list(zip(self._loop.equation.invars[:consts], self._body.jaxpr.invars[:consts], strict=True))
-        self._moved = {
-            inner: (outer, (*self._path, "in", k))
-            for k, (outer, inner) in enumerate(self._consts)
-            if not isinstance(outer, _jax.Literal) and self._replay.moves((*self._path, "in", k))
-        }
-        """What lies elsewhere for the loop than before it: moved once, not for every micro-batch."""
+        self._moved = moved_constants(plan, self._loop)
         self._firsts = self._loop.equation.invars[consts : consts + carries]
         self._held = self._body.jaxpr.invars[consts : consts + carries]
         self._next = self._body.jaxpr.outvars[:carries]
@@ -95,7 +90,7 @@ class StageRun:
 
     def _outside(self, donate: frozenset[Any]) -> None:
         equations, start = self._jaxpr.eqns, self._loop.number
-        marks: list[int] = [n + 1 for n in range(start + 1, len(equations)) if _is_call(equations[n], UPDATE)]
+        marks = update_ends(equations, start)
         bounds = [(0, start), *zip([start + 1, *marks], marks, strict=False)]
         slices = [cut(self._jaxpr, range(a, b)) for a, b in bounds]
         reads, leaves = slices[0]
@@ -236,22 +231,8 @@ class StageRun:
         self._env, self._flight, self._stores = {}, {}, {}
 
 
-def cut(jaxpr: Any, numbers: range) -> tuple[list[Any], list[Any]]:
-    """(what some equations of a jaxpr read, what of theirs other equations read, or leaves it)."""
-    own = {v for n in numbers for v in jaxpr.eqns[n].outvars}
-    known = {*jaxpr.constvars, *own}
-    read = [v for n in numbers for v in jaxpr.eqns[n].invars if not isinstance(v, _jax.Literal) and v not in known]
-    later = {v for n, e in enumerate(jaxpr.eqns) if n not in numbers for v in e.invars if not isinstance(v, _jax.Literal)}
-    later |= {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)}
-    return list(dict.fromkeys(read)), [v for n in numbers for v in jaxpr.eqns[n].outvars if v in later]
-
-
 def _operand(var: Any, env: Mapping[Any, Any]) -> Any:
     return np.asarray(var.val, dtype_of(var)) if isinstance(var, _jax.Literal) else env[var]
-
-
-def _is_call(equation: Any, name: str) -> bool:
-    return equation.primitive is _jax.jit_p and equation.params["name"] == name
 
 
 class StagedRun:

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxplan import _jax
+from jaxplan.graph.flatten import scan_arity
+from jaxplan.plan import Plan
 from jaxplan.trace import Traced, trace
-from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Part, Parts
+from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Micro, Part, Parts
 from jaxplan.unlike.programs import PLACE, at_once, handed, on_rows, shape_of, store_of
 
 
@@ -77,6 +79,39 @@ def loop_of(program: StageProgram) -> Loop:
                 if known is not None:
                     places[n, k] = int(known[1])
     return Loop(number, equations[number], turn, places)
+
+
+def update_ends(equations: Sequence[Any], loop: int) -> list[int]:
+    """Behind which equations of a stage's program the levels of its update end. `loop`: the number of the loop."""
+    last = range(loop + 1, len(equations))
+    return [n + 1 for n in last if equations[n].primitive is _jax.jit_p and equations[n].params["name"] == UPDATE]
+
+
+def cut(jaxpr: Any, numbers: range) -> tuple[list[Any], list[Any]]:
+    """(what some equations of a jaxpr read, what of theirs other equations read, or leaves it)."""
+    own = {v for n in numbers for v in jaxpr.eqns[n].outvars}
+    known = {*jaxpr.constvars, *own}
+    read = [v for n in numbers for v in jaxpr.eqns[n].invars if not isinstance(v, _jax.Literal) and v not in known]
+    later = {v for n, e in enumerate(jaxpr.eqns) if n not in numbers for v in e.invars if not isinstance(v, _jax.Literal)}
+    later |= {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)}
+    return list(dict.fromkeys(read)), [v for n in numbers for v in jaxpr.eqns[n].outvars if v in later]
+
+
+def moved_constants(plan: Plan, loop: Loop) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
+    """{variable of the loop's body: (that outside, the boundary's path)} of what lies elsewhere in the loop than before it: it is
+    moved once, not for every micro-batch."""
+    graph, body = plan.modelled.graph, loop.equation.params["jaxpr"].jaxpr
+    consts, _ = scan_arity(loop.equation)
+    nowhere = (-1,) * len(plan.axis_names)
+    paths = {(loop.number, "in", k): k for k in range(consts)}
+    found = {}
+    for op in graph.operators:
+        if op.path in paths and op.operands[0] >= 0:
+            before, after = [plan.layouts.get(tensor, nowhere) for tensor in (op.operands[0], op.results[0])]
+            k = paths[op.path]
+            if before != after:
+                found[body.invars[k]] = loop.equation.invars[k], op.path
+    return found
 
 
 def stage_program(parts: Parts, stage: int) -> StageProgram:
@@ -160,8 +195,15 @@ def _traced(parts: Parts, own: Sequence[Part], program: StageProgram) -> Traced:
     ends = dict(zip([v for v in micro.jaxpr.outvars if not isinstance(v, _jax.Literal)], micro.traced.out_paths, strict=False))
     return replace(
         found, name=f"{micro.traced.name}, stage {program.stage}", in_paths=tuple(names),
-        out_paths=tuple([ends.get(v) or _name(parts, v) for v in program.outcomes]),
+        out_paths=tuple([ends.get(v) or _name(parts, v) for v in program.outcomes]), donated=_donated(micro, program),
     )  # fmt: skip
+
+
+def _donated(micro: Micro, program: StageProgram) -> tuple[bool, ...]:
+    """Per argument of a stage's program, whether its buffer may be reused: state that the whole program donates."""
+    gone = {v for v, flag in zip(micro.jaxpr.invars, micro.traced.donated, strict=True) if flag}
+    states = len(program.state)
+    return tuple([k < states and v in gone for k, v in enumerate(program.arguments)])
 
 
 def _told_shape(parts: Parts, var: Any) -> jax.ShapeDtypeStruct:
