@@ -22,7 +22,7 @@ from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
 from jaxplan.budget import Limit, NothingFits, budget_bytes
-from jaxplan.compare import PlanAudit, compare
+from jaxplan.compare import PlanAudit, StageSides, compare, compare_stages
 from jaxplan.cost import Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
@@ -47,7 +47,7 @@ from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
-from jaxplan.unlike import Asked, OnStages, on_stages, stagewise
+from jaxplan.unlike import Asked, OnStages, StagedFunction, on_stages, stagewise
 
 Search = str | Callable[[Problem], Assignment]
 
@@ -346,8 +346,29 @@ class StagedPlan(OnStages, Plan):
     """A plan whose stages lie on sub-meshes of their own: what `make_plan` gives where an axis is laid along layers that differ.
 
     It runs as other plans do (`jit`, `auto_shard`, `init`, `check`); `stage_plans` has the plan of each stage. It is no single
-    program, so that it cannot be lowered, audited, saved, or called inside of another jitted function (ValueError).
+    program, so that it cannot be lowered, or called inside of another jitted function (ValueError).
     """
+
+    def audit(self, topology: str | None = None) -> PlanAudit:
+        """What was predicted beside what XLA compiles, part by part of every stage; runs nothing. By axis, and at the peak, of the
+        stage that has most. Raises ValueError for a topology: stages are compiled for the devices of the plan's mesh."""
+        if topology is not None or not isinstance(self.mesh, jax.sharding.Mesh):
+            raise ValueError(
+                "stages on sub-meshes are compiled for the devices of the plan's mesh: audit plan.replan(mesh=...) with a mesh of "
+                "devices, without topology="
+            )
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)
+        function, trips = self.jit(), self.request.while_trips
+        assert isinstance(function, StagedFunction)
+        sides = []
+        for number, (plan, stage) in enumerate(zip(self.stage_plans, function.compiled(), strict=True)):
+            audits = [(audit(part.program, mesh=plan.mesh, while_trips=trips), part.times) for part in stage.parts]
+            m = self.staged.microbatches
+            rows, _, last, _ = self.staged.sent(number)
+            sent = rows * m + last, stage.sent[0] * m + stage.sent[1]
+            peaks = self.staged.peaks[number], stage.held.peak(number, len(self.stage_plans), m)
+            sides.append(StageSides(plan, audits, sent, peaks))
+        return compare_stages(self.traced.name, self.staged.axis, self.axis_sizes, sides, rounded)
 
 
 def make_plan(

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -158,6 +158,56 @@ def compare(plan: Plan, found: Audit, rounded: bool | None = None) -> PlanAudit:
     return PlanAudit(
         plan.traced.name, sizes, match(exchanges, found.normalised), plan.bytes_by_axis(exchanges), compiled,
         float(plan.peak_bytes), float(found.peak_bytes), found,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageSides:
+    """One stage of a program that runs on sub-meshes, predicted and compiled. `audits`: of its parts, and how often each runs;
+    `sent`: bytes per device that other stages send it; `peaks`: bytes per device; both (predicted, compiled)."""
+
+    plan: Plan
+    audits: Sequence[tuple[Audit, int]]
+    sent: tuple[float, float]
+    peaks: tuple[float, float]
+
+
+def compare_stages(name: str, axis: str, sizes: Mapping[str, int], sides: Sequence[StageSides], rounded: bool) -> PlanAudit:
+    """The same of a program in stages along `axis`: the exchanges of all stages, and by axis and at the peak those of the stage
+    that has most. What a stage is sent is a row of its own."""
+    alone = [compare(side.plan, joined(side.audits), rounded) for side in sides]
+    handed = []
+    for number, side in enumerate(sides):
+        predicted, compiled = side.sent
+        status = "matched" if math.isclose(predicted, compiled, rel_tol=1e-9) else "differs"
+        if predicted or compiled:
+            handed.append(Comparison(status, "copy", (axis,), predicted, compiled, 1.0, 1.0, f"sent to stage {number}", ""))
+
+    def most(pick: Callable[[PlanAudit], Mapping[str, float]], which: int) -> dict[str, float]:
+        found = {other: max([pick(one).get(other, 0.0) for one in alone]) for other in {**sizes, **pick(alone[0])}}
+        return {**found, axis: max([side.sent[which] for side in sides])}
+
+    rows = sorted([*[row for one in alone for row in one.exchanges], *handed], key=lambda row: -row.total_bytes)
+    peaks = [max([side.peaks[which] for side in sides]) for which in (0, 1)]
+    return PlanAudit(
+        name, dict(sizes), tuple(rows), most(lambda one: one.predicted, 0), most(lambda one: one.compiled, 1), peaks[0], peaks[1],
+        joined([(one.audit, 1) for one in alone]),
+    )  # fmt: skip
+
+
+def joined(audits: Sequence[tuple[Audit, int]]) -> Audit:
+    """Programs that run so often in a call, as one. What each has of memory says nothing of them together: it is left out."""
+
+    def often(some: Iterable[Collective], times: int) -> list[Collective]:
+        return [replace(one, times=one.times * times) for one in some]
+
+    return Audit(
+        tuple([c for found, times in audits for c in often(found.collectives, times)]),
+        tuple([c for found, times in audits for c in often(found.normalised, times)]),
+        math.fsum(found.flops * times for found, times in audits),
+        tuple([(kernel, count * times) for found, times in audits for kernel, count in found.kernels]),
+        unread=tuple([note for found, _ in audits for note in found.unread]),
+        warnings=tuple([one for found, _ in audits for one in found.warnings]),
     )  # fmt: skip
 
 

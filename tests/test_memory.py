@@ -14,7 +14,7 @@ from conftest import mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan.cost.memory import OUTPUT, Buffer, _outside_outputs
+from jaxplan.cost.memory import OUTPUT, Buffer, outside_outputs
 from jaxplan.cost.schedule import run_order
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
@@ -91,7 +91,7 @@ def test_donated_state_needs_no_second_buffer():
 def test_temporaries_live_in_outputs_that_are_not_yet_written():
     output, early, late = Buffer(0, OUTPUT, 100.0, 5, 9), Buffer(1, "activation", 80.0, 0, 4), Buffer(2, "activation", 80.0, 4, 6)
     large = Buffer(3, "activation", 120.0, 0, 2)
-    assert _outside_outputs([output, early, late, large]) == [large, late]
+    assert outside_outputs([output, early, late, large]) == [large, late]
 
 
 def test_a_deeper_model_holds_more_for_the_backward_pass():

@@ -167,3 +167,72 @@ def encoder_decoder(width=8, batch=16, length=6):
     random = np.random.default_rng(4)
     source, target = (jnp.asarray(random.integers(0, 16, (batch, n)), jnp.int32) for n in (length, length - 1))
     return step, (state, source, target, jax.random.key(5))
+
+
+def rms(x):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) + 1e-6).astype(x.dtype)
+
+
+def mixer(width=24, tokens=20, batch=24):
+    """Tokens mixed and merged, then features, each layer of other extents; bfloat16 inside, dropout, momentum."""
+    w = weights(6)
+    extents = [(tokens, width), (tokens, 2 * width), (tokens // 2, 3 * width), (tokens // 4, 3 * width), (tokens // 4, 2 * width)]
+    layers = [
+        {"tokens": w(t, t), "merge": w(t, after), "up": w(d, 3 * d), "down": w(3 * d, e), "across": w(d, e)}
+        for (t, d), (after, e) in zip(extents, extents[1:], strict=False)
+    ]
+    params = {"in": w(12, width), "layers": layers, "out": w(extents[-1][1], 7)}
+
+    def loss(p, x, wanted, key):
+        p = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p)
+        h = x.astype(jnp.bfloat16) @ p["in"]
+        for number, layer in enumerate(p["layers"]):
+            mixed = jnp.swapaxes(jnp.swapaxes(rms(h), 1, 2) @ layer["tokens"], 1, 2)
+            kept = jax.random.bernoulli(jax.random.fold_in(key, number), 0.9, mixed.shape)
+            h = h + jnp.where(kept, jax.nn.silu(mixed), jnp.bfloat16(0.0))
+            h = jnp.swapaxes(jnp.swapaxes(h, 1, 2) @ layer["merge"], 1, 2)
+            h = jax.nn.gelu(rms(h) @ layer["up"]) @ layer["down"] + h @ layer["across"]
+        found = (rms(h).mean(1) @ p["out"]).astype(jnp.float32)
+        return jnp.mean((found - wanted) ** 2)
+
+    def step(state, *batch):
+        params, speeds = state
+        value, gradients = jax.value_and_grad(loss)(params, *batch)
+        speeds = jax.tree.map(lambda v, g: 0.9 * v + g, speeds, gradients)
+        return (jax.tree.map(lambda p, v: p - 0.01 * v, params, speeds), speeds), value
+
+    state = params, jax.tree.map(jnp.zeros_like, params)
+    return step, (state, w(batch, tokens, 12), w(batch, 7), jax.random.key(7))
+
+
+def tagger(width=20, length=24, batch=24):
+    """Symbols, gated convolutions over time of unlike widths and strides, a recurrence that is one loop, and a tag per sequence."""
+    w = weights(8)
+    params = {
+        "symbols": w(30, width), "first": w(5, width, 4 * width), "second": w(3, 2 * width, 6 * width),
+        "third": w(7, 3 * width, 4 * width), "in": w(2 * width, 3 * width), "round": w(3 * width, 3 * width), "out": w(3 * width, 9),
+    }  # fmt: skip
+
+    def gated(x, kernel, stride):
+        y = jax.lax.conv_general_dilated(x, kernel, (stride,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+        a, b = jnp.split(y, 2, -1)
+        return a * jax.nn.sigmoid(b)
+
+    def loss(p, symbols, tags):
+        h = p["symbols"][symbols]
+        h = gated(h, p["first"], 1)
+        h = gated(h, p["second"], 2)
+        h = jnp.tanh(gated(h, p["third"], 2))
+        seen = jnp.swapaxes(h @ p["in"], 0, 1)
+        last, _ = jax.lax.scan(lambda s, x: (jnp.tanh(s @ p["round"] + x), None), jnp.zeros_like(seen[0]), seen)
+        return cross_entropy(last @ p["out"], tags)
+
+    def step(state, *batch):
+        params, sums = state
+        value, gradients = jax.value_and_grad(loss)(params, *batch)
+        sums = jax.tree.map(lambda s, g: s + g * g, sums, gradients)
+        return (jax.tree.map(lambda p, g, s: p - 0.05 * g * jax.lax.rsqrt(s + 1e-6), params, gradients, sums), sums), value
+
+    random = np.random.default_rng(9)
+    symbols, tags = (jnp.asarray(random.integers(0, n, shape), jnp.int32) for n, shape in ((30, (batch, length)), (9, (batch,))))
+    return step, ((params, jax.tree.map(jnp.zeros_like, params)), symbols, tags)

@@ -27,8 +27,8 @@ def piece_bytes(
     ]
     for buffer in buffers:
         first, last = bisect.bisect_left(places, buffer.first), bisect.bisect_right(places, buffer.last) - 1
-        foreign = buffer.kind == HELD and buffer.first not in own
-        if first <= last and buffer.kind != OUTPUT and not foreign and buffer.tensor not in given | leaves.keys():
+        foreign = buffer.kind == HELD and (buffer.first not in own or buffer.tensor in given or buffer.tensor in leaves)
+        if first <= last and buffer.kind != OUTPUT and not foreign:
             found.append(Buffer(buffer.tensor, buffer.kind, buffer.nbytes, first, last))
     total = sum([nbytes for nbytes, _ in leaves.values()])
     beside = outside_outputs(found) if shares else [buffer for buffer in found if buffer.kind != OUTPUT]

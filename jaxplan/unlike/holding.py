@@ -148,9 +148,13 @@ class _Held:
             left[tensor if tensor not in given else -1 - k] = self.nbytes(v), self.facts.made.get(tensor, 0)
         places = self.places(path, numbers)
         own = set(places)
-        reordered = [buffer for buffer in self.reordered if buffer.last in own]
-        more = [*reordered, *self._combined(places)] if self.materialises else []
-        return piece_bytes([*self.plan.memory.buffers, *more], places, given, left, self.materialises)
+        buffers = list(self.plan.memory.buffers)
+        if self.materialises:
+            combined = self._combined(places)
+            tensors = {buffer.tensor for buffer in combined}
+            buffers = [buffer for buffer in buffers if buffer.tensor not in tensors] + combined
+            buffers += [buffer for buffer in self.reordered if buffer.last in own]
+        return piece_bytes(buffers, places, given, left, self.materialises)
 
     @cached_property
     def reordered(self) -> list[Buffer]:
@@ -187,8 +191,8 @@ class _Held:
         found = []
         for group in groups.values():
             last = max([made for _, _, made in group])
-            for tensor, nbytes, made in group if len(group) > 1 else ():
-                found += [Buffer(tensor, TRANSIENT, nbytes, made, last), Buffer(tensor, TRANSIENT, nbytes, last, last)]
+            for tensor, nbytes, made in group:
+                found += [Buffer(tensor, TRANSIENT, nbytes, made, last + 1), Buffer(tensor, TRANSIENT, nbytes, last + 1, last + 1)]
         return found
 
     @property

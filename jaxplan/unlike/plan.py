@@ -16,6 +16,7 @@ from jaxplan.cost import symbolic_cost
 from jaxplan.plan import Plan, PlannedExchange
 from jaxplan.report import show_bytes, show_seconds, table
 from jaxplan.unlike.choose import Stagewise
+from jaxplan.unlike.compiled import CompiledStage, compiled_stages
 from jaxplan.unlike.run import StagedRun, stage_mesh
 
 if TYPE_CHECKING:
@@ -178,7 +179,6 @@ class OnStages(Plan):
     def __str__(self) -> str:
         return describe_stages(self)
 
-    audit = _refused("audited")
     explain = _refused("explained")
     why_not = _refused("compared")
     regimes = _refused("divided into regimes")
@@ -252,6 +252,10 @@ class StagedFunction(PlannedFunction):
         ]
         outs = [jax.device_put(value, place) for value, place in zip(self._run(placed), self._outs, strict=True)]
         return self.plan.traced.unflatten_outputs(outs)
+
+    def compiled(self) -> list[CompiledStage]:
+        """Every stage, compiled part by part for the shapes that were planned; nothing is run."""
+        return compiled_stages(self._run)
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(

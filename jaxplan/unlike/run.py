@@ -36,7 +36,7 @@ def stage_mesh(mesh: Any, axis: str, stage: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """Some equations of a jaxpr as a jitted function. `reads`, `leaves`: variables of that jaxpr."""
 
     reads: tuple[Any, ...]
@@ -49,7 +49,8 @@ class _Slice:
 
 class StageRun:
     """One stage on its devices. Values are named by the variables of the stage's own program: of its outer jaxpr, and per
-    micro-batch of the body of its loop."""
+    micro-batch of the body of its loop. Its pieces, jitted: `first`; `phases`, by name, for a micro-batch; `updates`, by level.
+    `keeps`: what of a micro-batch stays until it comes back; `arriving_as`: what arrives is called."""
 
     def __init__(self, program: StageProgram, plan: Plan, donate: frozenset[Any]) -> None:
         self.program, self.plan, self.mesh = program, plan, auto_mesh(plan.mesh)
@@ -63,7 +64,8 @@ class StageRun:
         self._firsts = self._loop.equation.invars[consts : consts + carries]
         self._held = self._body.jaxpr.invars[consts : consts + carries]
         self._next = self._body.jaxpr.outvars[:carries]
-        self._row, *self._arriving = self._body.jaxpr.invars[consts + carries :]
+        self.row, *arriving = self._body.jaxpr.invars[consts + carries :]
+        self.arriving_as = dict(zip(program.received, arriving, strict=True))
         self._sending = self._body.jaxpr.outvars[carries:]
         self._marks: dict[Any, tuple[Any, ...]] = {v: (*self._path, "carry", k) for k, v in enumerate(self._held)}
         others = [*range(consts), *range(consts + carries, len(self._body.jaxpr.invars))]
@@ -100,11 +102,11 @@ class StageRun:
         slices[0] = reads, [*[v for v in leaves if v not in only], *self._moved]
         state = {self.inputs[v] for v, _ in self.program.state if v in donate}
         last = {v: k for k, (reads, _) in enumerate(slices) for v in reads}
-        self._first, *self._updates = [
+        self.first, *self.updates = [
             self._compiled(slices[k], bounds[k], [v in state and last[v] == k for v in slices[k][0]]) for k in range(len(bounds))
         ]
 
-    def _compiled(self, cut: tuple[list[Any], list[Any]], bounds: tuple[int, int], donated: Sequence[bool]) -> _Slice:
+    def _compiled(self, cut: tuple[list[Any], list[Any]], bounds: tuple[int, int], donated: Sequence[bool]) -> Slice:
         reads, leaves = cut
         replay, jaxpr = self._replay, self._jaxpr
         consts = dict(zip(jaxpr.constvars, self.plan.traced.jaxpr.consts, strict=True))
@@ -126,7 +128,7 @@ class StageRun:
         run.__name__ = run.__qualname__ = f"stage_{self.program.stage}_{PREPARE if bounds[0] == 0 else UPDATE}"
         shardings = [places[v][1] if v in places else None for v in leaves]
         gone = tuple([k for k, flag in enumerate(donated) if flag])
-        return _Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
+        return Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
 
     def _read_elsewhere(self) -> set[Any]:
         """What is read of what is prepared, apart from the loop's constants that are moved."""
@@ -138,11 +140,11 @@ class StageRun:
 
     def _inside(self) -> None:
         turn, end = self._loop.turn, len(self._body.jaxpr.eqns)
-        self._phases = {FORWARD: self._per_row(range(turn)), BACKWARD: self._per_row(range(turn, end))}
-        others = {*self._held, self._row, *[inner for _, inner in self._consts]}
-        self._keeps = [v for v in self._phases[BACKWARD].reads if v not in others]
+        self.phases = {FORWARD: self._per_row(range(turn)), BACKWARD: self._per_row(range(turn, end))}
+        others = {*self._held, self.row, *[inner for _, inner in self._consts]}
+        self.keeps = [v for v in self.phases[BACKWARD].reads if v not in others]
 
-    def _per_row(self, numbers: range) -> _Slice:
+    def _per_row(self, numbers: range) -> Slice:
         replay, body, carries = self._replay, self._body, len(self._held)
         reads, leaves = cut(body.jaxpr, numbers)
         consts = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
@@ -172,50 +174,64 @@ class StageRun:
         ]
         rewritten = {self._held[k] for k in stores.values()}
         gone = tuple([k for k, v in enumerate(reads) if v in rewritten])
-        return _Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
+        return Slice(tuple(reads), tuple(leaves), jax.jit(run, out_shardings=shardings, donate_argnums=gone))
+
+    # ---- values by variable, in arrays or shapes alike --------------------------------------------------------------
+
+    def stores(self, env: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What is summed up and gathered, as it begins; by variable of the loop's body. `env`: of the outer jaxpr."""
+        return {v: _operand(first, env) for v, first in zip(self._held, self._firsts, strict=True)}
+
+    def entering(self, env: Mapping[Any, Any]) -> dict[Any, Any]:
+        """What every micro-batch reads alike, by variable of the loop's body."""
+        return {inner: env[inner] if inner in self._moved else _operand(outer, env) for outer, inner in self._consts}
+
+    def after(self, piece: Slice, env: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The stores that a piece has changed."""
+        return {v: env[after] for v, after in zip(self._held, self._next, strict=True) if after in piece.leaves}
+
+    def finals(self, stores: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The stores when all micro-batches are through, by variable of the outer jaxpr."""
+        return dict(zip(self._loop.equation.outvars, [stores[v] for v in self._held], strict=False))
 
     # ---- one call ------------------------------------------------------------------------------------------------
 
     def start(self, inputs: Mapping[Any, Any]) -> None:
         """Prepare. `inputs`: of the program that was cut, already placed."""
         self._env = {self.inputs[v]: value for v, value in inputs.items()}
-        self._first(self._env)
+        self.first(self._env)
         self._flight = {}
-        self._stores = {v: _operand(first, self._env) for v, first in zip(self._held, self._firsts, strict=True)}
+        self._stores = self.stores(self._env)
 
     def step(self, phase: str, row: int, arrived: Mapping[Any, Any]) -> dict[Any, Any]:
         """One micro-batch, one way. `arrived`: what other stages have sent, by variable of the program that was cut. Gives what
         is to be sent."""
-        piece = self._phases[phase]
-        env = {inner: self._env[inner] if inner in self._moved else _operand(outer, self._env) for outer, inner in self._consts}
-        env.update({**self._stores, **self._flight.pop(row, {}), self._row: np.int32(row)})
-        names = dict(zip(self.program.received, self._arriving, strict=True))
-        env.update((names[v], value) for v, value in arrived.items())
+        piece = self.phases[phase]
+        env = self.entering(self._env)
+        env.update({**self._stores, **self._flight.pop(row, {}), self.row: np.int32(row)})
+        env.update((self.arriving_as[v], value) for v, value in arrived.items())
         piece(env)
-        for v, after in zip(self._held, self._next, strict=True):
-            if after in piece.leaves:
-                self._stores[v] = env[after]
+        self._stores.update(self.after(piece, env))
         sent = {v: env[inner] for v, inner in zip(self.program.sent, self._sending, strict=True) if inner in piece.leaves}
         if phase == FORWARD and self.has_backward:
-            self._flight[row] = {v: env[v] for v in self._keeps if v in env}
+            self._flight[row] = {v: env[v] for v in self.keeps if v in env}
         return sent
 
     @property
     def has_backward(self) -> bool:
         """Whether micro-batches come back to it."""
-        return bool(self._phases[BACKWARD].leaves)
+        return bool(self.phases[BACKWARD].leaves)
 
     def finish(self) -> None:
         """All micro-batches are through."""
-        finals = self._loop.equation.outvars[: len(self._held)]
-        self._env.update(zip(finals, [self._stores[v] for v in self._held], strict=True))
-        read = {v for piece in self._updates for v in piece.reads}
+        self._env.update(self.finals(self._stores))
+        read = {v for piece in self.updates for v in piece.reads}
         read |= {v for v in self._jaxpr.outvars if not isinstance(v, _jax.Literal)}
         self._env, self._stores = {v: value for v, value in self._env.items() if v in read}, {}
 
     def update(self, level: int) -> None:
         """The update of one level."""
-        self._updates[level](self._env)
+        self.updates[level](self._env)
 
     def put(self, value: Any, array: Any) -> None:
         """Hand a value of another stage to the update."""
