@@ -177,7 +177,7 @@ def replayed(took: Mapping[tuple[int, str], float], stages: int, m: int) -> floa
 
 def bubble(repeat: int) -> None:
     """The table of `--bubble`."""
-    step, args = PROGRAMS["residual_network"](width=48, batch=32)
+    step, args = PROGRAMS["residual_network"](width=32, batch=256)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x"}
     cuts = jaxplan.make_plan(step, *shapes, microbatches=8, **asked).staged.parts.cuts

@@ -158,19 +158,20 @@ class _Held:
 
     @cached_property
     def reordered(self) -> list[Buffer]:
-        """Copies of what convolutions read in another order of dimensions than the compiler for CPU computes them in: the rows of a
-        batch first, features last."""
+        """Copies that the compiler for CPU makes of what products read: of 16-bit floats in 32 bits; of what convolutions have in
+        another order of dimensions than rows first, features last. Each is there from when its source is."""
         modelled, found = self.plan.modelled, []
         pairs = zip(modelled.readings, modelled.layouts_of(self.plan.choices), strict=True)
         wanted = {(reading.reader, reading.tensor): layout for reading, (_, layout) in pairs}
         cluster = {member: index for index, c in enumerate(self.graph.clusters) for member in c.members}
         for place, (number, op) in enumerate(zip(self.facts.order.sequence, self.facts.operators, strict=True)):
-            for slot in _out_of_order(op.equation):
-                tensor = op.operands[slot]
-                if tensor >= 0:
+            slots = _out_of_order(op.equation)
+            for slot, tensor in enumerate(op.operands if op.equation is not None and op.rule.product else ()):
+                widened = _widened(self.graph.tensors[tensor].dtype) if tensor >= 0 else 1.0
+                if tensor >= 0 and (slot in slots or widened > 1):
                     layout = wanted.get((cluster[number], tensor), self.plan.layouts.get(tensor))
                     made = place if layout != self.plan.layouts.get(tensor) else self.facts.made.get(tensor, 0)
-                    found.append(Buffer(tensor, TRANSIENT, self.local(tensor, layout), made, place))
+                    found.append(Buffer(tensor, TRANSIENT, widened * self.local(tensor, layout), made, place))
         return found
 
     def _combined(self, places: Sequence[int]) -> list[Buffer]:
@@ -186,7 +187,7 @@ class _Held:
                     about, sizes = self.graph.tensors[exchange.tensor], modelled.numbers.sizes
                     before = [axis for axes in exchange.steps[0].before for axis in axes]
                     over = frozenset([axis for step in exchange.steps for axis in step.axes])
-                    nbytes = about.nbytes / math.prod([sizes[axis] for axis in before])
+                    nbytes = _widened(about.dtype) * about.nbytes / math.prod([sizes[axis] for axis in before])
                     groups.setdefault((over, about.dtype), []).append((exchange.tensor, nbytes, made))
         found = []
         for group in groups.values():
@@ -252,6 +253,11 @@ class _Held:
         donated = self.plan.traced.donated
         states = len(self.program.state)
         return [k < states and donated[k] for k in range(len(self.jaxpr.outvars))]
+
+
+def _widened(dtype: str) -> float:
+    """How much larger the compiler for CPU keeps what it computes with."""
+    return 2.0 if dtype in ("bfloat16", "float16") else 1.0
 
 
 def _out_of_order(equation: Any) -> list[int]:
