@@ -22,7 +22,7 @@ from jaxplan import __version__, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
 from jaxplan.budget import Limit, NothingFits, budget_bytes
-from jaxplan.compare import PlanAudit, StageSides, compare, compare_stages
+from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
@@ -33,7 +33,7 @@ from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed
+from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
 from jaxplan.pipeline import Pipeline, PipelineError, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
@@ -47,7 +47,7 @@ from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
-from jaxplan.unlike import Asked, OnStages, StagedFunction, on_stages, stagewise
+from jaxplan.unlike import Asked, OnStages, on_stages, stagewise
 
 Search = str | Callable[[Problem], Assignment]
 
@@ -349,26 +349,17 @@ class StagedPlan(OnStages, Plan):
     program, so that it cannot be lowered, or called inside of another jitted function (ValueError).
     """
 
-    def audit(self, topology: str | None = None) -> PlanAudit:
-        """What was predicted beside what XLA compiles, part by part of every stage; runs nothing. By axis, and at the peak, of the
-        stage that has most. Raises ValueError for a topology: stages are compiled for the devices of the plan's mesh."""
-        if topology is not None or not isinstance(self.mesh, jax.sharding.Mesh):
-            raise ValueError(
-                "stages on sub-meshes are compiled for the devices of the plan's mesh: audit plan.replan(mesh=...) with a mesh of "
-                "devices, without topology="
-            )
-        rounded = bool(find_machine(None, self.mesh).matmul_reads)
-        function, trips = self.jit(), self.request.while_trips
-        assert isinstance(function, StagedFunction)
-        sides = []
-        for number, (plan, stage) in enumerate(zip(self.stage_plans, function.compiled(), strict=True)):
-            audits = [(audit(part.program, mesh=plan.mesh, while_trips=trips), part.times) for part in stage.parts]
-            m = self.staged.microbatches
-            rows, _, last, _ = self.staged.sent(number)
-            sent = rows * m + last, stage.sent[0] * m + stage.sent[1]
-            peaks = self.staged.peaks[number], stage.held.peak(number, len(self.stage_plans), m)
-            sides.append(StageSides(plan, audits, sent, peaks))
-        return compare_stages(self.traced.name, self.staged.axis, self.axis_sizes, sides, rounded)
+    def explain(self, path_or_line: str) -> Explanation:
+        """As for any plan, of the stage where an input lies, or that has the operators of a line. Raises ValueError where several
+        stages have: ask the plan of one of them."""
+        return self._explaining(path_or_line).explain(path_or_line)
+
+    def _saved(self) -> files.SavedPlan:
+        staged = self.staged
+        worst = staged.peaks.index(self.peak_bytes)
+        with collector_paused():
+            held = staged.held[worst].always, self.peak_bytes
+            return files.saved_in_stages(self, staged.axis, staged.parts.cuts, staged.microbatches, self.places, held)
 
 
 def make_plan(
@@ -463,7 +454,7 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
     try:
         plan = choose(using, asked, request.microbatches)
     except PipelineError as error:
-        plan = _on_stages(using, request, error)
+        plan = _on_stages(using, request, dims, error)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
@@ -472,7 +463,13 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
     return replace(plan, stages=stages)
 
 
-def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) -> StagedPlan:
+def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, budget: float = math.inf) -> Request:
+    """What is asked of the program of one stage. `request`: of the whole; `mesh`: the stage's; `budget`: bytes per device."""
+    own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
+    return Request(mesh, machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
+
+
+def _on_stages(using: Choosing[Plan], request: Request, dims: Dims, error: PipelineError) -> StagedPlan:
     """A plan with stages on sub-meshes, for an axis that was asked for by name. `error`: why its layers are no loop."""
     axis, numbers = request.pipeline, using.numbers
     assert axis is not None
@@ -485,9 +482,9 @@ def _on_stages(using: Choosing[Plan], request: Request, error: PipelineError) ->
         raise ValueError(f"pipeline={axis!r}: pins lay inputs along {axis!r} too, which has one device on every stage") from error
 
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
-        own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
-        asked = Request(mesh, numbers.machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
-        return _solve(traced, build_graph(traced, request.while_trips, platform_of(mesh)), asked, {}, {})
+        asked = stage_request(request, traced, mesh, numbers.machine, budget)
+        graph = build_graph(traced, request.while_trips, platform_of(mesh))
+        return _solve(traced, graph, asked, stage_dims(using.traced, using.graph, dims, traced, graph), {})
 
     link = numbers.link(numbers.axis_names.index(axis))
     ties = tuple(using.graph.ties)

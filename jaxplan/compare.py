@@ -172,9 +172,11 @@ class StageSides:
     peaks: tuple[float, float]
 
 
-def compare_stages(name: str, axis: str, sizes: Mapping[str, int], sides: Sequence[StageSides], rounded: bool) -> PlanAudit:
-    """The same of a program in stages along `axis`: the exchanges of all stages, and by axis and at the peak those of the stage
-    that has most. What a stage is sent is a row of its own."""
+def compare_stages(
+    name: str, axis: str, sizes: Mapping[str, int], sides: Sequence[StageSides], microbatches: int, rounded: bool
+) -> PlanAudit:
+    """The same of a program in stages along `axis`: the exchanges of all stages, by axis added up, a device of each; the peak of
+    the stage that has most. What a stage is sent is a row of its own."""
     alone = [compare(side.plan, joined(side.audits), rounded) for side in sides]
     handed = []
     for number, side in enumerate(sides):
@@ -183,16 +185,36 @@ def compare_stages(name: str, axis: str, sizes: Mapping[str, int], sides: Sequen
         if predicted or compiled:
             handed.append(Comparison(status, "copy", (axis,), predicted, compiled, 1.0, 1.0, f"sent to stage {number}", ""))
 
-    def most(pick: Callable[[PlanAudit], Mapping[str, float]], which: int) -> dict[str, float]:
-        found = {other: max([pick(one).get(other, 0.0) for one in alone]) for other in {**sizes, **pick(alone[0])}}
-        return {**found, axis: max([side.sent[which] for side in sides])}
+    def total(pick: Callable[[PlanAudit], Mapping[str, float]], which: int) -> dict[str, float]:
+        names = dict.fromkeys([*sizes, *[other for one in alone for other in pick(one)]])
+        found = {other: math.fsum([pick(one).get(other, 0.0) for one in alone]) for other in names}
+        return {**found, axis: math.fsum([side.sent[which] for side in sides])}
 
-    rows = sorted([*[row for one in alone for row in one.exchanges], *handed], key=lambda row: -row.total_bytes)
+    own = [row for one in alone for row in _by_microbatch(one.exchanges, microbatches)]
+    rows = sorted([*own, *handed], key=lambda row: -row.total_bytes)
     peaks = [max([side.peaks[which] for side in sides]) for which in (0, 1)]
     return PlanAudit(
-        name, dict(sizes), tuple(rows), most(lambda one: one.predicted, 0), most(lambda one: one.compiled, 1), peaks[0], peaks[1],
+        name, dict(sizes), tuple(rows), total(lambda one: one.predicted, 0), total(lambda one: one.compiled, 1), peaks[0], peaks[1],
         joined([(one.audit, 1) for one in alone]),
     )  # fmt: skip
+
+
+def _by_microbatch(rows: Sequence[Comparison], microbatches: int) -> list[Comparison]:
+    """What stages hand each other is planned as one stack, and moved micro-batch by micro-batch: rows of such are one."""
+    left, found = list(rows), []
+    for row in rows:
+        if row.status == "missing":
+            same = [
+                other for other in left
+                if other.status == "unplanned" and (other.kind, other.axes) == (row.kind, row.axes)
+                and other.compiled_times == microbatches * row.predicted_times
+                and math.isclose(other.compiled_bytes, row.predicted_bytes, rel_tol=1e-9)
+            ]  # fmt: skip
+            for other in same[:1]:
+                left = [one for one in left if one is not row and one is not other]
+                compiled = {"compiled_bytes": other.compiled_bytes, "compiled_times": other.compiled_times}
+                found.append(replace(row, status="matched", source=other.source, **compiled))
+    return left + found
 
 
 def joined(audits: Sequence[tuple[Audit, int]]) -> Audit:

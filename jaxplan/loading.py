@@ -9,17 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxplan import files
-from jaxplan.api import Plan, Request, collector_paused
-from jaxplan.cost import Numbers, model
-from jaxplan.graph import build_graph
+from jaxplan.api import Plan, Request, StagedPlan, collector_paused, stage_request
+from jaxplan.cost import Modelled, Numbers, Stages, model
+from jaxplan.graph import Graph, build_graph
+from jaxplan.layout import Layout
 from jaxplan.machine import Machine, machine as find_machine, platform_of
-from jaxplan.pins import pinned_layouts
+from jaxplan.pins import pinned_layouts, stage_dims
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.trace import static_values, trace
+from jaxplan.unlike import Stagewise, flat, micro_of, on_stages, parts_of, stage_mesh, stage_program
 
 
 def load_plan(
@@ -73,13 +76,51 @@ def load_plan(
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
         if cut is not None:
             graph, numbers = cut.graph, micro_numbers(numbers, cut)
-        modelled = model(graph, numbers, layouts, stages=cut)
-        choices = files.choices_of(saved, modelled)
-        if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
-            modelled = model(graph, numbers, layouts, follow=False, stages=cut)
+        modelled, choices = _chosen(saved, graph, numbers, layouts, cut)
         plan = Plan(traced, modelled, choices, mesh, {}, saved.cost.bound, dims, request, pipeline)
-        files.check_specs(saved, plan)
+        if saved.stages is None:
+            files.check_specs(saved, plan)
+        else:
+            plan = _in_stages(saved, plan)
     return replace(plan, stages={**stages, "load": time.perf_counter() - start - stages["trace"]})
+
+
+def _chosen(
+    saved: files.SavedPlan, graph: Graph, numbers: Numbers, layouts: dict[int, Layout], cut: Stages | None = None
+) -> tuple[Modelled, np.ndarray]:
+    """A graph modelled as the file's plan was, and its choices."""
+    modelled = model(graph, numbers, layouts, stages=cut)
+    choices = files.choices_of(saved, modelled)
+    if (modelled.complete(choices[list(modelled.kept)]) != choices).any():  # to fit, inputs lie elsewhere than their readers
+        modelled = model(graph, numbers, layouts, follow=False, stages=cut)
+    return modelled, choices
+
+
+def _in_stages(saved: files.SavedPlan, plan: Plan) -> StagedPlan:
+    """A plan with stages on sub-meshes, as a file has them. `plan`: of the program without. Raises PlanFileError where its
+    program cannot be cut so: the file was edited."""
+    asked, graph, numbers = saved.stages, plan.modelled.graph, plan.modelled.numbers
+    assert asked is not None
+    try:
+        parts = parts_of(micro_of(flat(plan.traced), asked.microbatches), asked.cuts, tuple(graph.ties))
+    except ValueError as error:
+        raise files.PlanFileError(f"stages: {error}") from None
+    programs, plans = [], []
+    for number in range(parts.stages):
+        program = stage_program(parts, number)
+        own = files.check_stage(saved, number, program.traced.jaxpr)
+        request = stage_request(plan.request, program.traced, stage_mesh(plan.mesh, asked.axis, number), plan.request.machine)
+        stage_graph = build_graph(program.traced, request.while_trips, platform_of(plan.mesh))
+        sizes = dict(request.mesh.shape)
+        layouts = pinned_layouts(program.traced, request.pins, sizes)
+        modelled, choices = _chosen(own, stage_graph, Numbers(stage_graph, sizes, saved.machine), layouts)
+        dims = stage_dims(plan.traced, graph, plan.dims, program.traced, stage_graph)
+        programs.append(program)
+        plans.append(Plan(program.traced, modelled, choices, request.mesh, {}, None, dims, request))
+    link = numbers.link(numbers.axis_names.index(asked.axis))
+    found = on_stages(plan, StagedPlan, Stagewise(parts, tuple(programs), tuple(plans), link, asked.axis))
+    files.check_stages(saved, found, found.places)
+    return found
 
 
 def _as_saved(machine: Machine, mesh: Any) -> Machine:

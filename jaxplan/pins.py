@@ -135,3 +135,13 @@ def dimension_names(
                         "name is one symbol of the cost, so give them two names, each by its own path"
                     )
     return names
+
+
+def stage_dims(whole: Traced, graph: Graph, dims: Dims, traced: Traced, own: Graph) -> Dims:
+    """The names that the user gave to dimensions, for the inputs that the program of a stage has of the whole one."""
+    given: dict[str, dict[int, str]] = {}
+    paths = dict(zip(graph.inputs, whole.in_paths, strict=True))
+    for (tensor, dim), name in dims.items():
+        given.setdefault(paths[tensor], {})[dim] = name
+    pairs = zip(traced.in_paths, own.inputs, strict=True)
+    return {(tensor, dim): name for path, tensor in pairs for dim, name in given.get(path, {}).items()}

@@ -1,6 +1,7 @@
 """Stages of unlike layers, modelled beside compiled and measured: memory of every stage, exchanges, and the bubble.
 
-    python scripts/check_stages.py [--memory] [--exchanges] [--bubble] [--only NAME ...] [--meshes 2x2x2 2x4] [--microbatches 1 2 4 8]
+    python scripts/check_stages.py [--memory] [--exchanges] [--bubble] [--only NAME ...] [--meshes 2x2x2 2x4]
+                                   [--microbatches 1 2 4 8]
 
 The programs are those of `tests/unlike_programs.py`, wider than there; stages lie along x. The machine is that of
 `scripts/check_memory.py`: v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
@@ -9,12 +10,12 @@ The programs are those of `tests/unlike_programs.py`, wider than there; stages l
 first device are counted; results and temporaries of the part are what XLA's `memory_analysis` says. `held` is the most there ever
 was. Stages that hold less than 16 KiB (with a single micro-batch the fastest cut may leave almost nothing to one) are left out.
 
-`--exchanges`: `plan.audit()`, without running: bytes sent per device and call, by axis, of the stage that sends most along it.
+`--exchanges`: `plan.audit()`, without running: bytes sent per call by axis, of a device of each stage, added up.
 
 `--bubble`: a residual network in four stages, cut where 8 micro-batches are fastest, for 1 to 16 of them. Simulated devices share
-the host's cores, and a stage that waits computes nothing, so neither wall time nor processor time shows the bubble. Measured is the
-processor time of every part, run alone; the step is what these parts take in the order in which they are handed out, each as soon as
-its stage is free and what it waits for is there. Handing values on takes no time in it.
+the host's cores, and a stage that waits computes nothing, so neither wall time nor processor time shows the bubble. Measured is
+the processor time of every part, run alone; the step is what these parts take in the order in which they are handed out, each as
+soon as its stage is free and what it waits for is there. Handing values on takes no time in it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def replayed(took: Mapping[tuple[int, str], float], stages: int, m: int) -> floa
 
 def bubble(repeat: int) -> None:
     """The table of `--bubble`."""
-    step, args = PROGRAMS["residual_network"](width=32, batch=256)
+    step, args = PROGRAMS["residual_network"](width=96, batch=256)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x"}
     cuts = jaxplan.make_plan(step, *shapes, microbatches=8, **asked).staged.parts.cuts

@@ -45,7 +45,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "report": ("ledger",),
     "budget": ("ledger", "report"),
     "hybrid": ("asked", "budget"),
-    "unlike": ("apply", "budget", "hybrid", "report"),
+    "unlike": ("apply", "budget", "compare", "hlo", "hybrid", "pins", "report"),
     "reasons": ("report",),
     "state": ("report",),
     "measure": (),

@@ -1,5 +1,7 @@
 """Train steps of models whose layers differ from one another, small: for the tests of stages on sub-meshes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +181,7 @@ def mixer(width=24, tokens=20, batch=24):
     extents = [(tokens, width), (tokens, 2 * width), (tokens // 2, 3 * width), (tokens // 4, 3 * width), (tokens // 4, 2 * width)]
     layers = [
         {"tokens": w(t, t), "merge": w(t, after), "up": w(d, 3 * d), "down": w(3 * d, e), "across": w(d, e)}
-        for (t, d), (after, e) in zip(extents, extents[1:], strict=False)
+        for (t, d), (after, e) in itertools.pairwise(extents)
     ]
     params = {"in": w(12, width), "layers": layers, "out": w(extents[-1][1], 7)}
 
@@ -206,11 +208,12 @@ def mixer(width=24, tokens=20, batch=24):
 
 
 def tagger(width=20, length=24, batch=24):
-    """Symbols, gated convolutions over time of unlike widths and strides, a recurrence that is one loop, and a tag per sequence."""
+    """Symbols, gated convolutions over time of unlike widths and strides, a recurrence that is one loop, and one tag for all."""
     w = weights(8)
     params = {
         "symbols": w(30, width), "first": w(5, width, 4 * width), "second": w(3, 2 * width, 6 * width),
-        "third": w(7, 3 * width, 4 * width), "in": w(2 * width, 3 * width), "round": w(3 * width, 3 * width), "out": w(3 * width, 9),
+        "third": w(7, 3 * width, 4 * width), "in": w(2 * width, 3 * width), "round": w(3 * width, 3 * width),
+        "out": w(3 * width, 9),
     }  # fmt: skip
 
     def gated(x, kernel, stride):

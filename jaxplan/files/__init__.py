@@ -18,6 +18,7 @@ from jaxplan.files.encode import to_json
 from jaxplan.files.nouns import PlanFileError, SavedPlan
 from jaxplan.files.python import to_python
 from jaxplan.files.schema import plan_schema
+from jaxplan.files.stages import check_stage, check_stages, saved_in_stages
 from jaxplan.files.store import parse_plan, read_plan, write_bytes, write_plan, write_text
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "SavedPlan",
     "check_program",
     "check_specs",
+    "check_stage",
+    "check_stages",
     "choices_of",
     "describe_saved",
     "dims_of",
@@ -37,6 +40,7 @@ __all__ = [
     "plan_schema",
     "program_for",
     "read_plan",
+    "saved_in_stages",
     "saved_plan",
     "to_json",
     "to_python",

@@ -182,7 +182,7 @@ _SETTINGS: Mapping[str, Callable[[SavedPlan], str]] = {
     "pins": lambda saved: ", ".join(f"{path}: {show_spec(spec)}" for path, spec in saved.asked.pins.items()) or "none",
     "donated": lambda saved: ", ".join(fold_paths({p: 0 for p, leaf in saved.inputs.items() if leaf.donated})) or "nothing",
     "search": lambda saved: saved.asked.search or "a callable",
-    "pipeline": lambda saved: str(saved.pipeline or "none"),
+    "pipeline": lambda saved: str(saved.pipeline or saved.stages or "none"),
     "jaxplan": lambda saved: saved.versions["jaxplan"],
     "JAX": lambda saved: saved.versions["jax"],
 }

@@ -55,7 +55,7 @@ MOST_NAMED = 6
 def saved_plan(plan: Plan) -> SavedPlan:
     """Everything of a plan that can be written down. `plan.request`: what was asked for."""
     graph, numbers = plan.modelled.graph, plan.modelled.numbers
-    exchanges, worked = _exchanges(plan), _work_seconds(plan)
+    exchanges, worked = exchanges_of(plan), work_seconds(plan)
     inputs = input_leaves(plan)
     outputs = _leaves(plan, plan.traced.out_paths, plan.traced.out_avals, plan.output_layouts, graph.outputs)
     kinds = [kind.name.lower() for kind in plan.mesh.axis_types]
@@ -70,7 +70,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
         program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
-        _splits(plan), _pipeline(plan),
+        splits_of(plan), _pipeline(plan),
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def _ledger(plan: Plan) -> Ledger:
     return Ledger(held.arguments, held.outputs, held.temporaries, held.peak, found.by_kind, live)
 
 
-def _exchanges(plan: Plan) -> tuple[SavedExchange, ...]:
+def exchanges_of(plan: Plan) -> tuple[SavedExchange, ...]:
     """The exchanges of a plan, alike ones together, costliest first; ties in an order of their own."""
     numbers = plan.modelled.numbers
     links = dict(zip(plan.axis_names, map(numbers.link, range(len(plan.axis_names))), strict=True))
@@ -135,7 +135,7 @@ def _exchanges(plan: Plan) -> tuple[SavedExchange, ...]:
     return tuple(sorted(found, key=lambda e: (-sum(e.bytes.values()), e.kind, e.axes, e.shape, e.dtype, e.operator, e.source)))
 
 
-def _work_seconds(plan: Plan) -> float:
+def work_seconds(plan: Plan) -> float:
     """The time of local work, of all that is priced."""
     modelled, total = plan.modelled, 0.0
     for index, cluster in enumerate(modelled.graph.clusters):
@@ -151,7 +151,8 @@ def _pipeline(plan: Plan) -> SavedPipeline | None:
     return SavedPipeline(plan.pipeline.axis, plan.pipeline.microbatches, plan.pipeline.schedule, chains)
 
 
-def _splits(plan: Plan) -> tuple[Split, ...]:
+def splits_of(plan: Plan) -> tuple[Split, ...]:
+    """The choice of every cluster of operators, in program order."""
     graph, found = plan.modelled.graph, []
     for index, cluster in enumerate(graph.clusters):
         chosen = list(zip(plan.axis_names, plan.modelled.chosen(plan.choices, index), strict=True))

@@ -29,11 +29,13 @@ def show_spec(spec: Entries) -> str:
 
 
 def _leaves(what: str, leaves: Mapping[str, Leaf]) -> list[str]:
-    rows = [
-        (path, leaf.kind, " ".join(leaf.dims), show_spec(leaf.spec), show_bytes(leaf.bytes))
-        for path, leaf in fold_paths(leaves).items()
-    ]
-    return table((what, "shape", "dims", "spec", "per device"), rows, right=(4,))
+    staged = any(leaf.stage is not None for leaf in leaves.values())
+    rows = []
+    for path, leaf in fold_paths(leaves).items():
+        where = [str(leaf.stage)] if staged else []
+        rows.append((path, leaf.kind, " ".join(leaf.dims), *where, show_spec(leaf.spec), show_bytes(leaf.bytes)))
+    header = (what, "shape", "dims", *(["stage"] if staged else []), "spec", "per device")
+    return table(header, rows, right=(3, 5) if staged else (4,))
 
 
 def _axes(saved: SavedPlan) -> list[str]:
@@ -72,8 +74,8 @@ def _totals(saved: SavedPlan) -> list[str]:
         many, each = f"{one.count} x " if one.count > 1 else "", f"{one.dtype}[{','.join(map(str, one.shape))}]"
         size = show_bytes(one.count * one.bytes)
         lines.append(f"                {many}{one.name} {each} ({one.kind}), {size} {one.source}".rstrip())
-    if saved.pipeline is not None:
-        lines.append(f"pipeline        {saved.pipeline}")
+    if saved.pipeline is not None or saved.stages is not None:
+        lines.append(f"pipeline        {saved.pipeline or saved.stages}")
     if cost.bound is not None:
         lines.append(f"certificate     no plan takes less than {show_seconds(cost.bound)}")
     if saved.unknown:

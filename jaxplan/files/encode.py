@@ -22,6 +22,8 @@ from jaxplan.files.nouns import (
     SavedExchange,
     SavedPipeline,
     SavedPlan,
+    SavedStage,
+    SavedStages,
     Split,
 )
 from jaxplan.machine import Link, Machine
@@ -33,7 +35,6 @@ MOST_CLUSTERS = 10_000_000
 def to_json(saved: SavedPlan) -> dict[str, Any]:
     """What the file says, in its order."""
     asked, cost = saved.asked, saved.cost
-    rows = {split: number for number, split in enumerate(dict.fromkeys(saved.splits))}
     return {
         "format": "jaxplan plan",
         "version": VERSION,
@@ -64,11 +65,9 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
         "cost": {name: value if value is None else _number(value) for name, value in vars(cost).items()},
         "memory": _ledger_json(saved.memory),
         "exchanges": [_exchange_json(exchange) for exchange in saved.exchanges],
-        "choices": {
-            "rows": [_split_json(split) for split in rows],
-            "order": fold_sequence([rows[split] for split in saved.splits]),
-        },
+        "choices": _splits_json(saved.splits),
         **({"pipeline": _pipeline_json(saved.pipeline)} if saved.pipeline else {}),
+        **({"stages": _stages_json(saved.stages)} if saved.stages else {}),
     }  # fmt: skip
 
 
@@ -95,6 +94,7 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
         _splits(value["choices"], names), _pipeline(value["pipeline"], names) if "pipeline" in value else None,
+        _stages(value["stages"], mesh) if "stages" in value else None,
     )  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def _leaves_json(leaves: Mapping[str, Leaf]) -> dict[str, Any]:
         path: {
             "dtype": leaf.dtype, "shape": list(leaf.shape), **({"dims": list(leaf.dims)} if leaf.dims else {}),
             "spec": _spec_json(leaf.spec), "bytes": _number(leaf.bytes), **({"donated": True} if leaf.donated else {}),
+            **({} if leaf.stage is None else {"stage": leaf.stage}),
         }
         for path, leaf in fold_paths(leaves).items()
     }  # fmt: skip
@@ -133,7 +134,7 @@ def _leaf(where: str, path: str, value: Mapping[str, Any], names: Sequence[str])
     spec, shape, dims = _spec(where, value["spec"], names), tuple(value["shape"]), tuple(value.get("dims", ()))
     if len(spec) > len(shape):
         raise PlanFileError(f"{where}: {len(spec)} entries for {len(shape)} dimensions")
-    return Leaf(value["dtype"], shape, spec, value["bytes"], dims, value.get("donated", False))
+    return Leaf(value["dtype"], shape, spec, value["bytes"], dims, value.get("donated", False), value.get("stage"))
 
 
 def _link_json(link: Link) -> dict[str, Any]:
@@ -222,23 +223,48 @@ def _pipeline(value: Mapping[str, Any], names: Sequence[str]) -> SavedPipeline:
     return SavedPipeline(value["axis"], value["microbatches"], value["schedule"], chains)
 
 
+def _stages_json(stages: SavedStages) -> dict[str, Any]:
+    programs = [{"fingerprint": one.fingerprint, "choices": _splits_json(one.splits)} for one in stages.programs]
+    return {"axis": stages.axis, "microbatches": stages.microbatches, "cuts": list(stages.cuts), "programs": programs}
+
+
+def _stages(value: Mapping[str, Any], mesh: Sequence[Axis]) -> SavedStages:
+    sizes = {axis.name: axis.size for axis in mesh}
+    if value["axis"] not in sizes:
+        raise PlanFileError(f"stages.axis: {value['axis']!r} is no axis of the mesh {tuple(sizes)}")
+    count = sizes[value["axis"]]
+    if len(value["programs"]) != count or len(value["cuts"]) != count - 1:
+        told = f"{len(value['programs'])} programs and {len(value['cuts'])} cuts"
+        raise PlanFileError(f"stages: {told}, where the axis {value['axis']!r} has size {count}")
+    programs = tuple([
+        SavedStage(one["fingerprint"], _splits(one["choices"], list(sizes), f"stages.programs[{k}].choices"))
+        for k, one in enumerate(value["programs"])
+    ])  # fmt: skip
+    return SavedStages(value["axis"], value["microbatches"], tuple(value["cuts"]), programs)
+
+
+def _splits_json(splits: Sequence[Split]) -> dict[str, Any]:
+    rows = {split: number for number, split in enumerate(dict.fromkeys(splits))}
+    return {"rows": [_split_json(split) for split in rows], "order": fold_sequence([rows[split] for split in splits])}
+
+
 def _split_json(split: Split) -> dict[str, Any]:
     parts = {"factors": dict(split.factors), "scatters": dict(split.scatters)}
     return {"operator": split.operator, **{name: part for name, part in parts.items() if part}}
 
 
-def _splits(value: Mapping[str, Any], names: Sequence[str]) -> tuple[Split, ...]:
+def _splits(value: Mapping[str, Any], names: Sequence[str], where: str = "choices") -> tuple[Split, ...]:
     rows = []
     for number, row in enumerate(value["rows"]):
         factors, scatters = row.get("factors", {}), row.get("scatters", {})
         rows.append(Split(row["operator"], tuple(factors.items()), tuple(scatters.items())))
         wrong = [name for name in (*factors, *scatters) if name not in names]
         if wrong:
-            raise PlanFileError(f"choices.rows[{number}]: {wrong[0]!r} is no axis of the mesh {tuple(names)}")
+            raise PlanFileError(f"{where}.rows[{number}]: {wrong[0]!r} is no axis of the mesh {tuple(names)}")
     length = sequence_length(value["order"])
     if length > MOST_CLUSTERS:
-        raise PlanFileError(f"choices.order: {length:,} choices; at most {MOST_CLUSTERS:,} are read")
+        raise PlanFileError(f"{where}.order: {length:,} choices; at most {MOST_CLUSTERS:,} are read")
     order = unfold_sequence(value["order"])
     if order and max(order) >= len(rows):
-        raise PlanFileError(f"choices.order: {max(order)} numbers no row; there are {len(rows)} rows")
+        raise PlanFileError(f"{where}.order: {max(order)} numbers no row; there are {len(rows)} rows")
     return tuple(rows[number] for number in order)

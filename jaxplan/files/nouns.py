@@ -35,7 +35,7 @@ class Axis:
 @dataclass(frozen=True)
 class Leaf:
     """One array among inputs or outputs. `bytes`: per device; `dims`: names of its dimensions ("B"), if known; `donated`: an
-    input whose buffer may be reused."""
+    input whose buffer may be reused. `stage`: on whose devices it lies, where stages have sub-meshes of their own."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,6 +43,7 @@ class Leaf:
     bytes: float
     dims: tuple[str, ...] = ()
     donated: bool = False
+    stage: int | None = None
 
     @property
     def kind(self) -> str:
@@ -172,11 +173,35 @@ class SavedPipeline:
 
 
 @dataclass(frozen=True)
+class SavedStage:
+    """One stage on a sub-mesh of its own. `fingerprint`: of its program; `splits`: of every cluster of its operators."""
+
+    fingerprint: str
+    splits: tuple[Split, ...]
+
+
+@dataclass(frozen=True)
+class SavedStages:
+    """Stages of unlike layers. `cuts`: the last of the forward equations of each stage but the last. What else belongs to a
+    stage is found again in the program."""
+
+    axis: str
+    microbatches: int
+    cuts: tuple[int, ...]
+    programs: tuple[SavedStage, ...]
+
+    def __str__(self) -> str:
+        count = f"{len(self.programs)} stages of unlike layers on sub-meshes"
+        return f"{count} over {self.axis}, {self.microbatches} micro-batches, cut behind {', '.join(map(str, self.cuts))}"
+
+
+@dataclass(frozen=True)
 class SavedPlan:
     """A plan written down.
 
     `versions`: of jaxplan and jax, that made it. `unknown`: primitives without a rule. `inputs`, `outputs`: by pytree path.
-    `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order.
+    `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order. `stages`: where they are
+    programs of their own; `splits` are then of the program without them.
     """
 
     function: str
@@ -193,6 +218,7 @@ class SavedPlan:
     exchanges: tuple[SavedExchange, ...]
     splits: tuple[Split, ...]
     pipeline: SavedPipeline | None = None
+    stages: SavedStages | None = None
 
     @property
     def mesh_shape(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from jaxplan.files.fold import fold_paths, path_ranges
-from jaxplan.files.nouns import Entries, Leaf, SavedPlan
+from jaxplan.files.nouns import Entries, Leaf, PlanFileError, SavedPlan
 
 _HELPER = '''
 
@@ -22,7 +22,15 @@ def specs_of(name, tree, specs=INPUTS):
 
 
 def to_python(saved: SavedPlan) -> str:
-    """The module: `MESH`, `INPUTS` and `OUTPUTS` by path, and a function that hangs them on a pytree."""
+    """The module: `MESH`, `INPUTS` and `OUTPUTS` by path, and a function that hangs them on a pytree.
+
+    Raises PlanFileError for stages on sub-meshes: a spec alone does not say on which of them an array lies.
+    """
+    if saved.stages is not None:
+        raise PlanFileError(
+            "the stages of this plan lie on sub-meshes, and PartitionSpecs do not say on which an array lies: take "
+            "plan.in_shardings and plan.out_shardings, or write out plan.stage_plans[number]"
+        )
     mesh = ", ".join(f"{_quoted(axis)}: {size}" for axis, size in saved.mesh_shape.items())
     version = _plain(saved.versions["jaxplan"])
     lines = [

@@ -7,6 +7,8 @@ from jaxplan.unlike.nouns import Micro, Part, Parts, UnlikePipeline
 from jaxplan.unlike.parts import parts_of
 from jaxplan.unlike.plan import OnStages, StagedFunction, on_stages
 from jaxplan.unlike.programs import run_plain
+from jaxplan.unlike.run import stage_mesh
+from jaxplan.unlike.stage import stage_program
 
 __all__ = [
     "Asked",
@@ -22,5 +24,7 @@ __all__ = [
     "on_stages",
     "parts_of",
     "run_plain",
+    "stage_mesh",
+    "stage_program",
     "stagewise",
 ]

@@ -1,7 +1,7 @@
 """Bytes per device that a stage holds while its parts run one after another, as 1F1B orders them.
 
-The plan of a stage's program says where everything lies. But nothing of that program runs at once: what its loop would stack comes
-and goes by micro-batch, and what leaves a part is stored, whatever a compiler could have fused.
+The plan of a stage's program says where everything lies. But nothing of that program runs at once: what its loop would stack
+comes and goes by micro-batch, and what leaves a part is stored, whatever a compiler could have fused.
 """
 
 from __future__ import annotations
@@ -105,15 +105,17 @@ class _Held:
     def _name_results(self, equation: Any, path: tuple[Any, ...]) -> None:
         if equation.primitive is _jax.jit_p:
             inner = equation.params["jaxpr"].jaxpr
-            self.tensors.update((b, self.tensors[v]) for b, v in zip(inner.invars, equation.invars, strict=True) if self._known(v))
+            self._alike(inner.invars, equation.invars)
             for number, sub in enumerate(inner.eqns):
                 self._name_results(sub, (*path, number))
-            self.tensors.update((v, self.tensors[b]) for b, v in zip(inner.outvars, equation.outvars, strict=True) if self._known(b))
+            self._alike(equation.outvars, inner.outvars)
         elif path in self.at:
             self.tensors.update(zip(equation.outvars, self.at[path].results, strict=True))
 
-    def _known(self, var: Any) -> bool:
-        return not isinstance(var, _jax.Literal) and var in self.tensors
+    def _alike(self, some: Sequence[Any], known: Sequence[Any]) -> None:
+        for v, other in zip(some, known, strict=True):
+            if not isinstance(other, _jax.Literal) and other in self.tensors:
+                self.tensors[v] = self.tensors[other]
 
     def _rows_over(self) -> int:
         """Over how many devices the rows of a micro-batch lie, by what the stage is given of them."""
@@ -177,23 +179,23 @@ class _Held:
     def _combined(self, places: Sequence[int]) -> list[Buffer]:
         """Partial sums for the stores that are exchanged as one, so that all wait for the last of them."""
         own, stored, modelled = set(places), self._stored, self.plan.modelled
-        groups: dict[tuple[frozenset[int], str], list[tuple[int, float, int]]] = {}
+        groups: dict[tuple[frozenset[int], str], list[tuple[int, float, int, int]]] = {}
         for index, cluster in enumerate(self.graph.clusters):
-            some = cluster_exchanges(cluster, modelled.chosen(self.plan.choices, index), modelled.setting) if cluster.combines else ()
-            for exchange in some:
+            chosen = modelled.chosen(self.plan.choices, index)
+            for exchange in cluster_exchanges(cluster, chosen, modelled.setting) if cluster.combines else ():
                 made = self.facts.made.get(exchange.tensor, -1)
-                readers = [self.facts.operators[place] for place in self.facts.readers.get(exchange.tensor, ())]
-                if made in own and readers and all(stored & {*reader.results} for reader in readers):
+                readers = self.facts.readers.get(exchange.tensor, ())
+                if made in own and readers and all(stored & {*self.facts.operators[place].results} for place in readers):
                     about, sizes = self.graph.tensors[exchange.tensor], modelled.numbers.sizes
                     before = [axis for axes in exchange.steps[0].before for axis in axes]
                     over = frozenset([axis for step in exchange.steps for axis in step.axes])
                     nbytes = _widened(about.dtype) * about.nbytes / math.prod([sizes[axis] for axis in before])
-                    groups.setdefault((over, about.dtype), []).append((exchange.tensor, nbytes, made))
+                    groups.setdefault((over, about.dtype), []).append((exchange.tensor, nbytes, made, min(readers)))
         found = []
         for group in groups.values():
-            last = max([made for _, _, made in group])
-            for tensor, nbytes, made in group:
-                found += [Buffer(tensor, TRANSIENT, nbytes, made, last + 1), Buffer(tensor, TRANSIENT, nbytes, last + 1, last + 1)]
+            last = max([read for _, _, _, read in group])
+            for tensor, nbytes, made, _ in group:
+                found += [Buffer(tensor, TRANSIENT, nbytes, made, last), Buffer(tensor, TRANSIENT, nbytes, last, last)]
         return found
 
     @property
@@ -210,7 +212,7 @@ class _Held:
         first, count = len(self.program.state) + len(self.program.given), len(self.program.received)
         inputs = [self.plan.input_bytes(k) for k in range(len(self.program.arguments))]
         stores = self.total(self.held)
-        reads, leaves = cut(self.jaxpr, range(start))
+        _, leaves = cut(self.jaxpr, range(start))
         carries = self.loop.equation.invars[len(self.consts) : len(self.consts) + len(self.held)]
         firsts = {v for v in carries if not isinstance(v, _jax.Literal)}
         prepared = [v for v in leaves if v not in firsts]
@@ -239,7 +241,8 @@ class _Held:
 
     def _update(self, stores: float, late: Sequence[float], ends: Sequence[int]) -> float:
         """The most besides arguments while the update runs, level after level."""
-        donated = {v for v, flag in zip(self.jaxpr.outvars, self._in_place(), strict=True) if flag and not isinstance(v, _jax.Literal)}
+        pairs = zip(self.jaxpr.outvars, self._in_place(), strict=True)
+        donated = {v for v, flag in pairs if flag and not isinstance(v, _jax.Literal)}
         held = worst = stores + sum(late)
         for begin, end in zip([self.loop.number + 1, *ends], ends, strict=False):
             reads, leaves = cut(self.jaxpr, range(begin, end))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxplan import _jax
 from jaxplan.apply import PlannedFunction
+from jaxplan.compare import PlanAudit, StageSides, compare_stages
 from jaxplan.cost import symbolic_cost
+from jaxplan.hlo import audit
+from jaxplan.machine import machine as find_machine
+from jaxplan.pins import has_inputs
 from jaxplan.plan import Plan, PlannedExchange
 from jaxplan.report import show_bytes, show_seconds, table
 from jaxplan.unlike.choose import Stagewise
@@ -57,7 +62,7 @@ class OnStages(Plan):
     # ---- layouts ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _places(self) -> tuple[list[tuple[int, PartitionSpec]], list[tuple[int, PartitionSpec]]]:
+    def places(self) -> tuple[list[tuple[int, PartitionSpec]], list[tuple[int, PartitionSpec]]]:
         """Per flat input and output, (stage, spec)."""
         parts, programs, plans = self.staged.parts, self.staged.programs, self.staged.plans
         jaxpr, ties = parts.micro.jaxpr, dict(parts.ties)
@@ -84,35 +89,35 @@ class OnStages(Plan):
     def in_specs(self) -> Any:
         """PartitionSpecs, each on the sub-mesh of a stage: a tuple like the positional arguments (a pair with the keyword
         arguments' dict, if any)."""
-        args, kwargs = self.traced.unflatten_inputs([spec for _, spec in self._places[0]])
+        args, kwargs = self.traced.unflatten_inputs([spec for _, spec in self.places[0]])
         return (args, kwargs) if kwargs else args
 
     @cached_property
     def out_specs(self) -> Any:
         """PartitionSpecs, each on the sub-mesh of a stage, structured like the result."""
-        return self.traced.unflatten_outputs([spec for _, spec in self._places[1]])
+        return self.traced.unflatten_outputs([spec for _, spec in self.places[1]])
 
     def partition_spec_of(self, position: int) -> PartitionSpec:
         """The spec of one flat input, on the sub-mesh of the stage where it lies."""
-        return self._places[0][position][1]
+        return self.places[0][position][1]
 
     def _on(self, place: tuple[int, PartitionSpec]) -> NamedSharding:
         return NamedSharding(stage_mesh(self.mesh, self.staged.axis, place[0]), place[1])
 
     def input_sharding(self, position: int) -> NamedSharding:
         """Where one flat input lies."""
-        return self._on(self._places[0][position])
+        return self._on(self.places[0][position])
 
     @property
     def in_shardings(self) -> Any:
         """`in_specs` as `NamedSharding`s, each on the devices of the stage where it lies."""
-        args, kwargs = self.traced.unflatten_inputs([self._on(place) for place in self._places[0]])
+        args, kwargs = self.traced.unflatten_inputs([self._on(place) for place in self.places[0]])
         return (args, kwargs) if kwargs else args
 
     @property
     def out_shardings(self) -> Any:
         """`out_specs` as `NamedSharding`s, each on the devices of the stage where it lies."""
-        return self.traced.unflatten_outputs([self._on(place) for place in self._places[1]])
+        return self.traced.unflatten_outputs([self._on(place) for place in self.places[1]])
 
     # ---- cost ------------------------------------------------------------------------------------------------------
 
@@ -176,16 +181,55 @@ class OnStages(Plan):
     def _function(self, static: dict[int | str, Any], donate: Sequence[int]) -> PlannedFunction:
         return StagedFunction(self, static, donate)
 
+    def audit(self, topology: str | None = None) -> PlanAudit:
+        """What was predicted beside what XLA compiles, part by part of every stage; runs nothing. Bytes sent are those of a device
+        of each stage, added up; the peak is that of the stage that has most. Raises ValueError for a topology: stages are
+        compiled for the devices of the plan's mesh."""
+        if topology is not None or not isinstance(self.mesh, Mesh):
+            raise ValueError(
+                "stages on sub-meshes are compiled for the devices of the plan's mesh: audit plan.replan(mesh=...) with a mesh "
+                "of devices, without topology="
+            )
+        function, trips, staged = self.jit(), self.request.while_trips, self.staged
+        assert isinstance(function, StagedFunction)
+        sides = []
+        for number, (plan, stage) in enumerate(zip(staged.plans, function.compiled(), strict=True)):
+            audits = [(audit(part.program, mesh=plan.mesh, while_trips=trips), part.times) for part in stage.parts]
+            m, (rows, _, last, _) = staged.microbatches, staged.sent(number)
+            sent = rows * m + last, stage.sent[0] * m + stage.sent[1]
+            peaks = staged.peaks[number], stage.held.peak(number, len(staged.plans), m)
+            sides.append(StageSides(plan, audits, sent, peaks))
+        rounded = bool(find_machine(None, self.mesh).matmul_reads)
+        return compare_stages(self.traced.name, staged.axis, self.axis_sizes, sides, staged.microbatches, rounded)
+
+    def _explaining(self, path_or_line: str) -> Plan:
+        """The plan of the one stage that has an input, or operators of a line, to be explained."""
+        found = []
+        for number, plan in enumerate(self.staged.plans):
+            if re.search(r":\d+$", path_or_line):
+                has = any(plan.source(op).endswith(path_or_line) for op in plan.modelled.graph.operators)
+            else:
+                has = has_inputs(plan.traced, path_or_line)
+            found += [number] if has else []
+        if len(found) > 1:
+            raise ValueError(
+                f"explain: stages {', '.join(map(str, found))} have {path_or_line!r}: ask "
+                "plan.stage_plans[number].explain(...) of one of them"
+            )
+        if not found:
+            raise ValueError(
+                f"explain: no stage has {path_or_line!r}: give an input by path, prefix or glob, as print(plan) shows them, or a "
+                'source line such as "model.py:41"'
+            )
+        return self.staged.plans[found[0]]
+
     def __str__(self) -> str:
         return describe_stages(self)
 
-    explain = _refused("explained")
     why_not = _refused("compared")
     regimes = _refused("divided into regimes")
     export = _refused("exported")
     restore = _refused("restored")
-    save = _refused("saved")
-    to_python = _refused("written as Python")
     to_html = _refused("drawn")
     save_html = _refused("drawn")
     plot_memory = _refused("drawn")
@@ -298,7 +342,7 @@ def describe_stages(plan: OnStages) -> str:
     lines += table(header, rows, right=(1, 3, 4, 5, 6))
     inputs = []
     for position, (path, aval) in enumerate(zip(plan.traced.in_paths, plan.traced.in_avals, strict=True)):
-        stage, spec = plan._places[0][position]
+        stage, spec = plan.places[0][position]
         shape = f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
         inputs.append((path, shape, str(stage), str(spec).replace("PartitionSpec", "P")))
     lines += ["", *table(("input", "shape", "stage", "spec"), inputs, right=(2,)), ""]

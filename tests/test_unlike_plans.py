@@ -1,0 +1,146 @@
+"""What a plan of stages on sub-meshes can do beside running: audited, saved and loaded, explained; and what its stages hold."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import assert_close, mesh_of
+from jax.sharding import PartitionSpec
+from unlike_programs import residual_network, unet
+
+import jaxplan
+from jaxplan.api import StagedPlan
+
+SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "check_stages.py"))
+
+
+def planned(program=unet, shape=(2, 2), **options):
+    step, args = program()
+    asked = {"pipeline": "x", "microbatches": 4, "machine": "cpu", "donate_argnums": 0, **options}
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of(shape), **asked)
+    assert isinstance(plan, StagedPlan)
+    return plan, step, args
+
+
+def test_every_part_is_compiled_as_predicted():
+    plan, _, _ = planned(pins={"batch[1]": PartitionSpec("y"), "batch[2]": PartitionSpec("y")})
+    found = plan.audit()
+    assert found.predicted["y"] > 0 and found.predicted["x"] == plan.wire_bytes["x"] > 0
+    assert max(found.errors.values()) <= 0.02 and found.largest_unplanned <= 0.01
+    assert found.predicted_peak_bytes == plan.peak_bytes
+    assert found.compiled_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.25)  # of so small a program
+    handed = [row for row in found.exchanges if row.kind == "copy"]
+    assert {row.tensor for row in handed} == {"sent to stage 0", "sent to stage 1"} and {r.status for r in handed} == {"matched"}
+    assert json.loads(found.to_json())["axes"]["x"]["error"] == 0
+    with pytest.raises(ValueError, match="compiled for the devices of the plan's mesh"):
+        plan.audit(topology="v5e:2x2")
+
+
+def test_donated_state_that_several_stages_read():
+    plan, step, args = planned()
+    state, _ = plan.jit()(*jax.tree.map(jnp.copy, args))
+    got = plan.jit()(state, *args[1:])
+    assert_close(step(step(*args)[0], *args[1:]), got)
+
+
+def test_a_plan_on_sub_meshes_is_saved_and_loaded(tmp_path):
+    plan, step, args = planned(dims={"batch[1]": "Rows High Wide Colours"})
+    plan.save(tmp_path / "plan.json")
+    again = jaxplan.load_plan(tmp_path / "plan.json", step, *args, mesh=plan.mesh)
+    assert isinstance(again, StagedPlan) and again.in_shardings == plan.in_shardings and again.out_shardings == plan.out_shardings
+    assert (again.seconds, again.peak_bytes, again.pipeline) == (plan.seconds, plan.peak_bytes, plan.pipeline)
+    assert again.request.pipeline == "x" and again.traced.donated == plan.traced.donated
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+    assert any("Colours" in str(stage) for stage in again.stage_plans)
+    assert_close(step(*args), again.jit(donate_argnums=())(*args))
+    with pytest.raises(ValueError, match="PartitionSpecs do not say on which an array lies"):
+        plan.to_python()
+    with pytest.raises(ValueError, match="is not the program that the plan was made for"):
+        jaxplan.load_plan(tmp_path / "plan.json", unet(width=6)[0], *unet(width=6)[1], mesh=plan.mesh)
+
+
+def test_a_file_that_was_edited_is_refused(tmp_path):
+    plan, step, args = planned()
+    plan.save(tmp_path / "plan.json")
+    said = json.loads((tmp_path / "plan.json").read_text())
+
+    def refused(change, match):
+        value = json.loads(json.dumps(said))
+        change(value)
+        (tmp_path / "edited.json").write_text(json.dumps(value))
+        with pytest.raises(jaxplan.PlanFileError, match=match):
+            jaxplan.load_plan(tmp_path / "edited.json", step, *args, mesh=plan.mesh)
+
+    def input_elsewhere(value):
+        value["inputs"]["batch[1]"]["stage"] = 1 - value["inputs"]["batch[1]"]["stage"]
+
+    refused(lambda v: v["stages"].update(cuts=[v["stages"]["cuts"][0] - 3]), "the program of stage 0 is another one")
+    refused(lambda v: v["stages"].update(cuts=[10**6]), "they must ascend")
+    refused(lambda v: v["stages"].update(microbatches=5), "stages: .* micro-batches")
+    refused(lambda v: v["stages"].update(axis="q"), "stages.axis: 'q' is no axis of the mesh")
+    refused(lambda v: v["stages"]["programs"].append(v["stages"]["programs"][0]), "3 programs and 1 cuts")
+    refused(lambda v: v["stages"]["programs"][0]["choices"]["rows"][0].update(operator="sin"), "choices: number")
+    refused(input_elsewhere, r"specs and choices disagree: batch\[1\]")
+
+
+LOADS = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest, jax, jaxplan
+from unlike_programs import unet
+step, args = unet()
+plan = jaxplan.load_plan({path!r}, step, *args, mesh=conftest.mesh_of((2, 2)))
+plan.save({path!r} + ".again")
+print(plan.in_specs)
+"""
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_same_stages(tmp_path):
+    plan, _, _ = planned()
+    path = str(tmp_path / "plan.json")
+    plan.save(path)
+    code = LOADS.format(tests=str(Path(__file__).parent), path=path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(plan.in_specs)
+    assert Path(path + ".again").read_bytes() == Path(path).read_bytes()
+
+
+def test_an_input_is_explained_by_the_stage_where_it_lies():
+    plan, _, _ = planned()
+    assert "state/0/out" in str(plan.explain("state/0/out"))
+    with pytest.raises(ValueError, match=r"explain: stages 0, 1 have 'state': ask plan.stage_plans\[number\].explain"):
+        plan.explain("state")
+    with pytest.raises(ValueError, match="explain: no stage has 'nothing'"):
+        plan.explain("nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shape", "m"), [("unet", (2, 2, 2), 4), ("encoder_decoder", (2, 4), 2)])
+def test_stages_hold_what_was_predicted(name, shape, m):
+    plan, args = SCRIPT["planned"](name, shape, m)
+    held = SCRIPT["held"](plan, args)
+    for stage, nbytes in held.items():
+        assert plan.staged.peaks[stage] == pytest.approx(nbytes, rel=0.15)
+
+
+def test_the_step_of_measured_parts_is_that_of_their_order():
+    took = {(stage, name): seconds for stage in range(2) for name, seconds in (("prepare", 0.0), ("forward", 1.0), ("backward", 2.0))}
+    assert SCRIPT["replayed"](took, 2, 1) == 6.0
+    assert SCRIPT["replayed"](took, 2, 4) == 15.0  # m + k - 1 of 3 seconds
+
+
+def test_what_is_kept_of_16_bits_is_counted():
+    plan, _, _ = planned(lambda: residual_network(dtype=jnp.bfloat16), microbatches=2)
+    other, _, _ = planned(residual_network, microbatches=2)
+    assert plan.peak_bytes < other.peak_bytes
