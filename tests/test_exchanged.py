@@ -100,3 +100,22 @@ def test_a_diagonal_is_planned_as_the_meshs_devices_take_it():
         lambda x: jax.vmap(jnp.diagonal)(jnp.exp(x)), shape(8, 32, 32), mesh=mesh_of((8,)), machine=machine, pins=pins
     )
     assert plan.exchanges and plan.audit().errors == {"x": 0.0}
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", None])
+def test_rows_of_a_split_table_are_scattered_before_what_is_out_of_range_is_filled(mode):
+    """A table split by rows, its embeddings split by position: one reduce-scatter, also where rows out of range are filled."""
+
+    def fn(table, places, weight):
+        return jax.nn.relu(jnp.sin(jnp.take(table, places, axis=0, mode=mode)) @ weight)
+
+    args = shape(4096, 31), jax.ShapeDtypeStruct((4, 16), jnp.int32), shape(31, 64)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((4,)), pins={"table": P("x"), "places": P(), "weight": P()})
+    rows = plan.audit().exchanges
+    assert [(row.kind, row.status) for row in rows] == [("reduce-scatter", "matched")]
+    rng = np.random.default_rng(0)
+    table, weight = rng.normal(size=(4096, 31)).astype("f"), rng.normal(size=(31, 64)).astype("f")
+    places = rng.integers(-6000, 6000, (4, 16), dtype=np.int32)
+    planned = np.asarray(plan.jit()(table, places, weight))
+    np.testing.assert_allclose(planned, fn(table, places, weight), rtol=1e-5, atol=1e-5)
+    assert np.isnan(planned).any() == (mode != "clip")
