@@ -417,8 +417,12 @@ def _call(parameter: str) -> Callable[[Replay, Any, list[Any], Path], list[Any]]
 
 
 def _custom(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    asked = replay.found.asked(equation.params["call_jaxpr"].jaxpr, path)  # moved before, it is moved once for readers around too
+    values = [replay.brought(value, specs) for value, specs in zip(values, asked, strict=True)]
+
     def body(*inputs: Any) -> list[Any]:
-        return replay.run(equation.params["call_jaxpr"], inputs, path)
+        there = {(id(value), spec): (value, value) for value, specs in zip(inputs, asked, strict=True) for spec in specs}
+        return replay.run(equation.params["call_jaxpr"], inputs, path, there)
 
     return _jax.rebind_custom(equation, body, values)
 

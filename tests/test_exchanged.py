@@ -119,3 +119,19 @@ def test_rows_of_a_split_table_are_scattered_before_what_is_out_of_range_is_fill
     planned = np.asarray(plan.jit()(table, places, weight))
     np.testing.assert_allclose(planned, fn(table, places, weight), rtol=1e-5, atol=1e-5)
     assert np.isnan(planned).any() == (mode != "clip")
+
+
+def test_what_a_call_with_a_rule_of_its_own_and_a_reader_beside_it_read_is_moved_once():
+    """As the value that `relu` reads, and its derivative: where it is moved for both, it is moved once, though it takes two steps."""
+
+    def fn(h, c):
+        return jax.nn.relu(h)[None] * c + jnp.where((h > 0)[None], c, 0.0)
+
+    args = shape(16, 32), shape(64, 16, 32)
+    pins = {"h": P(None, ("x", "y")), "c": P(None, "x", "y")}
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((4, 2)), machine=free_links(), pins=pins)
+    operators = plan.modelled.graph.operators
+    read = [specs for (member, _), specs in plan.constraints.reads.items() if operators[member].name in ("max", "gt")]
+    assert len(read) == 2 and read[0] == read[1], "both read it in another layout than it has"
+    found = plan.audit()
+    assert found.errors == {"x": 0.0, "y": 0.0} and {row.status for row in found.exchanges} == {"matched"}
