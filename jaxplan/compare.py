@@ -194,7 +194,7 @@ def compare_stages(
     rows = sorted([*own, *handed], key=lambda row: -row.total_bytes)
     peaks = [max([side.peaks[which] for side in sides]) for which in (0, 1)]
     return PlanAudit(
-        name, dict(sizes), tuple(rows), total(lambda one: one.predicted, 0), total(lambda one: one.compiled, 1), peaks[0], peaks[1],
+        name, dict(sizes), tuple(rows), total(lambda one: one.predicted, 0), total(lambda one: one.compiled, 1), *peaks,
         joined([(one.audit, 1) for one in alone]),
     )  # fmt: skip
 

@@ -39,6 +39,7 @@ import numpy as np
 
 import jaxplan
 from jaxplan import hybrid
+from jaxplan.api import StagedPlan
 from jaxplan.pipeline import PipelineError
 from jaxplan.unlike import choose
 from jaxplan.unlike.nouns import FORWARD
@@ -106,7 +107,7 @@ def lying(device: Any) -> dict[int, int]:
 
 def held(plan: Any, args: Any) -> dict[int, int]:
     """{stage: the most bytes on its first device}."""
-    args = jax.tree.map(lambda leaf: leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf), args)
+    args = jax.tree.map(lambda leaf: leaf if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf), args)
     devices = [next(iter(one.mesh.devices.flat)) for one in plan.stage_plans]
     before = {device: lying(device) for device in devices}
     most: dict[int, int] = {}
@@ -181,7 +182,9 @@ def bubble(repeat: int) -> None:
     step, args = PROGRAMS["residual_network"](width=96, batch=256)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x"}
-    cuts = jaxplan.make_plan(step, *shapes, microbatches=8, **asked).staged.parts.cuts
+    first = jaxplan.make_plan(step, *shapes, microbatches=8, **asked)
+    assert isinstance(first, StagedPlan)
+    cuts = first.staged.parts.cuts
     modelled, measured = {}, {}
     for m in COUNTS:
         with mock.patch.object(choose, "_cut", lambda asked, micro: (0.0, micro, cuts)):

@@ -136,7 +136,8 @@ def test_stages_hold_what_was_predicted(name, shape, m):
 
 
 def test_the_step_of_measured_parts_is_that_of_their_order():
-    took = {(stage, name): seconds for stage in range(2) for name, seconds in (("prepare", 0.0), ("forward", 1.0), ("backward", 2.0))}
+    each = {"prepare": 0.0, "forward": 1.0, "backward": 2.0}
+    took = {(stage, name): seconds for stage in range(2) for name, seconds in each.items()}
     assert SCRIPT["replayed"](took, 2, 1) == 6.0
     assert SCRIPT["replayed"](took, 2, 4) == 15.0  # m + k - 1 of 3 seconds
 

@@ -78,7 +78,7 @@ class _Compiling:
         for piece in own.updates:
             nbytes = self.compile(UPDATE, 1, piece, self.env)
             worst, held = max(worst, held + nbytes), held + self.parts[-1].kept
-        takes = dict.fromkeys((PREPARE, FORWARD, BACKWARD), 0.0)
+        takes: dict[str, float] = dict.fromkeys((PREPARE, FORWARD, BACKWARD), 0.0)
         takes.update((part.phase, part.nbytes) for part in self.parts if part.phase != UPDATE)
         homes = dict(zip(self.run.parts.micro.jaxpr.invars, self.run.parts.homes, strict=True))
         copied = self.total([own.inputs[v] for v in program.given if homes.get(v, program.stage) != program.stage], self.env)

@@ -182,16 +182,16 @@ class OnStages(Plan):
         return StagedFunction(self, static, donate)
 
     def audit(self, topology: str | None = None) -> PlanAudit:
-        """What was predicted beside what XLA compiles, part by part of every stage; runs nothing. Bytes sent are those of a device
-        of each stage, added up; the peak is that of the stage that has most. Raises ValueError for a topology: stages are
-        compiled for the devices of the plan's mesh."""
+        """What was predicted beside what XLA compiles, part by part of every stage; runs nothing. Bytes sent are those of a
+        device of each stage, added up; the peak is that of the stage that has most. Raises ValueError for a topology: stages
+        are compiled for the devices of the plan's mesh."""
         if topology is not None or not isinstance(self.mesh, Mesh):
             raise ValueError(
                 "stages on sub-meshes are compiled for the devices of the plan's mesh: audit plan.replan(mesh=...) with a mesh "
                 "of devices, without topology="
             )
-        function, trips, staged = self.jit(), self.request.while_trips, self.staged
-        assert isinstance(function, StagedFunction)
+        donated = [position for position, flag in enumerate(self.traced.donated) if flag]
+        function, trips, staged = StagedFunction(self, {}, donated), self.request.while_trips, self.staged
         sides = []
         for number, (plan, stage) in enumerate(zip(staged.plans, function.compiled(), strict=True)):
             audits = [(audit(part.program, mesh=plan.mesh, while_trips=trips), part.times) for part in stage.parts]
