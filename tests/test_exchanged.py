@@ -122,7 +122,7 @@ def test_rows_of_a_split_table_are_scattered_before_what_is_out_of_range_is_fill
 
 
 def test_what_a_call_with_a_rule_of_its_own_and_a_reader_beside_it_read_is_moved_once():
-    """As the value that `relu` reads, and its derivative: where it is moved for both, it is moved once, though it takes two steps."""
+    """As the value that `relu` reads, and its derivative: moved for both it is moved once, though that takes two steps."""
 
     def fn(h, c):
         return jax.nn.relu(h)[None] * c + jnp.where((h > 0)[None], c, 0.0)
