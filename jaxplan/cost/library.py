@@ -1,0 +1,343 @@
+"""What a compiler that materialises keeps in memory, under a plan: which values it stores, until when, and what it broadcasts.
+
+XLA on CPU makes kernels in two rounds. First it gives reductions to a library of vector kernels (YNNPACK), each with what can be
+computed together with it: from a reduction upwards whatever only these kernels read, and downwards as long as there is a single
+reader; only what the library has, and only of some size. What lies inside never shows in XLA's memory. Nothing is computed twice
+here, not even a broadcast: one that two such kernels read is stored in full, one per source and shape, as equal ones are merged.
+Then what is element-wise is computed inside of all its readers, as long as these are loops as well, and again for each of
+them; what is costly only for a single one that reads no element twice. What any other kernel reads is stored. (xla/backends/cpu/transforms/library_rewriter.cc,
+xla/service/instruction_fusion.cc; seen in the compiled programs of jaxlib 0.10 and 0.12.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxplan.cost.schedule import Order
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
+from jaxplan.graph.nouns import constant
+from jaxplan.layout import Layout, shards
+from jaxplan.rules import Kind, Rule
+
+PREFERRED = 4096
+"""The library is given what reads or makes so many elements (ynn_support.cc, `kMinElements`)."""
+FLOATS = ("float32", "float64")
+OUTSIDE = -1
+"""Who reads what leaves, or what another kernel than those of this page reads."""
+
+
+class Spread(NamedTuple):
+    """A broadcast that is stored: as large as `tensor`, which is computed from it, from place `first` to place `last`."""
+
+    tensor: int
+    first: int
+    last: int
+
+
+class Kept(NamedTuple):
+    """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
+    {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored."""
+
+    computed: frozenset[int]
+    until: Mapping[int, int]
+    same: Mapping[int, int]
+    spreads: tuple[Spread, ...]
+
+
+NO_MORE = Kept(frozenset(), {}, {}, ())
+
+
+@dataclass(slots=True)
+class _Node:
+    """A value: made at `place`, from others, by a loop or another kernel. `spread`: (what is broadcast, which of its dimensions
+    that are not 1 each of its own is, -1 for new ones)."""
+
+    place: int
+    tensor: int
+    sources: tuple[int, ...] = ()
+    loop: bool = False
+    library: bool = False
+    reduces: bool = False
+    costly: bool = False
+    spread: bool = False
+    users: list[int] = field(default_factory=list)
+
+
+def kept(
+    graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
+    sent: frozenset[tuple[int, int]], partial: frozenset[int],
+) -> Kept:  # fmt: skip
+    """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
+    another layout to be read; `partial`: operators whose results are combined."""
+    values = _Values(graph, order, operators, layouts, sizes)
+    for place, index in enumerate(order.sequence):
+        values.take(place, index, sent, partial)
+    for tensor in graph.outputs:
+        if tensor >= 0:
+            values.leave(tensor)
+    return values.kept()
+
+
+class _Computed(NamedTuple):
+    """Where a value is computed: the last place, by which kernels, and whether one of them reads its elements more than once."""
+
+    last: int
+    kernels: frozenset[int]
+    reuses: bool
+
+
+class _Values:
+    """All values of a program as such a compiler sees them: `of` a tensor, its node."""
+
+    def __init__(
+        self, graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int]
+    ) -> None:
+        self.graph, self.operators = graph, operators
+        self._begins = {}
+        for place, op in enumerate(operators):
+            self._begins.setdefault(op.scope, place)
+        self._layouts, self._sizes = layouts, sizes
+        self.nodes: list[_Node] = []
+        self.of: dict[int, int] = {}
+        self.same: dict[int, int] = {}
+        self._spreads: dict[Hashable, int] = {}
+        self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        for place, op in enumerate(operators):
+            if op.name in (BOUNDARY, INPUT):
+                for tensor in op.results:
+                    self.of[tensor] = self._new(_Node(place, tensor))
+
+    def _new(self, node: _Node) -> int:
+        self.nodes.append(node)
+        for source in dict.fromkeys(node.sources):
+            self.nodes[source].users.append(len(self.nodes) - 1)
+        return len(self.nodes) - 1
+
+    def leave(self, tensor: int) -> None:
+        """Somebody else reads it."""
+        if tensor in self.of:
+            self.nodes[self.of[tensor]].users.append(OUTSIDE)
+
+    def elements(self, tensor: int) -> float:
+        """Of one device."""
+        layout = self._layouts.get(tensor)
+        return math.prod(self.graph.tensors[tensor].shape) / (shards(layout, self._sizes) if layout else 1)
+
+    def take(self, place: int, index: int, sent: frozenset[tuple[int, int]], partial: frozenset[int]) -> None:
+        """One operator."""
+        op = self.operators[place]
+        rule = op.rule
+        if op.name == BOUNDARY:
+            for tensor in op.operands:
+                if tensor >= 0:
+                    self.leave(tensor)
+            return
+        if op.name == INPUT:
+            return
+        operands = [t for t in op.operands if t >= 0]
+        for tensor in operands:
+            if tensor not in self.of:
+                self.of[tensor] = self._new(_Node(place, tensor))
+        moved = {t: self._sent(place, t) for t in dict.fromkeys(operands) if (t, index) in sent}
+        if len(op.results) == 1 and operands and self._alike(op):
+            source = moved.get(operands[0], self.of[operands[0]])
+            self.of[op.results[0]] = source
+            if operands[0] not in moved:
+                self.same[op.results[0]] = self.same.get(operands[0], operands[0])
+        elif len(op.results) == 1 and in_a_loop(op):
+            self._computed(place, op, moved)
+        else:
+            sources = tuple(moved.get(t, self.of[t]) for t in operands)
+            product = rule.product and self._floats(op)
+            for tensor in op.results:
+                self.of[tensor] = self._new(_Node(place, tensor, sources, library=product))
+        if index in partial:
+            for tensor in op.results:
+                self.leave(tensor)
+                self.of[tensor] = self._new(_Node(place, tensor))
+
+    def _sent(self, place: int, tensor: int) -> int:
+        self.leave(tensor)
+        return self._new(_Node(place, tensor))
+
+    def _floats(self, op: Operator) -> bool:
+        return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
+
+    def _alike(self, op: Operator) -> bool:
+        """Whether it hands on all elements in their order."""
+        if op.name == VIEW:
+            return True
+        rule = op.rule
+        if len(op.operands) != 1 or not rule.known or not rule.fusible or not (rule.flops == 0 or rule.library):
+            return False
+        before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in (rule.operands[0], rule.results[0]))
+        shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
+        moves = rule.flops == 0 or len(shapes[0]) != len(shapes[1])
+        return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
+
+    def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
+        rule, result = op.rule, op.results[0]
+        dims, most = rule.results[0], self.elements(result)
+        large, whole = most, math.prod(self.graph.tensors[result].shape)
+        sources: list[int] = []
+        broadcast = rule.flops == 0 and len(op.operands) == 1
+        reduces = _reduces(rule)
+        for slot, tensor in enumerate(op.operands):
+            wide = not reduces and (broadcast or rule.fusible) and whole > 1
+            if tensor < 0:
+                if wide:
+                    node = self._broadcast(op, slot, (op.scope, "constant", constant(op, slot)), (), place, -1)
+                    sources.append(node)
+                continue
+            large = max(large, self.elements(tensor))
+            source = moved.get(tensor, self.of[tensor])
+            about = self.graph.tensors[tensor]
+            grows = wide and math.prod(about.shape) < whole and slot < len(rule.operands)
+            if grows and not (broadcast and not _grows(rule)):
+                kept = tuple([f for dim in rule.operands[slot] for f in dim])
+                flat = [f for dim in dims for f in dim]
+                if all(f in flat for f in kept):
+                    at = tuple([flat.index(f) for f in kept])
+                    sources.append(self._broadcast(op, slot, (op.scope, source), at, place, source))
+                    continue
+            sources.append(source)
+        if broadcast and sources and self.nodes[sources[0]].spread and (whole > 1):
+            self.of[result] = sources[0]
+            return
+        last = op.operands[-1] < 0 if op.operands else False
+        costly = rule.costly == 2 or (rule.costly == 1 and not last) or reduces
+        library = rule.library and self._floats(op) and large >= PREFERRED
+        self.of[result] = self._new(
+            _Node(place, result, tuple(sources), True, library, reduces, costly and not (rule.touched and not reduces))
+        )
+
+    def _broadcast(
+        self, op: Operator, slot: int, root: Hashable, at: tuple[int, ...], place: int, source: int
+    ) -> int:
+        """The value that a broadcast makes: equal ones are one."""
+        result = op.results[0]
+        about = self.graph.tensors[result]
+        sizes = tuple([op.rule.factors[f].size for dim in op.rule.results[0] for f in dim])
+        node = self.nodes[source] if source >= 0 else None
+        if node is not None and node.spread and source in self._sources:  # a broadcast of a broadcast
+            inner, where = self._sources[source]
+            if len(at) >= max(where, default=-1) + 1:
+                root, at = inner, tuple([at[d] for d in where])
+        key = (root, at, sizes)
+        if key not in self._spreads:
+            begin = self._begins[op.scope]
+            sources = node.sources if node is not None and node.spread else (source,) if source >= 0 else ()
+            first = max([begin, *[self.nodes[s].place for s in sources if self.nodes[s].place <= place]])
+            self._spreads[key] = self._new(_Node(first, result, sources, True, list(at) == sorted(at), spread=True))
+            self._sources[self._spreads[key]] = (root, at)
+        return self._spreads[key]
+
+    # ---- kernels ---------------------------------------------------------------------------------------------
+
+    def kept(self) -> Kept:
+        """What is stored in the end."""
+        home, nodes = self._libraries(), self.nodes
+        until: dict[int, int] = {}
+        spreads: list[Spread] = []
+        unstored: set[int] = set()
+        found = [_Computed(node.place, frozenset((number,)), False) for number, node in enumerate(nodes)]
+        for number in range(len(nodes) - 1, -1, -1):
+            node, group = nodes[number], home.get(number, number)
+            if group != number:
+                unstored.add(number)
+                found[number] = _Computed(nodes[group].place, frozenset((group,)), False)
+                continue
+            inside = [] if number in home else self._inside(number, found, home)
+            others = [r for r in node.users if r not in inside]
+            again = [found[r] for r in inside]
+            if not others:
+                unstored.add(number)
+            else:
+                last = max([node.place, *[found[r].last for r in others if r != OUTSIDE]])
+                if node.spread:
+                    spreads.append(Spread(node.tensor, node.place, last))
+                else:
+                    until[node.tensor] = max(until.get(node.tensor, 0), last)
+                again.append(found[number])
+            if inside:
+                kernels = frozenset().union(*[one.kernels for one in again])
+                reuses = any(nodes[r].spread or found[r].reuses for r in inside)
+                found[number] = _Computed(max(one.last for one in again), kernels, reuses)
+        computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
+        return Kept(computed, until, self.same, tuple(spreads))
+
+    def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
+        """The readers that compute a value themselves."""
+        node, nodes = self.nodes[number], self.nodes
+        if not node.loop:
+            return []
+        loops = [r for r in node.users if r != OUTSIDE and nodes[r].loop and r not in home]
+        if node.costly:
+            several = len(loops) < len(node.users) or len(frozenset().union(*[found[r].kernels for r in loops])) > 1
+            return [] if several or any(nodes[r].spread or found[r].reuses for r in loops) else loops
+        return loops if len(loops) == len(node.users) or self._unary(node) else []
+
+    def _unary(self, node: _Node) -> bool:
+        """Whether it reads at most one value that is as large, or no more than it makes."""
+        most = len(self._wide(node.tensor))
+        large = [s for s in node.sources if not self.nodes[s].spread and len(self._wide(self.nodes[s].tensor)) >= most]
+        read = sum(self.elements(self.nodes[s].tensor) for s in node.sources)
+        return len(large) <= 1 or read <= self.elements(node.tensor)
+
+    def _wide(self, tensor: int) -> list[int]:
+        return [extent for extent in self.graph.tensors[tensor].shape if extent != 1]
+
+    def _libraries(self) -> dict[int, int]:
+        """{value: the result of the library's kernel that computes it}."""
+        home: dict[int, int] = {}
+        for number in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[number]
+            if node.reduces and node.library and number not in home:
+                group, root = self._grown(number, home)
+                home.update(dict.fromkeys(group, root))
+        return home
+
+    def _grown(self, centre: int, home: Mapping[int, int]) -> tuple[set[int], int]:
+        nodes, group, root = self.nodes, {centre}, centre
+        while True:
+            before = len(group)
+            ahead = list(group)
+            while ahead:
+                for source in nodes[ahead.pop()].sources:
+                    new = source not in group and source not in home and nodes[source].library
+                    if new and all(user in group for user in nodes[source].users):
+                        group.add(source)
+                        ahead.append(source)
+            users = set(nodes[root].users)
+            if len(users) == 1 and OUTSIDE not in users:
+                (user,) = users
+                if nodes[user].library and user not in home:
+                    group.add(user)
+                    root = user
+            if len(group) == before:
+                return group, root
+
+
+def _grows(rule: Rule) -> bool:
+    """Whether the result has more dimensions than its operand, that are not 1."""
+    own = {f for dim in rule.operands[0] for f in dim}
+    return any(f not in own and rule.factors[f].size > 1 for dim in rule.results[0] for f in dim)
+
+
+def _reduces(rule: Rule) -> bool:
+    kept = {f for dims in rule.results for dim in dims for f in dim}
+    return rule.fusible and any(f not in kept and factor.size > 1 for f, factor in enumerate(rule.factors))
+
+
+def in_a_loop(operator: Operator) -> bool:
+    """Whether a compiler computes an operator element by element, inside the loop of its reader."""
+    rule = operator.rule
+    if operator.equation is None or not rule.known:
+        return False
+    if rule.touched and len(rule.operands) > 1 and rule.touched[-1] < 1:
+        return False
+    return rule.fusible or rule.flops == 0
