@@ -12,6 +12,7 @@ xla/service/instruction_fusion.cc; seen in the compiled programs of jaxlib 0.10 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from jaxplan.rules import Kind, Rule
 PREFERRED = 4096
 """The library is given what reads or makes so many elements (ynn_support.cc, `kMinElements`)."""
 FLOATS = ("float32", "float64")
+OFTEN = 15
+"""A kernel computes a value at no more places (fusion_node_indexing_evaluation.cc, `kAllowedCodeDuplication`)."""
 OUTSIDE = -1
 """Who reads what leaves, or what another kernel than those of this page reads."""
 
@@ -64,6 +67,9 @@ class _Node:
     reduces: bool = False
     costly: bool = False
     spread: bool = False
+    moves: bool = False
+    turns: bool = False
+    left: int = 0
     users: list[int] = field(default_factory=list)
 
 
@@ -83,11 +89,13 @@ def kept(
 
 
 class _Computed(NamedTuple):
-    """Where a value is computed: the last place, by which kernels, and whether one of them reads its elements more than once."""
+    """Where a value is computed: the last place, by which kernels, whether one of them reads its elements more than once, and at
+    which places of its own each of them reads it (each a kernel, then those that move elements on the way)."""
 
     last: int
     kernels: frozenset[int]
     reuses: bool
+    places: frozenset[tuple[int, ...]]
 
 
 class _Values:
@@ -117,10 +125,12 @@ class _Values:
             self.nodes[source].users.append(len(self.nodes) - 1)
         return len(self.nodes) - 1
 
-    def leave(self, tensor: int) -> None:
-        """Somebody else reads it."""
+    def leave(self, tensor: int, place: int = 0) -> None:
+        """Somebody else reads it, there."""
         if tensor in self.of:
-            self.nodes[self.of[tensor]].users.append(OUTSIDE)
+            node = self.nodes[self.of[tensor]]
+            node.users.append(OUTSIDE)
+            node.left = max(node.left, place)
 
     def elements(self, tensor: int) -> float:
         """Of one device."""
@@ -134,7 +144,7 @@ class _Values:
         if op.name == BOUNDARY:
             for tensor in op.operands:
                 if tensor >= 0:
-                    self.leave(tensor)
+                    self.leave(tensor, place)
             return
         if op.name == INPUT:
             return
@@ -151,18 +161,23 @@ class _Values:
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         else:
-            sources = tuple(moved.get(t, self.of[t]) for t in operands)
+            sources = tuple(self._turned_back(moved.get(t, self.of[t]), rule) for t in operands)
             product = rule.product and self._floats(op)
             for tensor in op.results:
                 self.of[tensor] = self._new(_Node(place, tensor, sources, library=product))
         if index in partial:
             for tensor in op.results:
-                self.leave(tensor)
+                self.leave(tensor, place)
                 self.of[tensor] = self._new(_Node(place, tensor))
 
     def _sent(self, place: int, tensor: int) -> int:
-        self.leave(tensor)
+        self.leave(tensor, place)
         return self._new(_Node(place, tensor))
+
+    def _turned_back(self, number: int, rule: Rule) -> int:
+        """Products read what is transposed where it lies."""
+        node = self.nodes[number]
+        return node.sources[0] if rule.product and not rule.spatial and node.turns else number
 
     def _floats(self, op: Operator) -> bool:
         return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
@@ -187,7 +202,7 @@ class _Values:
         broadcast = rule.flops == 0 and len(op.operands) == 1
         reduces = _reduces(rule)
         for slot, tensor in enumerate(op.operands):
-            wide = not reduces and (broadcast or rule.fusible) and whole > 1
+            wide = not reduces and (broadcast or rule.fusible or rule.product) and whole > 1
             if tensor < 0:
                 if wide:
                     node = self._broadcast(op, slot, (op.scope, "constant", constant(op, slot)), (), place, -1)
@@ -209,10 +224,12 @@ class _Values:
             self.of[result] = sources[0]
             return
         last = op.operands[-1] < 0 if op.operands else False
-        costly = rule.costly == 2 or (rule.costly == 1 and not last) or reduces
-        library = rule.library and self._floats(op) and large >= PREFERRED
+        costly = rule.costly == 2 or (rule.costly == 1 and not last)
+        library = (rule.library or rule.product) and self._floats(op) and large >= PREFERRED
+        moves = broadcast or (rule.flops == 0 and len(op.operands) > 1) or reduces or bool(rule.touched)
+        turns = broadcast and whole == math.prod(self.graph.tensors[op.operands[0]].shape) if op.operands[0:1] != (-1,) and op.operands else False
         self.of[result] = self._new(
-            _Node(place, result, tuple(sources), True, library, reduces, costly and not (rule.touched and not reduces))
+            _Node(place, result, tuple(sources), True, library, reduces, costly, moves=moves, turns=turns)
         )
 
     def _broadcast(
@@ -244,12 +261,12 @@ class _Values:
         until: dict[int, int] = {}
         spreads: list[Spread] = []
         unstored: set[int] = set()
-        found = [_Computed(node.place, frozenset((number,)), False) for number, node in enumerate(nodes)]
+        found = [_Computed(node.place, frozenset((number,)), False, frozenset(((number,),))) for number, node in enumerate(nodes)]
         for number in range(len(nodes) - 1, -1, -1):
             node, group = nodes[number], home.get(number, number)
             if group != number:
                 unstored.add(number)
-                found[number] = _Computed(nodes[group].place, frozenset((group,)), False)
+                found[number] = _Computed(nodes[group].place, frozenset((group,)), False, frozenset(((group,),)))
                 continue
             inside = [] if number in home else self._inside(number, found, home)
             others = [r for r in node.users if r not in inside]
@@ -257,18 +274,18 @@ class _Values:
             if not others:
                 unstored.add(number)
             else:
-                last = max([node.place, *[found[r].last for r in others if r != OUTSIDE]])
+                last = max([node.place, node.left, *[found[r].last for r in others if r != OUTSIDE]])
                 if node.spread:
                     spreads.append(Spread(node.tensor, node.place, last))
-                else:
-                    until[node.tensor] = max(until.get(node.tensor, 0), last)
+                until[number] = last
                 again.append(found[number])
             if inside:
                 kernels = frozenset().union(*[one.kernels for one in again])
                 reuses = any(nodes[r].spread or found[r].reuses for r in inside)
-                found[number] = _Computed(max(one.last for one in again), kernels, reuses)
+                found[number] = _Computed(max(one.last for one in again), kernels, reuses, self._places(inside, found))
         computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
-        return Kept(computed, until, self.same, tuple(spreads))
+        places = {t: until[number] for t, number in self.of.items() if number in until}
+        return Kept(computed, places, self.same, tuple(spreads))
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""
@@ -279,7 +296,15 @@ class _Values:
         if node.costly:
             several = len(loops) < len(node.users) or len(frozenset().union(*[found[r].kernels for r in loops])) > 1
             return [] if several or any(nodes[r].spread or found[r].reuses for r in loops) else loops
-        return loops if len(loops) == len(node.users) or self._unary(node) else []
+        if len(loops) < len(node.users) and not self._unary(node):
+            return []
+        times = Counter(place[0] for place in self._places(loops, found))
+        return loops if max(times.values(), default=0) <= OFTEN else []
+
+    def _places(self, readers: Sequence[int], found: Sequence[_Computed]) -> frozenset[tuple[int, ...]]:
+        """Where a value is read, by its readers' own places: those that move elements read it elsewhere than they write."""
+        own = [(r, place) for r in readers for place in found[r].places]
+        return frozenset((*place, r) if self.nodes[r].moves or self.nodes[r].spread else place for r, place in own)
 
     def _unary(self, node: _Node) -> bool:
         """Whether it reads at most one value that is as large, or no more than it makes."""
@@ -338,6 +363,8 @@ def in_a_loop(operator: Operator) -> bool:
     rule = operator.rule
     if operator.equation is None or not rule.known:
         return False
+    if rule.product:
+        return math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) == 1 and not rule.spatial
     if rule.touched and len(rule.operands) > 1 and rule.touched[-1] < 1:
         return False
     return rule.fusible or rule.flops == 0

@@ -216,7 +216,7 @@ def _kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Facts:
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
     known = {**inner, **layouts}
     found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial))
-    readers = {t: [*near, found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
+    readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 
 

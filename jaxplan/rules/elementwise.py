@@ -57,8 +57,18 @@ def gathered(*prims: Primitive) -> None:
 
 # What YNNPACK has (xla/backends/cpu/ynn_support.cc), and what XLA takes for dear (xla/service/cpu/cpu_instruction_fusion.cc)
 elementwise(
-    *primitives("abs add add_jaxvals ceil cos floor integer_pow max min mul neg round sign sin square sub"), library=True
+    *primitives("abs add add_jaxvals ceil cos floor max min mul neg round sign sin square sub"), library=True
 )
+
+
+@register(*primitives("integer_pow"), reads=("y",))
+def integer_pow(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Products; of a negative power, a division."""
+    build = Builder()
+    dims = build.factors_of(results[0].shape)
+    return build.rule([dims], [dims], fusible=True, library=True, costly=2 if params["y"] < 0 else 0)
+
+
 elementwise(*primitives("div"), library=True, costly=1)
 elementwise(*primitives("erf exp exp2 expm1 log log1p logistic pow rsqrt sqrt tan tanh"), library=True, costly=2)
 elementwise(
