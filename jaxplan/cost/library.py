@@ -43,15 +43,17 @@ class Spread(NamedTuple):
 
 class Kept(NamedTuple):
     """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
-    {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored."""
+    {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored. `written_over`:
+    places where loops write element by element what they read."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
     same: Mapping[int, int]
     spreads: tuple[Spread, ...]
+    written_over: frozenset[int]
 
 
-NO_MORE = Kept(frozenset(), {}, {}, ())
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset())
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class _Node:
     spread: bool = False
     moves: bool = False
     turns: bool = False
+    apart: bool = False
     left: int = 0
     users: list[int] = field(default_factory=list)
 
@@ -160,6 +163,10 @@ class _Values:
                 self.same[op.results[0]] = self.same.get(operands[0], operands[0])
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
+        elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
+            sources = tuple(moved.get(t, self.of[t]) for t in operands)
+            for tensor in op.results:
+                self.of[tensor] = self._new(_Node(place, tensor, sources, True, moves=True))
         else:
             sources = tuple(self._turned_back(moved.get(t, self.of[t]), rule) for t in operands)
             product = rule.product and self._floats(op)
@@ -191,7 +198,8 @@ class _Values:
             return False
         before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in (rule.operands[0], rule.results[0]))
         shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
-        moves = rule.flops == 0 or len(shapes[0]) != len(shapes[1])
+        turned = shapes[0] == shapes[1] and any(f.kind is Kind.WHOLE and f.size > 1 for f in rule.factors)
+        moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
 
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
@@ -202,7 +210,7 @@ class _Values:
         broadcast = rule.flops == 0 and len(op.operands) == 1
         reduces = _reduces(rule)
         for slot, tensor in enumerate(op.operands):
-            wide = not reduces and (broadcast or rule.fusible or rule.product) and whole > 1
+            wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
             if tensor < 0:
                 if wide:
                     node = self._broadcast(op, slot, (op.scope, "constant", constant(op, slot)), (), place, -1)
@@ -211,7 +219,7 @@ class _Values:
             large = max(large, self.elements(tensor))
             source = moved.get(tensor, self.of[tensor])
             about = self.graph.tensors[tensor]
-            grows = wide and math.prod(about.shape) < whole and slot < len(rule.operands)
+            grows = wide and math.prod(about.shape) < whole and _fills(rule, slot, about.shape)
             if grows and not (broadcast and not _grows(rule)):
                 kept = tuple([f for dim in rule.operands[slot] for f in dim])
                 flat = [f for dim in dims for f in dim]
@@ -229,7 +237,9 @@ class _Values:
         moves = broadcast or (rule.flops == 0 and len(op.operands) > 1) or reduces or bool(rule.touched)
         turns = broadcast and whole == math.prod(self.graph.tensors[op.operands[0]].shape) if op.operands[0:1] != (-1,) and op.operands else False
         self.of[result] = self._new(
-            _Node(place, result, tuple(sources), True, library, reduces, costly, moves=moves, turns=turns)
+            _Node(
+                place, result, tuple(sources), True, library, reduces, costly, moves=moves, turns=turns, apart=rule.costly == 3
+            )  # fmt: skip
         )
 
     def _broadcast(
@@ -285,12 +295,13 @@ class _Values:
                 found[number] = _Computed(max(one.last for one in again), kernels, reuses, self._places(inside, found))
         computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
         places = {t: until[number] for t, number in self.of.items() if number in until}
-        return Kept(computed, places, self.same, tuple(spreads))
+        over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
+        return Kept(computed, places, self.same, tuple(spreads), over)
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""
         node, nodes = self.nodes[number], self.nodes
-        if not node.loop:
+        if not node.loop or node.apart:
             return []
         loops = [r for r in node.users if r != OUTSIDE and nodes[r].loop and r not in home]
         if node.costly:
@@ -345,6 +356,12 @@ class _Values:
                     root = user
             if len(group) == before:
                 return group, root
+
+
+def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
+    """Whether an operand is met whole in every dimension."""
+    sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
+    return sizes == list(shape)
 
 
 def _grows(rule: Rule) -> bool:

@@ -119,7 +119,7 @@ def memory(
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
-        heap = _outside_outputs(buffers)
+        heap = _outside_outputs(buffers, facts.kept.written_over)
     else:
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
@@ -579,17 +579,18 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
     return found
 
 
-def _outside_outputs(buffers: Sequence[Buffer]) -> list[Buffer]:
+def _outside_outputs(buffers: Sequence[Buffer], written_over: frozenset[int] = frozenset()) -> list[Buffer]:
     """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
-    holds them (XLA's buffer assignment)."""
+    holds them (XLA's buffer assignment). `written_over`: places where what is read can be written over, element by element."""
     outputs: list[tuple[float, list[tuple[int, int]]]] = []
     outside = []
     for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.kind != OUTPUT)):
         if buffer.kind == OUTPUT:
             outputs.append((buffer.nbytes, [(buffer.first, buffer.last)]))
             continue
-        for _, taken in reversed(outputs):
-            if all(buffer.last < start or buffer.first > stop for start, stop in taken):
+        for size, taken in reversed(outputs):
+            over = written_over if buffer.nbytes == size else frozenset()
+            if all(buffer.last < start + (start in over) or buffer.first > stop for start, stop in taken):
                 taken.append((buffer.first, buffer.last))
                 break
         else:
