@@ -19,7 +19,7 @@ _ALONE = ("optimization_barrier", "remat", "remat2", "checkpoint", "shard_map", 
 
 
 def computed_once(closed: Any) -> Any:
-    """A closed jaxpr in which no body says again what it has already computed, nor what nobody reads: compilers leave out both."""
+    """A closed jaxpr in which no body says again what it has computed, nor what nobody reads: compilers leave both out."""
     return _Once().told(closed)
 
 

@@ -5,8 +5,9 @@ computed together with it: from a reduction upwards whatever only these kernels 
 reader; only what the library has, and only of some size. What lies inside never shows in XLA's memory. Nothing is computed twice
 here, not even a broadcast: one that two such kernels read is stored in full, one per source and shape, as equal ones are merged.
 Then what is element-wise is computed inside of all its readers, as long as these are loops as well, and again for each of
-them; what is costly only for a single one that reads no element twice. What any other kernel reads is stored. (xla/backends/cpu/transforms/library_rewriter.cc,
-xla/service/instruction_fusion.cc; seen in the compiled programs of jaxlib 0.10 and 0.12.)
+them; what is costly only for a single one that reads no element twice. What any other kernel reads is stored, and loops compute
+it again all the same if it comes from a single large value. Products want dimensions in an order of their own, else a
+copy. (xla/backends/cpu/transforms/library_rewriter.cc, xla/service/instruction_fusion.cc; seen in the compiled programs of jaxlib 0.10 and 0.12.)
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ NO_MORE = Kept(frozenset(), {}, {}, (), frozenset())
 
 @dataclass(slots=True)
 class _Node:
-    """A value: made at `place`, from others, by a loop or another kernel. `spread`: (what is broadcast, which of its dimensions
-    that are not 1 each of its own is, -1 for new ones)."""
+    """A value: made at `place` from `sources`, by a `loop` (or another kernel), as large as `tensor`. `library`: what the library
+    can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
+    changes; `apart`: never computed inside of readers; `copied`: for a
+    product, with dimensions in another order. `left`: the last place where somebody else reads it."""
 
     place: int
     tensor: int
@@ -72,6 +75,7 @@ class _Node:
     moves: bool = False
     turns: bool = False
     apart: bool = False
+    copied: bool = False
     left: int = 0
     users: list[int] = field(default_factory=list)
 
@@ -99,6 +103,10 @@ class _Computed(NamedTuple):
     kernels: frozenset[int]
     reuses: bool
     places: frozenset[tuple[int, ...]]
+
+
+def _alone(place: int, kernel: int) -> _Computed:
+    return _Computed(place, frozenset((kernel,)), False, frozenset(((kernel,),)))
 
 
 class _Values:
@@ -168,7 +176,7 @@ class _Values:
             for tensor in op.results:
                 self.of[tensor] = self._new(_Node(place, tensor, sources, True, moves=True))
         else:
-            sources = tuple(self._turned_back(moved.get(t, self.of[t]), rule) for t in operands)
+            sources = tuple(self._taken(place, op, slot, moved) for slot, t in enumerate(op.operands) if t >= 0)
             product = rule.product and self._floats(op)
             for tensor in op.results:
                 self.of[tensor] = self._new(_Node(place, tensor, sources, library=product))
@@ -181,10 +189,21 @@ class _Values:
         self.leave(tensor, place)
         return self._new(_Node(place, tensor))
 
-    def _turned_back(self, number: int, rule: Rule) -> int:
-        """Products read what is transposed where it lies."""
+    def _taken(self, place: int, op: Operator, slot: int, moved: Mapping[int, int]) -> int:
+        """What a kernel other than a loop reads. Products read a matrix that is transposed where it lies; others are copied."""
+        tensor = op.operands[slot]
+        number = moved.get(tensor, self.of[tensor])
         node = self.nodes[number]
-        return node.sources[0] if rule.product and not rule.spatial and node.turns else number
+        if op.rule.product and node.turns and not op.rule.spatial:
+            return node.sources[0]
+        order = _order(op.rule, slot) if op.rule.product and slot < 2 else None
+        if order is None:
+            return number
+        key = (op.scope, "copied", number, order)
+        if key not in self._spreads:
+            first = max(self._begins[op.scope], node.place if node.place <= place else 0)
+            self._spreads[key] = self._new(_Node(first, tensor, (number,), True, moves=True, copied=True))
+        return self._spreads[key]
 
     def _floats(self, op: Operator) -> bool:
         return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
@@ -196,58 +215,54 @@ class _Values:
         rule = op.rule
         if len(op.operands) != 1 or not rule.known or not rule.fusible or not (rule.flops == 0 or rule.library):
             return False
-        before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in (rule.operands[0], rule.results[0]))
+        sides = rule.operands[0], rule.results[0]
+        before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in sides)
         shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
         turned = shapes[0] == shapes[1] and any(f.kind is Kind.WHOLE and f.size > 1 for f in rule.factors)
         moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
 
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
+        """What a loop computes."""
         rule, result = op.rule, op.results[0]
-        dims, most = rule.results[0], self.elements(result)
-        large, whole = most, math.prod(self.graph.tensors[result].shape)
-        sources: list[int] = []
-        broadcast = rule.flops == 0 and len(op.operands) == 1
-        reduces = _reduces(rule)
-        for slot, tensor in enumerate(op.operands):
-            wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
-            if tensor < 0:
-                if wide:
-                    node = self._broadcast(op, slot, (op.scope, "constant", constant(op, slot)), (), place, -1)
-                    sources.append(node)
-                continue
-            large = max(large, self.elements(tensor))
-            source = moved.get(tensor, self.of[tensor])
-            about = self.graph.tensors[tensor]
-            grows = wide and math.prod(about.shape) < whole and _fills(rule, slot, about.shape)
-            if grows and not (broadcast and not _grows(rule)):
-                kept = tuple([f for dim in rule.operands[slot] for f in dim])
-                flat = [f for dim in dims for f in dim]
-                if all(f in flat for f in kept):
-                    at = tuple([flat.index(f) for f in kept])
-                    sources.append(self._broadcast(op, slot, (op.scope, source), at, place, source))
-                    continue
-            sources.append(source)
-        if broadcast and sources and self.nodes[sources[0]].spread and (whole > 1):
+        broadcast, reduces = rule.flops == 0 and len(op.operands) == 1, _reduces(rule)
+        whole, known = self._whole(result), [t for t in op.operands if t >= 0]
+        wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
+        slots = [(slot, tensor) for slot, tensor in enumerate(op.operands) if wide or tensor >= 0]
+        sources = [self._read(op, slot, tensor, place, moved, wide) for slot, tensor in slots]
+        if broadcast and wide and sources and self.nodes[sources[0]].spread:
             self.of[result] = sources[0]
             return
-        last = op.operands[-1] < 0 if op.operands else False
-        costly = rule.costly == 2 or (rule.costly == 1 and not last)
-        library = (rule.library or rule.product) and self._floats(op) and large >= PREFERRED
-        moves = broadcast or (rule.flops == 0 and len(op.operands) > 1) or reduces or bool(rule.touched)
-        turns = broadcast and whole == math.prod(self.graph.tensors[op.operands[0]].shape) if op.operands[0:1] != (-1,) and op.operands else False
-        self.of[result] = self._new(
-            _Node(
-                place, result, tuple(sources), True, library, reduces, costly, moves=moves, turns=turns, apart=rule.costly == 3
-            )  # fmt: skip
-        )
+        large = max(map(self.elements, (*known, result)))
+        self.of[result] = self._new(_Node(
+            place, result, tuple(sources), True,
+            library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
+            reduces=reduces,
+            costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0),
+            moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
+            turns=broadcast and bool(known) and whole == self._whole(known[0]),
+            apart=rule.costly == 3,
+        ))  # fmt: skip
 
-    def _broadcast(
-        self, op: Operator, slot: int, root: Hashable, at: tuple[int, ...], place: int, source: int
-    ) -> int:
-        """The value that a broadcast makes: equal ones are one."""
+    def _whole(self, tensor: int) -> int:
+        return math.prod(self.graph.tensors[tensor].shape)
+
+    def _read(self, op: Operator, slot: int, tensor: int, place: int, moved: Mapping[int, int], wide: bool) -> int:
+        """What a loop reads of an operand: a broadcast of it, where it is smaller than what is computed."""
+        if tensor < 0:
+            return self._broadcast(op, (op.scope, "constant", constant(op, slot)), (), place, -1)
+        source = moved.get(tensor, self.of[tensor])
+        rule, shape = op.rule, self.graph.tensors[tensor].shape
+        if wide and math.prod(shape) < self._whole(op.results[0]) and _fills(rule, slot, shape):
+            flat = [f for dim in rule.results[0] for f in dim]
+            own = [f for dim in rule.operands[slot] for f in dim]
+            if all(f in flat for f in own):
+                return self._broadcast(op, (op.scope, source), tuple([flat.index(f) for f in own]), place, source)
+        return source
+
+    def _broadcast(self, op: Operator, root: Hashable, at: tuple[int, ...], place: int, source: int) -> int:
+        """The value that a broadcast makes: equal ones are one. `at`: which dimensions of it those of what it broadcasts are."""
         result = op.results[0]
-        about = self.graph.tensors[result]
         sizes = tuple([op.rule.factors[f].size for dim in op.rule.results[0] for f in dim])
         node = self.nodes[source] if source >= 0 else None
         if node is not None and node.spread and source in self._sources:  # a broadcast of a broadcast
@@ -271,12 +286,12 @@ class _Values:
         until: dict[int, int] = {}
         spreads: list[Spread] = []
         unstored: set[int] = set()
-        found = [_Computed(node.place, frozenset((number,)), False, frozenset(((number,),))) for number, node in enumerate(nodes)]
+        found = [_alone(node.place, number) for number, node in enumerate(nodes)]
         for number in range(len(nodes) - 1, -1, -1):
             node, group = nodes[number], home.get(number, number)
             if group != number:
                 unstored.add(number)
-                found[number] = _Computed(nodes[group].place, frozenset((group,)), False, frozenset(((group,),)))
+                found[number] = _alone(nodes[group].place, group)
                 continue
             inside = [] if number in home else self._inside(number, found, home)
             others = [r for r in node.users if r not in inside]
@@ -285,7 +300,7 @@ class _Values:
                 unstored.add(number)
             else:
                 last = max([node.place, node.left, *[found[r].last for r in others if r != OUTSIDE]])
-                if node.spread:
+                if node.spread or node.copied:
                     spreads.append(Spread(node.tensor, node.place, last))
                 until[number] = last
                 again.append(found[number])
@@ -364,10 +379,27 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
     return sizes == list(shape)
 
 
-def _grows(rule: Rule) -> bool:
-    """Whether the result has more dimensions than its operand, that are not 1."""
-    own = {f for dim in rule.operands[0] for f in dim}
-    return any(f not in own and rule.factors[f].size > 1 for dim in rule.results[0] for f in dim)
+def _order(rule: Rule, slot: int) -> tuple[int, ...] | None:
+    """The order of dimensions in which a product wants an operand, where it is another: the left as batch, rows, summed; the
+    right as batch, summed, columns. Of a matrix it can take either. Convolutions want batch, space, summed; space, summed, new."""
+    other = {f for dim in rule.operands[1 - slot] for f in dim}
+    result = {f for dim in rule.results[0] for f in dim}
+    ranks = []
+    for dim in rule.operands[slot]:
+        if dim:
+            summed, shared = dim[0] not in result, dim[0] in other and dim[0] in result
+            if rule.spatial and dim[0] in rule.spatial:
+                ranks.append(1 - slot)
+            elif rule.spatial:
+                ranks.append((2 if summed else 0) if slot == 0 else (1 if summed else 2))
+            else:
+                ranks.append(0 if shared else (2 if summed else 1) if slot == 0 else (1 if summed else 2))
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    if order == list(range(len(ranks))):
+        return None
+    batch = ranks.count(0)
+    matrix = not rule.spatial and ranks.count(1) <= 1 and ranks.count(2) <= 1 and ranks[:batch] == [0] * batch
+    return None if matrix else tuple(order)
 
 
 def _reduces(rule: Rule) -> bool:

@@ -272,7 +272,8 @@ class _Form:
     def _unite(self, keep: int, drop: int) -> None:
         """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does, or all
         differences of x with itself, a value that may not leave the cluster)."""
-        seen = [*self.inner.values(), *[leads for reads in self.reads.values() for leads in reads], *[leads for _, leads in self.writes]]
+        read = [leads for reads in self.reads.values() for leads in reads]
+        seen = [*self.inner.values(), *read, *[leads for _, leads in self.writes]]
         if keep == drop or any(keep in leads and drop in leads for leads in seen):
             return
 

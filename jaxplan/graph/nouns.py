@@ -130,7 +130,8 @@ class Cluster(NamedTuple):
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
     made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline. `slots`: (operator, operand,
-    number in `reads`), where members read one tensor in more than one way (as x x^T does). `inner`: values that only members read.
+    number in `reads`), where members read one tensor in more than one way (as x x^T does). `inner`: values that only members
+    read.
     """
 
     members: tuple[int, ...]
