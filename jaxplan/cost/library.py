@@ -6,8 +6,10 @@ reader; only what the library has, and only of some size. What lies inside never
 here, not even a broadcast: one that two such kernels read is stored in full, one per source and shape, as equal ones are merged.
 Then what is element-wise is computed inside of all its readers, as long as these are loops as well, and again for each of
 them; what is costly only for a single one that reads no element twice. What any other kernel reads is stored, and loops compute
-it again all the same if it comes from a single large value. Products want dimensions in an order of their own, else a
-copy. (xla/backends/cpu/transforms/library_rewriter.cc, xla/service/instruction_fusion.cc; seen in the compiled programs of jaxlib 0.10 and 0.12.)
+it again all the same if it comes from a single large value. Products want dimensions in an order of their own, else a copy.
+
+Sources: xla/backends/cpu/transforms/library_rewriter.cc, xla/service/instruction_fusion.cc; compiled programs of jaxlib 0.10 and
+0.12.
 """
 
 from __future__ import annotations
@@ -45,16 +47,18 @@ class Spread(NamedTuple):
 class Kept(NamedTuple):
     """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
     {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored. `written_over`:
-    places where loops write element by element what they read."""
+    places where loops write element by element what they read. `begins`: {tensor that starts as a broadcast, of which places are
+    updated: where that is made}."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
     same: Mapping[int, int]
     spreads: tuple[Spread, ...]
     written_over: frozenset[int]
+    begins: Mapping[int, int]
 
 
-NO_MORE = Kept(frozenset(), {}, {}, (), frozenset())
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {})
 
 
 @dataclass(slots=True)
@@ -201,7 +205,7 @@ class _Values:
             return number
         key = (op.scope, "copied", number, order)
         if key not in self._spreads:
-            first = max(self._begins[op.scope], node.place if node.place <= place else 0)
+            first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
             self._spreads[key] = self._new(_Node(first, tensor, (number,), True, moves=True, copied=True))
         return self._spreads[key]
 
@@ -273,7 +277,7 @@ class _Values:
         if key not in self._spreads:
             begin = self._begins[op.scope]
             sources = node.sources if node is not None and node.spread else (source,) if source >= 0 else ()
-            first = max([begin, *[self.nodes[s].place for s in sources if self.nodes[s].place <= place]])
+            first = min(place, max([begin, *[self.nodes[s].place + 1 for s in sources if self.nodes[s].place <= place]]))
             self._spreads[key] = self._new(_Node(first, result, sources, True, list(at) == sorted(at), spread=True))
             self._sources[self._spreads[key]] = (root, at)
         return self._spreads[key]
@@ -285,6 +289,7 @@ class _Values:
         home, nodes = self._libraries(), self.nodes
         until: dict[int, int] = {}
         spreads: list[Spread] = []
+        begins: dict[int, int] = {}
         unstored: set[int] = set()
         found = [_alone(node.place, number) for number, node in enumerate(nodes)]
         for number in range(len(nodes) - 1, -1, -1):
@@ -300,7 +305,10 @@ class _Values:
                 unstored.add(number)
             else:
                 last = max([node.place, node.left, *[found[r].last for r in others if r != OUTSIDE]])
-                if node.spread or node.copied:
+                begun = self._updated(number, others)
+                if begun is not None:
+                    begins[begun] = node.place
+                elif node.spread or node.copied:
                     spreads.append(Spread(node.tensor, node.place, last))
                 until[number] = last
                 again.append(found[number])
@@ -311,7 +319,7 @@ class _Values:
         computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
         places = {t: until[number] for t, number in self.of.items() if number in until}
         over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
-        return Kept(computed, places, self.same, tuple(spreads), over)
+        return Kept(computed, places, self.same, tuple(spreads), over, begins)
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""
@@ -331,6 +339,17 @@ class _Values:
         """Where a value is read, by its readers' own places: those that move elements read it elsewhere than they write."""
         own = [(r, place) for r in readers for place in found[r].places]
         return frozenset((*place, r) if self.nodes[r].moves or self.nodes[r].spread else place for r, place in own)
+
+    def _updated(self, number: int, readers: Sequence[int]) -> int | None:
+        """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""
+        node = self.nodes[number]
+        reader = self.nodes[readers[0]] if node.spread and len(readers) == 1 and readers[0] != OUTSIDE else None
+        if reader is None or reader.loop:
+            return None
+        op = self.operators[reader.place]
+        shares = op.rule.touched
+        alike = bool(shares) and shares[0] < 1 and self.elements(reader.tensor) == self.elements(node.tensor)
+        return reader.tensor if alike and reader.sources[0] == number else None
 
     def _unary(self, node: _Node) -> bool:
         """Whether it reads at most one value that is as large, or no more than it makes."""
@@ -381,7 +400,7 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
 
 def _order(rule: Rule, slot: int) -> tuple[int, ...] | None:
     """The order of dimensions in which a product wants an operand, where it is another: the left as batch, rows, summed; the
-    right as batch, summed, columns. Of a matrix it can take either. Convolutions want batch, space, summed; space, summed, new."""
+    right as batch, summed, columns. Of a matrix it takes either. Convolutions want batch, space, summed; space, summed, new."""
     other = {f for dim in rule.operands[1 - slot] for f in dim}
     result = {f for dim in rule.results[0] for f in dim}
     ranks = []

@@ -398,7 +398,7 @@ def held_buffers(
         size = own.get(tensor, local(tensor, layouts.get(tensor)) * moved.get(tensor, 1.0))
         if size >= nbytes.get(root, 0.0):
             nbytes[root], split[root] = size, layouts.get(tensor)
-        start = made.get(tensor, 0)
+        start = facts.kept.begins.get(tensor, made.get(tensor, 0))
         uses = [copied.get((tensor, operators[place].path[:-2]), place) for place in readers.get(tensor, ())]
         touch(tensor, start, max([start, *uses]))
     for place, (initial, produced), (_, final) in carries:
