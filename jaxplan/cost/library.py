@@ -287,6 +287,10 @@ class _Values:
     def kept(self) -> Kept:
         """What is stored in the end."""
         home, nodes = self._libraries(), self.nodes
+        for node in nodes:
+            of = nodes[node.sources[0]] if node.copied else node
+            if node.copied and of.loop and not (of.costly or of.apart or node.sources[0] in home):
+                node.place = min(node.place, of.place)  # both are computed from the same, as soon as that is there
         until: dict[int, int] = {}
         spreads: list[Spread] = []
         begins: dict[int, int] = {}
