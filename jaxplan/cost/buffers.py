@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxplan.cost.fusing import NOTHING, Stored
+from jaxplan.cost.library import NO_MORE, Kept
 from jaxplan.cost.schedule import Order
 from jaxplan.cost.stages import Path
 from jaxplan.graph import Operator
@@ -34,7 +35,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not depend on layouts: the order, who makes and who reads each tensor (places in the order), what fuses away."""
+    """The order, who makes and who reads each tensor (places in the order), what fuses away. `kept`: for compilers that
+    materialise; `inner`: the layouts of what clusters do not leave."""
 
     order: Order
     operators: Sequence[Operator]
@@ -44,6 +46,8 @@ class Facts:
     place: Mapping[int, int]
     fuses: bool = False
     more: Stored = NOTHING
+    kept: Kept = NO_MORE
+    inner: Mapping[int, Layout] = field(default_factory=dict)
 
 
 class Roots:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -30,7 +30,8 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_in_order
-from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms
+from jaxplan.cost.library import in_a_loop, kept
+from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
 from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
 from jaxplan.cost.stages import Path
@@ -89,6 +90,7 @@ def memory(
     graph, machine = modelled.graph, modelled.numbers.machine
     gathered = {} if machine.materialises else gathered_state(modelled, choices)
     facts = facts_of(modelled, choices, gathered)
+    layouts = {**{t: layout for t, layout in facts.inner.items() if t not in facts.fused}, **layouts}
     local = local_sizes(modelled, facts)
     ties = dict(graph.ties)
     given = [_buffer(tensor, OUTPUT, local(tensor, layout), layout) for tensor, layout in zip(graph.inputs, inputs, strict=True)]
@@ -106,16 +108,19 @@ def memory(
 
     copied = _stacks_copied(modelled, choices, facts) if machine.materialises else {}
     held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
-    cut = {t for t in cut_out(modelled, choices) if t in facts.made and _in_a_loop(facts.operators[facts.made[t]])}
+    cut = {t for t in cut_out(modelled, choices) if t in facts.made and in_a_loop(facts.operators[facts.made[t]])}
     held = [buffer for buffer in held if buffer.tensor not in cut]
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
+    for spread in facts.kept.spreads:
+        layout = layouts.get(spread.tensor, facts.inner.get(spread.tensor))
+        buffers.append(Buffer(spread.tensor, TRANSIENT, local(spread.tensor, layout), spread.first, spread.last, axes_of(layout)))
     buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
-        heap = outside_outputs(buffers)
+        heap = outside_outputs(buffers, facts.kept.written_over)
     else:
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
         for tensor, old in gathered.items():
@@ -188,10 +193,33 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
         alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
-        return _facts(modelled.graph, True, sinks=not alternates)
+        found = _facts(modelled.graph, True, sinks=not alternates)
+        return modelled.graph.remembered("kept", (id(modelled), choices.tobytes()), lambda: _kept_of(modelled, choices, found))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
     return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups)
+
+
+def _kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Facts:
+    """What a compiler that materialises stores under a plan."""
+    graph = modelled.graph
+    layouts, inner, sent, partial = dict[int, Layout](), dict[int, Layout](), set[tuple[int, int]](), set[int]()
+    for index, cluster in enumerate(graph.clusters):
+        options = modelled.chosen(choices, index)
+        layouts.update({write.tensor: write_layout(write.leads, options) for write in cluster.writes})
+        inner.update({value.tensor: terminal_layout(value.leads, options) for value in cluster.inner})
+        if cluster.combines:
+            partial.update(exchange.operator for exchange in cluster_exchanges(cluster, options, modelled.setting))
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        if source != wanted:
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+            if any(step.kind != "slice" for step in steps):
+                members = graph.clusters[reading.reader].members
+                sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
+    known = {**inner, **layouts}
+    found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial))
+    readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
+    return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -284,17 +312,8 @@ def _facts(
         found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups)
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)
-    cluster = {member: c for c, found in enumerate(graph.clusters) for member in found.members}
-    leaving, fused = {t for t in graph.outputs if t >= 0}, set()
-    for operator in operators:
-        if len(operator.results) == 1 and _in_a_loop(operator):
-            tensor = operator.results[0]
-            found = readers.get(tensor, [])
-            where = {cluster.get(order.sequence[reader]) for reader in found}
-            if len(where) == 1 and tensor not in leaving and all(_in_a_loop(operators[reader]) for reader in found):
-                fused.add(tensor)
-    fused |= _sunk(graph, operators, readers) - leaving if sinks else set()
-    return Facts(order, operators, made, readers, frozenset(fused), places)
+    sunk = _sunk(graph, operators, readers) - set(graph.outputs) if sinks else set[int]()
+    return Facts(order, operators, made, readers, frozenset(sunk), places)
 
 
 def _sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Sequence[int]]) -> set[int]:
@@ -310,11 +329,6 @@ def _sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Seq
                 if all(graph.tensors[r.results[0]].shape == shape for r in enter):
                     found |= {tensor, *[r.results[0] for r in enter]}
     return found
-
-
-def _in_a_loop(operator: Operator) -> bool:
-    """Whether a compiler computes an operator element by element, inside the loop of its reader."""
-    return operator.equation is not None and operator.rule.known and (operator.rule.fusible or operator.rule.flops == 0)
 
 
 def _at_loops(facts: Facts, copied: Copied) -> Iterator[tuple[int, int, int]]:
@@ -359,6 +373,9 @@ def held_buffers(
             alike = graph.tensors[source].shape == graph.tensors[result].shape
             if alike and layouts.get(source) == layouts.get(result):
                 roots.join(result, source)
+    for tensor, source in facts.kept.same.items():
+        if local(tensor, layouts.get(tensor)) == local(source, layouts.get(source)):
+            roots.join(tensor, source)
     goes_round: dict[int, int] = {}
     """Per final value of a carry, the value that goes round: another one where micro-batches of it do, and all are collected."""
     for _, _, (inner, final) in carries:
@@ -383,7 +400,7 @@ def held_buffers(
         size = own.get(tensor, local(tensor, layouts.get(tensor)) * moved.get(tensor, 1.0))
         if size >= nbytes.get(root, 0.0):
             nbytes[root], split[root] = size, layouts.get(tensor)
-        start = made.get(tensor, 0)
+        start = facts.kept.begins.get(tensor, made.get(tensor, 0))
         uses = [copied.get((tensor, operators[place].path[:-2]), place) for place in readers.get(tensor, ())]
         touch(tensor, start, max([start, *uses]))
     for place, (initial, produced), (_, final) in carries:
@@ -564,17 +581,18 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
     return found
 
 
-def outside_outputs(buffers: Sequence[Buffer]) -> list[Buffer]:
+def outside_outputs(buffers: Sequence[Buffer], written_over: frozenset[int] = frozenset()) -> list[Buffer]:
     """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
-    holds them (XLA's buffer assignment)."""
+    holds them (XLA's buffer assignment). `written_over`: places where what is read can be written over, element by element."""
     outputs: list[tuple[float, list[tuple[int, int]]]] = []
     outside = []
     for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.kind != OUTPUT)):
         if buffer.kind == OUTPUT:
             outputs.append((buffer.nbytes, [(buffer.first, buffer.last)]))
             continue
-        for _, taken in reversed(outputs):
-            if all(buffer.last < start or buffer.first > stop for start, stop in taken):
+        for size, taken in reversed(outputs):
+            over = written_over if buffer.nbytes == size else frozenset()
+            if all(buffer.last < start + (start in over) or buffer.first > stop for start, stop in taken):
                 taken.append((buffer.first, buffer.last))
                 break
         else:

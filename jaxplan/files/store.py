@@ -43,7 +43,9 @@ def parse_plan(data: bytes) -> SavedPlan:
     except PlanFileError:
         raise
     except json.JSONDecodeError as error:
-        ended = " (is the file truncated?)" if error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg else ""
+        rest = error.doc[error.pos :].rstrip()  # nothing, or the beginning of a word
+        cut = "Unterminated" in error.msg or any(word.startswith(rest) for word in ("true", "false", "null", "-"))
+        ended = " (is the file truncated?)" if cut else ""
         raise PlanFileError(f"it is not JSON: {error}{ended}") from None
     except ValueError as error:  # not UTF-8
         raise PlanFileError(f"it is not JSON: {str(error)[:200]}") from None

@@ -191,6 +191,7 @@ class _Forms:
             apart=model.apart,
             alike=number,
             slots=tuple([(members[index], slot, read) for index, slot, read in model.slots]),
+            inner=tuple([Terminal(names[place], leads) for place, leads in model.inner]),
         )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ class _Form:
         self.combines: list[Combine] = []
         self.halos: list[Halo] = []
         self.apart: list[tuple[int, int]] = []
-        self.inner: frozenset[Leads] = frozenset()  # of values that never leave
+        self.inner: dict[int, Leads] = {}  # of values that never leave, by tensor
         self.slots: dict[tuple[int, int], tuple[int, Leads]] = {}  # by operator and operand: what is read there, and how
         self.moves = False
         self.steps: dict[Hashable, _Step] = {}
@@ -222,7 +223,7 @@ class _Form:
         new = _Form()
         new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
         new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
-        new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), self.inner
+        new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), dict(self.inner)
         new.slots = dict(self.slots)
         return new
 
@@ -236,7 +237,7 @@ class _Form:
             if found is None:
                 return _Step(self, False)
             mapping, same = found
-            new.inner |= frozenset(new.reads.pop(tensor, ()))
+            new.inner |= dict.fromkeys([tensor], next(iter(new.reads.pop(tensor, ())), ()))
         else:
             new.fusible, new.times = operator.rule.fusible, operator.times
         asks = bool(self.combines) and any(f not in mapping for f in digest.partial)
@@ -271,7 +272,8 @@ class _Form:
     def _unite(self, keep: int, drop: int) -> None:
         """Two factors become one where one value is walked along both, unless some tensor carries both (as x x^T does, or all
         differences of x with itself, a value that may not leave the cluster)."""
-        seen = [*self.inner, *[leads for reads in self.reads.values() for leads in reads], *[leads for _, leads in self.writes]]
+        read = [leads for reads in self.reads.values() for leads in reads]
+        seen = [*self.inner.values(), *read, *[leads for _, leads in self.writes]]
         if keep == drop or any(keep in leads and drop in leads for leads in seen):
             return
 
@@ -282,7 +284,7 @@ class _Form:
         self.units[drop] = 0
         self.reads = {tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()}
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
-        self.inner = frozenset([new(leads) for leads in self.inner])
+        self.inner = {tensor: new(leads) for tensor, leads in self.inner.items()}
         self.slots = {where: (tensor, new(leads)) for where, (tensor, leads) in self.slots.items()}
         self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
         work, self.work = self.work, {}
@@ -369,6 +371,7 @@ class _Form:
             moves_bytes=self.moves,
             apart=tuple(self.apart),
             slots=tuple([(*where, numbers[read]) for where, read in self.slots.items() if read[0] in several]),
+            inner=tuple([Terminal(tensor, leads) for tensor, leads in self.inner.items()]),
         )
 
 

@@ -52,6 +52,14 @@ class Operator(NamedTuple):
     asked: tuple[tuple[str, ...] | None, ...] | None = None
 
 
+def constant(operator: Operator, slot: int) -> Hashable:
+    """A literal operand; equal ones of one dtype are equal."""
+    given = getattr(operator.equation, "invars", ())
+    literal = given[slot] if len(given) == len(operator.operands) else None
+    value = getattr(literal, "val", None)
+    return (str(getattr(literal, "aval", "")), str(value)) if value is not None else (id(operator.equation), slot)
+
+
 class Terminal(NamedTuple):
     """A tensor that a cluster reads or writes, and per dimension the cluster factor that shards it, or -1."""
 
@@ -122,7 +130,8 @@ class Cluster(NamedTuple):
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
     made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline. `slots`: (operator, operand,
-    number in `reads`), where members read one tensor in more than one way (as x x^T does).
+    number in `reads`), where members read one tensor in more than one way (as x x^T does). `inner`: values that only members
+    read.
     """
 
     members: tuple[int, ...]
@@ -141,6 +150,7 @@ class Cluster(NamedTuple):
     alike: int = -1
     handed: tuple[Handed, ...] = ()
     slots: tuple[tuple[int, int, int], ...] = ()
+    inner: tuple[Terminal, ...] = ()
 
     @property
     def scatters(self) -> bool:

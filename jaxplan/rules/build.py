@@ -62,6 +62,8 @@ class Builder:
         product: bool = False,
         rounds: bool = False,
         spatial: tuple[int, ...] = (),
+        library: bool = False,
+        costly: int = 0,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -75,6 +77,8 @@ class Builder:
             product=product,
             rounds=rounds,
             spatial=spatial,
+            library=library,
+            costly=costly,
         )
 
     def points(self) -> int:

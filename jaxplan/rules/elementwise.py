@@ -11,8 +11,9 @@ from jaxplan.rules.nouns import Dim, Rule
 from jaxplan.rules.table import register, whole_rule
 
 
-def elementwise(*prims: Primitive, flops: float = 1.0) -> None:
-    """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0."""
+def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, costly: int = 0) -> None:
+    """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0. `library`, `costly`: of
+    the `Rule`."""
 
     @register(*prims, reads=())
     def pointwise(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
@@ -23,7 +24,9 @@ def elementwise(*prims: Primitive, flops: float = 1.0) -> None:
         def along(a: Any) -> list[Dim]:
             return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
 
-        return build.rule(map(along, operands), map(along, results), flops=flops, fusible=True)
+        return build.rule(
+            map(along, operands), map(along, results), flops=flops, fusible=True, library=library, costly=costly
+        )  # fmt: skip
 
 
 def pass_through(*prims: Primitive) -> None:
@@ -52,16 +55,38 @@ def gathered(*prims: Primitive) -> None:
         return whole_rule(operands, results)
 
 
+# What YNNPACK has (xla/backends/cpu/ynn_support.cc), and what XLA takes for dear (xla/service/cpu/cpu_instruction_fusion.cc)
+elementwise(
+    *primitives("abs add add_jaxvals ceil cos floor max min mul neg round sign sin square sub"), library=True
+)
+
+
+@register(*primitives("integer_pow"), reads=("y",))
+def integer_pow(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Products; of a negative power, a division."""
+    build = Builder()
+    dims = build.factors_of(results[0].shape)
+    return build.rule([dims], [dims], fusible=True, library=True, costly=2 if params["y"] < 0 else 0)
+
+
+elementwise(*primitives("div"), library=True, costly=1)
+elementwise(*primitives("erf exp exp2 expm1 log log1p logistic pow rsqrt sqrt tan tanh"), library=True, costly=2)
 elementwise(
     *primitives(
         """
-        abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
-        ceil clamp clz complex conj convert_element_type cos cosh digamma div eq eq_to erf erf_inv
-        erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le
-        le_to lgamma log log1p log2? logistic lt lt_to max min mul mulhi? ne neg nextafter not
-        one_minus_square? or polygamma polynomial? population_count pow random_gamma real
-        reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-        shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta
+        acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cosh digamma erf_inv erfc igamma igamma_grad_a
+        igammac lgamma log2? polygamma random_gamma regularized_incomplete_beta sinh zeta
+        """
+    ),
+    costly=2,
+)
+elementwise(*primitives("rem"), costly=1)
+elementwise(
+    *primitives(
+        """
+        and clamp clz complex conj convert_element_type eq eq_to ge gt imag is_finite le le_to lt lt_to mulhi? ne
+        nextafter not one_minus_square? or polynomial? population_count real reduce_precision select_n shift_left
+        shift_right_arithmetic shift_right_logical xor
         """
     )
 )

@@ -62,6 +62,9 @@ class Rule:
     `spatial`: factors that are places in space, along which windows slide.
     `product`: a product of two arrays of at least a matrix each, work for a matrix unit; `rounds`: one of default precision: a
     machine whose matrix unit works in fewer bits rounds what it reads.
+    `library`: floating-point work that a library of vector kernels does together with a reduction (`cost/library.py`).
+    `costly`: 1 for what is not worth computing twice unless its last operand is a constant (a division), 2 for what never is; 3
+    for what is not computed inside of its readers' loops at all (padding); else 0.
     """
 
     factors: tuple[Factor, ...]
@@ -76,6 +79,8 @@ class Rule:
     product: bool = False
     rounds: bool = False
     spatial: tuple[int, ...] = ()
+    library: bool = False
+    costly: int = 0
 
     def __post_init__(self) -> None:
         count = len(self.factors)

@@ -35,7 +35,7 @@ def pad(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[An
     for extent, size, (low, _, gap) in extents:
         blockwise = size == extent * (gap + 1) and 0 <= low <= gap
         dims.append(build.factor(size, Kind.PARALLEL if blockwise else Kind.WHOLE))
-    return build.rule([dims, ()], [dims], flops=0.0, fusible=True)
+    return build.rule([dims, ()], [dims], flops=0.0, fusible=True, costly=3)
 
 
 @register(*primitives("concatenate"), reads=("dimension",))

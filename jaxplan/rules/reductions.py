@@ -12,7 +12,7 @@ from jaxplan.rules.nouns import Kind, Rule
 from jaxplan.rules.table import register
 
 
-def reducer(kind: Kind, *prims: Primitive, axes: str = "axes") -> None:
+def reducer(kind: Kind, *prims: Primitive, axes: str = "axes", library: bool = False) -> None:
     """The dimensions listed in parameter `axes` are gone from the results. Operands beyond the results are
     scalars.
     """
@@ -25,7 +25,7 @@ def reducer(kind: Kind, *prims: Primitive, axes: str = "axes") -> None:
         dims = [build.factor(n, kind if d in gone else Kind.PARALLEL) for d, n in enumerate(shape)]
         kept = [dim for d, dim in enumerate(dims) if d not in gone]
         full = [dims if a.shape == shape else [()] * len(a.shape) for a in operands]
-        return build.rule(full, [kept] * len(results), fusible=True)
+        return build.rule(full, [kept] * len(results), fusible=True, library=library, costly=2)
 
 
 def along(axis: str, *prims: Primitive, depth: bool = False) -> None:
@@ -55,8 +55,9 @@ def top_k(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[
     return build.rule([dims], [dims] * len(results), flops=depth)
 
 
-reducer(Kind.SUM, *primitives("reduce_sum"))
-reducer(Kind.COMBINE, *primitives("reduce_max reduce_min reduce_prod reduce_and reduce_or"))
+reducer(Kind.SUM, *primitives("reduce_sum"), library=True)
+reducer(Kind.COMBINE, *primitives("reduce_max reduce_min"), library=True)
+reducer(Kind.COMBINE, *primitives("reduce_prod reduce_and reduce_or"))
 # No all-reduce has exclusive or; one all-reduce combines values, not pairs of value and index; what a user's
 # own computation would need is not for us to guess.
 reducer(Kind.WHOLE, *primitives("reduce_xor argmax argmin"))

@@ -1,0 +1,442 @@
+"""What a compiler that materialises keeps in memory, under a plan: which values it stores, until when, and what it broadcasts.
+
+XLA on CPU makes kernels in two rounds. First it gives reductions to a library of vector kernels (YNNPACK), each with what can be
+computed together with it: from a reduction upwards whatever only these kernels read, and downwards as long as there is a single
+reader; only what the library has, and only of some size. What lies inside never shows in XLA's memory. Nothing is computed twice
+here, not even a broadcast: one that two such kernels read is stored in full, one per source and shape, as equal ones are merged.
+Then what is element-wise is computed inside of all its readers, as long as these are loops as well, and again for each of
+them; what is costly only for a single one that reads no element twice. What any other kernel reads is stored, and loops compute
+it again all the same if it comes from a single large value. Products want dimensions in an order of their own, else a copy.
+
+Sources: xla/backends/cpu/transforms/library_rewriter.cc, xla/service/instruction_fusion.cc; compiled programs of jaxlib 0.10 and
+0.12.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxplan.cost.schedule import Order
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
+from jaxplan.graph.nouns import constant
+from jaxplan.layout import Layout, shards
+from jaxplan.rules import Kind, Rule
+
+PREFERRED = 4096
+"""The library is given what reads or makes so many elements (ynn_support.cc, `kMinElements`)."""
+FLOATS = ("float32", "float64")
+OFTEN = 15
+"""A kernel computes a value at no more places (fusion_node_indexing_evaluation.cc, `kAllowedCodeDuplication`)."""
+OUTSIDE = -1
+"""Who reads what leaves, or what another kernel than those of this page reads."""
+
+
+class Spread(NamedTuple):
+    """A broadcast that is stored: as large as `tensor`, which is computed from it, from place `first` to place `last`."""
+
+    tensor: int
+    first: int
+    last: int
+
+
+class Kept(NamedTuple):
+    """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
+    {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored. `written_over`:
+    places where loops write element by element what they read. `begins`: {tensor that starts as a broadcast, of which places are
+    updated: where that is made}."""
+
+    computed: frozenset[int]
+    until: Mapping[int, int]
+    same: Mapping[int, int]
+    spreads: tuple[Spread, ...]
+    written_over: frozenset[int]
+    begins: Mapping[int, int]
+
+
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {})
+
+
+@dataclass(slots=True)
+class _Node:
+    """A value: made at `place` from `sources`, by a `loop` (or another kernel), as large as `tensor`. `library`: what the library
+    can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
+    changes; `apart`: never computed inside of readers; `copied`: for a
+    product, with dimensions in another order. `left`: the last place where somebody else reads it."""
+
+    place: int
+    tensor: int
+    sources: tuple[int, ...] = ()
+    loop: bool = False
+    library: bool = False
+    reduces: bool = False
+    costly: bool = False
+    spread: bool = False
+    moves: bool = False
+    turns: bool = False
+    apart: bool = False
+    copied: bool = False
+    left: int = 0
+    users: list[int] = field(default_factory=list)
+
+
+def kept(
+    graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
+    sent: frozenset[tuple[int, int]], partial: frozenset[int],
+) -> Kept:  # fmt: skip
+    """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
+    another layout to be read; `partial`: operators whose results are combined."""
+    values = _Values(graph, order, operators, layouts, sizes)
+    for place, index in enumerate(order.sequence):
+        values.take(place, index, sent, partial)
+    for tensor in graph.outputs:
+        if tensor >= 0:
+            values.leave(tensor)
+    return values.kept()
+
+
+class _Computed(NamedTuple):
+    """Where a value is computed: the last place, by which kernels, whether one of them reads its elements more than once, and at
+    which places of its own each of them reads it (each a kernel, then those that move elements on the way)."""
+
+    last: int
+    kernels: frozenset[int]
+    reuses: bool
+    places: frozenset[tuple[int, ...]]
+
+
+def _alone(place: int, kernel: int) -> _Computed:
+    return _Computed(place, frozenset((kernel,)), False, frozenset(((kernel,),)))
+
+
+class _Values:
+    """All values of a program as such a compiler sees them: `of` a tensor, its node."""
+
+    def __init__(
+        self, graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int]
+    ) -> None:
+        self.graph, self.operators = graph, operators
+        self._begins = {}
+        for place, op in enumerate(operators):
+            self._begins.setdefault(op.scope, place)
+        self._layouts, self._sizes = layouts, sizes
+        self.nodes: list[_Node] = []
+        self.of: dict[int, int] = {}
+        self.same: dict[int, int] = {}
+        self._spreads: dict[Hashable, int] = {}
+        self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        for place, op in enumerate(operators):
+            if op.name in (BOUNDARY, INPUT):
+                for tensor in op.results:
+                    self.of[tensor] = self._new(_Node(place, tensor))
+
+    def _new(self, node: _Node) -> int:
+        self.nodes.append(node)
+        for source in dict.fromkeys(node.sources):
+            self.nodes[source].users.append(len(self.nodes) - 1)
+        return len(self.nodes) - 1
+
+    def leave(self, tensor: int, place: int = 0) -> None:
+        """Somebody else reads it, there."""
+        if tensor in self.of:
+            node = self.nodes[self.of[tensor]]
+            node.users.append(OUTSIDE)
+            node.left = max(node.left, place)
+
+    def elements(self, tensor: int) -> float:
+        """Of one device."""
+        layout = self._layouts.get(tensor)
+        return math.prod(self.graph.tensors[tensor].shape) / (shards(layout, self._sizes) if layout else 1)
+
+    def take(self, place: int, index: int, sent: frozenset[tuple[int, int]], partial: frozenset[int]) -> None:
+        """One operator."""
+        op = self.operators[place]
+        rule = op.rule
+        if op.name == BOUNDARY:
+            for tensor in op.operands:
+                if tensor >= 0:
+                    self.leave(tensor, place)
+            return
+        if op.name == INPUT:
+            return
+        operands = [t for t in op.operands if t >= 0]
+        for tensor in operands:
+            if tensor not in self.of:
+                self.of[tensor] = self._new(_Node(place, tensor))
+        moved = {t: self._sent(place, t) for t in dict.fromkeys(operands) if (t, index) in sent}
+        if len(op.results) == 1 and operands and self._alike(op):
+            source = moved.get(operands[0], self.of[operands[0]])
+            self.of[op.results[0]] = source
+            if operands[0] not in moved:
+                self.same[op.results[0]] = self.same.get(operands[0], operands[0])
+        elif len(op.results) == 1 and in_a_loop(op):
+            self._computed(place, op, moved)
+        elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
+            sources = tuple(moved.get(t, self.of[t]) for t in operands)
+            for tensor in op.results:
+                self.of[tensor] = self._new(_Node(place, tensor, sources, True, moves=True))
+        else:
+            sources = tuple(self._taken(place, op, slot, moved) for slot, t in enumerate(op.operands) if t >= 0)
+            product = rule.product and self._floats(op)
+            for tensor in op.results:
+                self.of[tensor] = self._new(_Node(place, tensor, sources, library=product))
+        if index in partial:
+            for tensor in op.results:
+                self.leave(tensor, place)
+                self.of[tensor] = self._new(_Node(place, tensor))
+
+    def _sent(self, place: int, tensor: int) -> int:
+        self.leave(tensor, place)
+        return self._new(_Node(place, tensor))
+
+    def _taken(self, place: int, op: Operator, slot: int, moved: Mapping[int, int]) -> int:
+        """What a kernel other than a loop reads. Products read a matrix that is transposed where it lies; others are copied."""
+        tensor = op.operands[slot]
+        number = moved.get(tensor, self.of[tensor])
+        node = self.nodes[number]
+        if op.rule.product and node.turns and not op.rule.spatial:
+            return node.sources[0]
+        order = _order(op.rule, slot) if op.rule.product and slot < 2 else None
+        if order is None:
+            return number
+        key = (op.scope, "copied", number, order)
+        if key not in self._spreads:
+            first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
+            self._spreads[key] = self._new(_Node(first, tensor, (number,), True, moves=True, copied=True))
+        return self._spreads[key]
+
+    def _floats(self, op: Operator) -> bool:
+        return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
+
+    def _alike(self, op: Operator) -> bool:
+        """Whether it hands on all elements in their order."""
+        if op.name == VIEW:
+            return True
+        rule = op.rule
+        if len(op.operands) != 1 or not rule.known or not rule.fusible or not (rule.flops == 0 or rule.library):
+            return False
+        sides = rule.operands[0], rule.results[0]
+        before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in sides)
+        shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
+        turned = shapes[0] == shapes[1] and any(f.kind is Kind.WHOLE and f.size > 1 for f in rule.factors)
+        moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
+        return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
+
+    def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
+        """What a loop computes."""
+        rule, result = op.rule, op.results[0]
+        broadcast, reduces = rule.flops == 0 and len(op.operands) == 1, _reduces(rule)
+        whole, known = self._whole(result), [t for t in op.operands if t >= 0]
+        wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
+        slots = [(slot, tensor) for slot, tensor in enumerate(op.operands) if wide or tensor >= 0]
+        sources = [self._read(op, slot, tensor, place, moved, wide) for slot, tensor in slots]
+        if broadcast and wide and sources and self.nodes[sources[0]].spread:
+            self.of[result] = sources[0]
+            return
+        large = max(map(self.elements, (*known, result)))
+        self.of[result] = self._new(_Node(
+            place, result, tuple(sources), True,
+            library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
+            reduces=reduces,
+            costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0),
+            moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
+            turns=broadcast and bool(known) and whole == self._whole(known[0]),
+            apart=rule.costly == 3,
+        ))  # fmt: skip
+
+    def _whole(self, tensor: int) -> int:
+        return math.prod(self.graph.tensors[tensor].shape)
+
+    def _read(self, op: Operator, slot: int, tensor: int, place: int, moved: Mapping[int, int], wide: bool) -> int:
+        """What a loop reads of an operand: a broadcast of it, where it is smaller than what is computed."""
+        if tensor < 0:
+            return self._broadcast(op, (op.scope, "constant", constant(op, slot)), (), place, -1)
+        source = moved.get(tensor, self.of[tensor])
+        rule, shape = op.rule, self.graph.tensors[tensor].shape
+        if wide and math.prod(shape) < self._whole(op.results[0]) and _fills(rule, slot, shape):
+            flat = [f for dim in rule.results[0] for f in dim]
+            own = [f for dim in rule.operands[slot] for f in dim]
+            if all(f in flat for f in own):
+                return self._broadcast(op, (op.scope, source), tuple([flat.index(f) for f in own]), place, source)
+        return source
+
+    def _broadcast(self, op: Operator, root: Hashable, at: tuple[int, ...], place: int, source: int) -> int:
+        """The value that a broadcast makes: equal ones are one. `at`: which dimensions of it those of what it broadcasts are."""
+        result = op.results[0]
+        sizes = tuple([op.rule.factors[f].size for dim in op.rule.results[0] for f in dim])
+        node = self.nodes[source] if source >= 0 else None
+        if node is not None and node.spread and source in self._sources:  # a broadcast of a broadcast
+            inner, where = self._sources[source]
+            if len(at) >= max(where, default=-1) + 1:
+                root, at = inner, tuple([at[d] for d in where])
+        key = (root, at, sizes)
+        if key not in self._spreads:
+            begin = self._begins[op.scope]
+            sources = node.sources if node is not None and node.spread else (source,) if source >= 0 else ()
+            first = min(place, max([begin, *[self.nodes[s].place + 1 for s in sources if self.nodes[s].place <= place]]))
+            self._spreads[key] = self._new(_Node(first, result, sources, True, list(at) == sorted(at), spread=True))
+            self._sources[self._spreads[key]] = (root, at)
+        return self._spreads[key]
+
+    # ---- kernels ---------------------------------------------------------------------------------------------
+
+    def kept(self) -> Kept:
+        """What is stored in the end."""
+        home, nodes = self._libraries(), self.nodes
+        for node in nodes:
+            of = nodes[node.sources[0]] if node.copied else node
+            if node.copied and of.loop and not (of.costly or of.apart or node.sources[0] in home):
+                node.place = min(node.place, of.place)  # both are computed from the same, as soon as that is there
+        until: dict[int, int] = {}
+        spreads: list[Spread] = []
+        begins: dict[int, int] = {}
+        unstored: set[int] = set()
+        found = [_alone(node.place, number) for number, node in enumerate(nodes)]
+        for number in range(len(nodes) - 1, -1, -1):
+            node, group = nodes[number], home.get(number, number)
+            if group != number:
+                unstored.add(number)
+                found[number] = _alone(nodes[group].place, group)
+                continue
+            inside = [] if number in home else self._inside(number, found, home)
+            others = [r for r in node.users if r not in inside]
+            again = [found[r] for r in inside]
+            if not others:
+                unstored.add(number)
+            else:
+                last = max([node.place, node.left, *[found[r].last for r in others if r != OUTSIDE]])
+                begun = self._updated(number, others)
+                if begun is not None:
+                    begins[begun] = node.place
+                elif node.spread or node.copied:
+                    spreads.append(Spread(node.tensor, node.place, last))
+                until[number] = last
+                again.append(found[number])
+            if inside:
+                kernels = frozenset().union(*[one.kernels for one in again])
+                reuses = any(nodes[r].spread or found[r].reuses for r in inside)
+                found[number] = _Computed(max(one.last for one in again), kernels, reuses, self._places(inside, found))
+        computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
+        places = {t: until[number] for t, number in self.of.items() if number in until}
+        over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
+        return Kept(computed, places, self.same, tuple(spreads), over, begins)
+
+    def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
+        """The readers that compute a value themselves."""
+        node, nodes = self.nodes[number], self.nodes
+        if not node.loop or node.apart:
+            return []
+        loops = [r for r in node.users if r != OUTSIDE and nodes[r].loop and r not in home]
+        if node.costly:
+            several = len(loops) < len(node.users) or len(frozenset().union(*[found[r].kernels for r in loops])) > 1
+            return [] if several or any(nodes[r].spread or found[r].reuses for r in loops) else loops
+        if len(loops) < len(node.users) and not self._unary(node):
+            return []
+        times = Counter(place[0] for place in self._places(loops, found))
+        return loops if max(times.values(), default=0) <= OFTEN else []
+
+    def _places(self, readers: Sequence[int], found: Sequence[_Computed]) -> frozenset[tuple[int, ...]]:
+        """Where a value is read, by its readers' own places: those that move elements read it elsewhere than they write."""
+        own = [(r, place) for r in readers for place in found[r].places]
+        return frozenset((*place, r) if self.nodes[r].moves or self.nodes[r].spread else place for r, place in own)
+
+    def _updated(self, number: int, readers: Sequence[int]) -> int | None:
+        """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""
+        node = self.nodes[number]
+        reader = self.nodes[readers[0]] if node.spread and len(readers) == 1 and readers[0] != OUTSIDE else None
+        if reader is None or reader.loop:
+            return None
+        op = self.operators[reader.place]
+        shares = op.rule.touched
+        alike = bool(shares) and shares[0] < 1 and self.elements(reader.tensor) == self.elements(node.tensor)
+        return reader.tensor if alike and reader.sources[0] == number else None
+
+    def _unary(self, node: _Node) -> bool:
+        """Whether it reads at most one value that is as large, or no more than it makes."""
+        most = len(self._wide(node.tensor))
+        large = [s for s in node.sources if not self.nodes[s].spread and len(self._wide(self.nodes[s].tensor)) >= most]
+        read = sum(self.elements(self.nodes[s].tensor) for s in node.sources)
+        return len(large) <= 1 or read <= self.elements(node.tensor)
+
+    def _wide(self, tensor: int) -> list[int]:
+        return [extent for extent in self.graph.tensors[tensor].shape if extent != 1]
+
+    def _libraries(self) -> dict[int, int]:
+        """{value: the result of the library's kernel that computes it}."""
+        home: dict[int, int] = {}
+        for number in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[number]
+            if node.reduces and node.library and number not in home:
+                group, root = self._grown(number, home)
+                home.update(dict.fromkeys(group, root))
+        return home
+
+    def _grown(self, centre: int, home: Mapping[int, int]) -> tuple[set[int], int]:
+        nodes, group, root = self.nodes, {centre}, centre
+        while True:
+            before = len(group)
+            ahead = list(group)
+            while ahead:
+                for source in nodes[ahead.pop()].sources:
+                    new = source not in group and source not in home and nodes[source].library
+                    if new and all(user in group for user in nodes[source].users):
+                        group.add(source)
+                        ahead.append(source)
+            users = set(nodes[root].users)
+            if len(users) == 1 and OUTSIDE not in users:
+                (user,) = users
+                if nodes[user].library and user not in home:
+                    group.add(user)
+                    root = user
+            if len(group) == before:
+                return group, root
+
+
+def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
+    """Whether an operand is met whole in every dimension."""
+    sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
+    return sizes == list(shape)
+
+
+def _order(rule: Rule, slot: int) -> tuple[int, ...] | None:
+    """The order of dimensions in which a product wants an operand, where it is another: the left as batch, rows, summed; the
+    right as batch, summed, columns. Of a matrix it takes either. Convolutions want batch, space, summed; space, summed, new."""
+    other = {f for dim in rule.operands[1 - slot] for f in dim}
+    result = {f for dim in rule.results[0] for f in dim}
+    ranks = []
+    for dim in rule.operands[slot]:
+        if dim:
+            summed, shared = dim[0] not in result, dim[0] in other and dim[0] in result
+            if rule.spatial and dim[0] in rule.spatial:
+                ranks.append(1 - slot)
+            elif rule.spatial:
+                ranks.append((2 if summed else 0) if slot == 0 else (1 if summed else 2))
+            else:
+                ranks.append(0 if shared else (2 if summed else 1) if slot == 0 else (1 if summed else 2))
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    if order == list(range(len(ranks))):
+        return None
+    batch = ranks.count(0)
+    matrix = not rule.spatial and ranks.count(1) <= 1 and ranks.count(2) <= 1 and ranks[:batch] == [0] * batch
+    return None if matrix else tuple(order)
+
+
+def _reduces(rule: Rule) -> bool:
+    kept = {f for dims in rule.results for dim in dims for f in dim}
+    return rule.fusible and any(f not in kept and factor.size > 1 for f, factor in enumerate(rule.factors))
+
+
+def in_a_loop(operator: Operator) -> bool:
+    """Whether a compiler computes an operator element by element, inside the loop of its reader."""
+    rule = operator.rule
+    if operator.equation is None or not rule.known:
+        return False
+    if rule.product:
+        return math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) == 1 and not rule.spatial
+    if rule.touched and len(rule.operands) > 1 and rule.touched[-1] < 1:
+        return False
+    return rule.fusible or rule.flops == 0

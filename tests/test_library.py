@@ -1,0 +1,173 @@
+"""What a compiler that materialises keeps of programs whose values are far larger than what enters or leaves, as compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from jax import lax
+
+import jaxplan
+from jaxplan.graph import build_graph
+from jaxplan.trace import trace
+
+
+def shape(*extents):
+    return jax.ShapeDtypeStruct(extents, jnp.float32)
+
+
+def all_pairs_in_a_loop():
+    """Broadcasts and constants that two reductions share are stored; what lies inside of reductions is not."""
+
+    def step(x, v, m):
+        def force(x):
+            d = x[None] - x[:, None]
+            near = jnp.sum(d * d, -1) + 0.01
+            return jnp.sum(m[None, :, None] * d * near[..., None] ** -1.5, 1)
+
+        def body(carry, _):
+            x, v = carry
+            v = v + 0.005 * force(x)
+            x = x + 0.01 * v
+            return (x, v + 0.005 * force(x)), None
+
+        return lax.scan(body, (x, v), None, length=4)[0]
+
+    return step, (shape(96, 3), shape(96, 3), shape(96))
+
+
+def attention_by_broadcasting():
+    """Broadcasts of the forward pass are those of the backward pass."""
+
+    def loss(p, x):
+        q, k, v = x @ p[0], x @ p[1], x @ p[2]
+        score = (q[:, :, None, :] * k[:, None, :, :]).sum(-1)
+        weight = jnp.exp(score - score.max(-1, keepdims=True))
+        return jnp.mean(((weight / weight.sum(-1, keepdims=True))[..., None] * v[:, None]).sum(2) ** 2)
+
+    return jax.grad(loss), ([shape(24, 24)] * 3, shape(3, 40, 24))
+
+
+def radial_functions():
+    """A value that a reduction reads is stored, and computed again by loops if it comes from one large value."""
+
+    def loss(p, x):
+        d = x[:, None] - p["c"][None]
+        return jnp.mean((jnp.exp(-(d * d * jnp.exp(p["s"])[None, :, None]).sum(-1)) @ p["w"]) ** 2)
+
+    return jax.grad(loss), ({"c": shape(60, 6), "s": shape(60), "w": shape(60, 3)}, shape(200, 6))
+
+
+def edges_of_a_graph():
+    """A product that sums over nothing is element-wise."""
+
+    def loss(p, x, y):
+        h = jax.nn.gelu(x[:, None] @ p["a"] + x[None] @ p["b"])
+        return jnp.mean(((h @ p["c"])[..., 0] - y) ** 2)
+
+    return jax.grad(loss), ({"a": shape(12, 12), "b": shape(12, 12), "c": shape(12, 1)}, shape(72, 12), shape(72, 72))
+
+
+def nearest_points():
+    def loss(p, z, y):
+        x = jnp.tanh(z @ p).reshape(4, 60, 3)
+        d = ((x[:, :, None] - y[:, None]) ** 2).sum(-1)
+        return d.min(1).mean() + d.min(2).mean()
+
+    return jax.grad(loss), (shape(16, 180), shape(4, 16), shape(4, 70, 3))
+
+
+def kernels_by_gradient():
+    """One library kernel takes all of it, and what is said twice is computed once."""
+
+    def step(x):
+        def kernel(a, b):
+            return jnp.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 2)
+
+        return x + 0.1 * (kernel(x, x) @ x - jax.grad(lambda y: kernel(x, y).sum())(x))
+
+    return step, (shape(160, 12),)
+
+
+PROGRAMS = [
+    all_pairs_in_a_loop, attention_by_broadcasting, radial_functions, edges_of_a_graph, nearest_points, kernels_by_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_is_far_larger_than_what_enters_is_held_as_compiled(program):
+    fn, args = program()
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((1,)), machine="cpu")
+    found = plan.jit().lower(*args).compile().memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    assert plan.peak_bytes == pytest.approx(held, rel=0.12)
+
+
+def names(fn, *args):
+    return [op.name for op in build_graph(trace(fn, args, {})).operators if op.equation is not None]
+
+
+def test_what_is_said_twice_is_planned_once():
+    def twice(x, w):
+        return jnp.tanh(x @ w) + jnp.tanh(x @ w)
+
+    assert sorted(names(twice, shape(8, 8), shape(8, 8))) == ["add", "dot_general", "tanh"]
+
+
+def test_calls_are_compared_by_what_they_compute():
+    def twice(x):
+        return jax.jit(lambda y: jnp.sin(y) * 2)(x) + jax.jit(lambda z: jnp.sin(z) * 2)(x)
+
+    assert names(twice, shape(8)).count("sin") == 1
+
+
+def test_what_nobody_reads_is_not_planned():
+    def dead(x, w):
+        jnp.sum(x @ w)
+        return x + 1
+
+    assert names(dead, shape(8, 8), shape(8, 8)) == ["add"]
+
+
+def test_effects_barriers_and_rematerialised_calls_stay():
+    def f(x):
+        jax.debug.print("{}", x[0])
+        jax.debug.print("{}", x[0])
+        again = jax.checkpoint(jnp.sin)
+        return again(x) + again(x) + lax.optimization_barrier(x) + lax.optimization_barrier(x)
+
+    found = names(f, shape(8))
+    assert found.count("sin") == 2 and found.count("optimization_barrier") == 2
+    assert sum("debug" in name for name in found) == 2
+
+
+def test_the_values_are_those_of_the_function():
+    def f(x, w):
+        a, b = jnp.tanh(x @ w), jnp.tanh(x @ w)
+        dead = jnp.cumsum(a)
+        c, _ = lax.scan(lambda c, r: (c + jnp.sin(r) * jnp.sin(r), dead), jnp.zeros(6), a)
+        return a + b, c, b
+
+    x, w = np.linspace(0, 1, 48, dtype="float32").reshape(8, 6), np.linspace(-1, 1, 36, dtype="float32").reshape(6, 6)
+    plan = jaxplan.make_plan(f, x, w, mesh=mesh_of((2,)), machine="cpu")
+    for mine, theirs in zip(plan.jit()(x, w), jax.jit(f)(x, w), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_what_has_a_derivative_of_its_own_is_kept_though_its_body_says_what_stands_there_already():
+    """Gradient reversal: the identity, whose derivative is not 1."""
+
+    @jax.custom_vjp
+    def reversed_gradient(x):
+        return x
+
+    reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+    def fn(x):
+        return jnp.sum(jnp.sin(reversed_gradient(x)) + jnp.sin(x) ** 2)
+
+    x = np.linspace(-1.0, 1.0, 32, dtype=np.float32).reshape(8, 4)
+    planned = jaxplan.make_plan(fn, x, mesh=mesh_of((8,))).jit()
+    np.testing.assert_allclose(jax.grad(planned)(x), jax.grad(fn)(x), rtol=1e-6)
