@@ -16,6 +16,7 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.partial_sums import Parts, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
@@ -95,6 +96,8 @@ class Replay:
 
     def constrain(self, value: Any, specs: Sequence[Spec]) -> Any:
         """One constraint per step: the compiler then takes the steps that were priced."""
+        if isinstance(value, Parts):
+            return value.on(lambda stacked: self.constrain(stacked, [value.spec(spec) for spec in specs]))
         for spec in specs:
             if spec and getattr(value, "ndim", 0) == len(spec):
                 if self.rows is not None and self.plan is not None:
@@ -113,7 +116,7 @@ class Replay:
 
     def run(self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None) -> list[Any]:
         """A closed jaxpr."""
-        outs = [whole(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
+        outs = [self.summed(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(
@@ -155,22 +158,32 @@ class Replay:
         control = _CONTROL.get(equation.primitive)
         if equation.primitive not in _TAKES_STAGED:
             values = [whole(value) for value in values]
+        operator = self.found.at[here] if control is None else None
+        if operator not in self.found.sums and equation.primitive not in _TAKES_PARTS:
+            values = [self.summed(value) for value in values]
         if self.rows is not None:
             values = self.rows.edited(values, here)
         with _jax.user_context(equation):
             if control is not None:
                 outs = control(self, equation, values, here)
             else:
-                operator = self.found.at[here]
                 for slot, value in enumerate(values):
                     values[slot] = self.brought(value, self.found.reads.get((operator, slot), ()))
                 asks = operator is not None and self.operators[operator].asked is not None
-                outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
+                outs = values if asks else self.bind(equation, values, here, operator)  # what is asked for is constrained
                 outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
         env.update(zip(equation.outvars, outs, strict=True))
 
-    def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    def summed(self, value: Any) -> Any:
+        """Of partial sums the total, whole."""
+        return total(value, self.mesh) if isinstance(value, Parts) else whole(value)
+
+    def bind(self, equation: Any, values: list[Any], path: Path, operator: int | None) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
+        if operator in self.found.sums:
+            specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
+            zero = zeros(self.operators, self.operators[operator])
+            return [evaluated(equation, values, specs, zero, *self.found.sums[operator], self.mesh)]
         if self.rows is None:
             return _jax.bind(equation, values, self.mesh.size)
         return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
@@ -436,6 +449,9 @@ def _remat(replay: Replay, equation: Any, values: list[Any], path: Path) -> list
 
 _TAKES_STAGED = frozenset((_jax.scan_p, _jax.jit_p, _jax.closed_call_p))
 """Primitives that hand on what lies on stages as it is."""
+
+_TAKES_PARTS = frozenset((_jax.jit_p, _jax.closed_call_p, _jax.custom_vmap_p))
+"""Primitives that hand on partial sums as they are."""
 
 _CONTROL: dict[Any, Callable[[Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.scan_p: _scan,

@@ -62,6 +62,8 @@ class Builder:
         product: bool = False,
         rounds: bool = False,
         spatial: tuple[int, ...] = (),
+        adds: bool = False,
+        linear: bool = False,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -75,6 +77,8 @@ class Builder:
             product=product,
             rounds=rounds,
             spatial=spatial,
+            adds=adds,
+            linear=linear,
         )
 
     def points(self) -> int:

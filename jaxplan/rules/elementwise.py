@@ -11,8 +11,9 @@ from jaxplan.rules.nouns import Dim, Rule
 from jaxplan.rules.table import register, whole_rule
 
 
-def elementwise(*prims: Primitive, flops: float = 1.0) -> None:
-    """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0."""
+def elementwise(*prims: Primitive, flops: float = 1.0, linear: bool = False) -> None:
+    """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0. `linear`: in all operands
+    together."""
 
     @register(*prims, reads=())
     def pointwise(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
@@ -23,7 +24,7 @@ def elementwise(*prims: Primitive, flops: float = 1.0) -> None:
         def along(a: Any) -> list[Dim]:
             return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
 
-        return build.rule(map(along, operands), map(along, results), flops=flops, fusible=True)
+        return build.rule(map(along, operands), map(along, results), flops=flops, fusible=True, linear=linear)
 
 
 def pass_through(*prims: Primitive) -> None:
@@ -55,16 +56,17 @@ def gathered(*prims: Primitive) -> None:
 elementwise(
     *primitives(
         """
-        abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
+        abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
         ceil clamp clz complex conj convert_element_type cos cosh digamma div eq eq_to erf erf_inv
         erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le
-        le_to lgamma log log1p log2? logistic lt lt_to max min mul mulhi? ne neg nextafter not
+        le_to lgamma log log1p log2? logistic lt lt_to max min mul mulhi? ne nextafter not
         one_minus_square? or polygamma polynomial? population_count pow random_gamma real
         reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-        shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta
+        shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh xor zeta
         """
     )
 )
+elementwise(*primitives("add add_jaxvals neg sub"), linear=True)
 pass_through(
     *primitives(
         """

@@ -1,0 +1,142 @@
+"""Room `partial_sums`: sums of which each device has a part, as arrays; how they are made, added, and combined.
+
+XLA reduces every partial product where it is computed, and adds the results afterwards. So the parts are made visible: along a
+new leading dimension for each mesh axis, which lies along that axis. Additions then are local, and the sum over the new
+dimensions is the one exchange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from jaxplan import _jax
+from jaxplan.graph import Operator
+from jaxplan.layout import Spec
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A sum that is not added up: `stacked` has a leading dimension for each of the mesh `axes` (their numbers, in mesh order),
+    and lies along them."""
+
+    stacked: Any
+    axes: tuple[int, ...]
+
+    def spec(self, spec: Spec) -> Spec:
+        """The spec of what is stacked, from that of a part."""
+        return (*[(axis,) for axis in self.axes], *spec) if spec else ()
+
+    def on(self, function: Callable[[Any], Any]) -> Parts:
+        """The same with a function of the stacked array applied."""
+        return Parts(function(self.stacked), self.axes)
+
+
+def zeros(operators: Sequence[Operator], operator: Operator) -> list[bool]:
+    """Which operands of an operator are zeros, as the program says: what is scattered into by a gradient, mostly."""
+
+    def zero(tensor: int) -> bool:
+        made = next((op for op in operators if tensor in op.results), None)
+        filled = made is not None and made.equation is not None and len(made.operands) == 1 and made.name == "broadcast_in_dim"
+        source = made.equation.invars[0] if filled else None
+        return isinstance(source, _jax.Literal) and bool(np.all(source.val == 0))
+
+    return [zero(tensor) if tensor >= 0 else False for tensor in operator.operands]
+
+
+def evaluated(
+    equation: Any, operands: Sequence[Any], specs: Sequence[Spec], zero: Sequence[bool], over: tuple[int, ...],
+    left: tuple[int, ...], mesh: Any,
+) -> Any:  # fmt: skip
+    """The result of an equation of which operands are partial sums along axes `over` (`Parts`, or whole), or the result is to be
+    left one along axes `left`. `specs`: per operand its layout, () for whole; `zero`: those that are zeros. `mesh`: its axes of
+    type Auto."""
+
+    def bind(*values: Any) -> Any:
+        return _jax.bind(equation, list(values), mesh.size)[0]
+
+    if not over:
+        return in_parts(bind, operands, specs, zero, left, mesh)
+    found = added(bind, operands, over, equation.outvars[0].aval.shape, mesh)
+    return found if left else total(found, mesh)
+
+
+def in_parts(
+    bind: Callable[..., Any], operands: Sequence[Any], specs: Sequence[Spec], zero: Sequence[bool], axes: tuple[int, ...],
+    mesh: Any,
+) -> Parts:  # fmt: skip
+    """What an operator that sums makes of the parts of its operands along `axes`. An operand that does not lie along an axis is
+    given to the first device there; all others have zeros, as all have where it is `zero`."""
+    names = mesh.axis_names
+    manual = [tuple(tuple(axis for axis in dims if axis in axes) for dims in spec) for spec in specs]
+    missing = [[names[a] for a in axes if a not in {axis for dims in spec for axis in dims}] for spec in manual]
+
+    def part(*values: Any) -> Any:
+        given = []
+        for value, absent, nothing in zip(values, missing, zero, strict=True):
+            first: Any = np.bool_(True)
+            for name in absent:
+                first = first & (jax.lax.axis_index(name) == 0)
+            given.append(jnp.where(first, value, jnp.zeros_like(value)) if absent and not nothing else value)
+        return jax.lax.expand_dims(bind(*given), range(len(axes)))
+
+    stacked = jax.shard_map(
+        part, mesh=mesh.abstract_mesh, in_specs=tuple([P(*[tuple(names[a] for a in dims) for dims in spec]) for spec in manual]),
+        out_specs=P(*[names[axis] for axis in axes]), axis_names={names[axis] for axis in axes}, check_vma=False,
+    )(*operands)  # fmt: skip
+    return Parts(stacked, axes)
+
+
+def added(
+    bind: Callable[..., Any], operands: Sequence[Any], axes: tuple[int, ...], shape: Sequence[int], mesh: Any
+) -> Parts:
+    """What an operator that is linear in its operands makes of them: partial sums along `axes`, `shape` each. What is whole
+    counts once."""
+    given = []
+    for operand in operands:
+        parts = operand if isinstance(operand, Parts) else Parts(operand if np.ndim(operand) else jnp.full(shape, operand), ())
+        given.append(_along(parts, axes, mesh).stacked)
+    for _ in axes:
+        bind = jax.vmap(bind)
+    return Parts(bind(*given), axes)
+
+
+def total(parts: Parts, mesh: Any) -> Any:
+    """The sum, whole along the axes along which it was partial."""
+    count, shape = len(parts.axes), parts.stacked.shape
+    stacked = parts.stacked.reshape(math.prod(shape[:count]), *shape[count:])
+    stacked = _held(stacked, [tuple(mesh.axis_names[axis] for axis in parts.axes)], mesh)
+    return jax.lax.reduce(stacked, np.zeros((), stacked.dtype), jax.lax.add, (0,))
+
+
+def _along(parts: Parts, axes: tuple[int, ...], mesh: Any) -> Parts:
+    """The same sum, partial along `axes`."""
+    value, now = parts.stacked, list(parts.axes)
+    for axis in parts.axes:
+        if axis not in axes:
+            value = jax.lax.reduce(value, np.zeros((), value.dtype), jax.lax.add, (now.index(axis),))
+            now.remove(axis)
+    new = [place for place, axis in enumerate(axes) if axis not in now]
+    if not new:
+        return Parts(value, axes)
+    value = jax.lax.expand_dims(value, new)
+    sizes = [mesh.shape[mesh.axis_names[axis]] for axis in axes]
+    shape = [sizes[place] if place in new else extent for place, extent in enumerate(value.shape)]
+    first: Any = np.bool_(True)
+    for place in new:
+        first = first & (jax.lax.broadcasted_iota(np.int32, shape, place) == 0)
+    value = jnp.where(first, value, jnp.zeros_like(value))
+    return Parts(_held(value, [mesh.axis_names[axis] for axis in axes], mesh), axes)
+
+
+def _held(value: Any, leading: Sequence[Any], mesh: Any) -> Any:
+    """A value with its leading dimensions laid out; the others as they are."""
+    spec = P(*leading, *[P.UNCONSTRAINED] * (value.ndim - len(leading)))
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
