@@ -53,17 +53,17 @@ def zeros(operators: Sequence[Operator], operator: Operator) -> list[bool]:
 
 def evaluated(
     equation: Any, operands: Sequence[Any], specs: Sequence[Spec], zero: Sequence[bool], over: tuple[int, ...],
-    left: tuple[int, ...], mesh: Any,
+    split: tuple[int, ...], left: tuple[int, ...], mesh: Any,
 ) -> Any:  # fmt: skip
-    """The result of an equation of which operands are partial sums along axes `over` (`Parts`, or whole), or the result is to be
-    left one along axes `left`. `specs`: per operand its layout, () for whole; `zero`: those that are zeros. `mesh`: its axes of
+    """The result of an equation of which operands are partial sums along axes `over` (`Parts`, or whole), or which sums itself
+    what lies along axes `split`; it is left partial along axes `left`. `specs`: per operand its layout, () for whole; `zero`: those that are zeros. `mesh`: its axes of
     type Auto."""
 
     def bind(*values: Any) -> Any:
         return _jax.bind(equation, list(values), mesh.size)[0]
 
     if not over:
-        return in_parts(bind, operands, specs, zero, left, mesh)
+        return _along(in_parts(bind, operands, specs, zero, split, mesh), left, mesh)
     found = added(bind, operands, over, equation.outvars[0].aval.shape, mesh)
     return found if left else total(found, mesh)
 

@@ -70,15 +70,15 @@ class PlannedExchange:
 class Constraints:
     """What `apply` emits. `reads[(operator, operand)]` and `writes[(operator, result)]`: specs, to be constrained one
     after the other; `outputs[position]`: the same for the program's outputs; `entries[path]`: per operand of a
-    rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path; `sums[operator]`: the axes along which
-    what it reads are partial sums, and those along which its result is left one."""
+    rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path; `sums[operator]`: the axes along
+    which what it reads are partial sums, those that split what it sums itself, and those along which its result is left partial."""
 
     reads: Mapping[tuple[int, int], tuple[Spec, ...]]
     writes: Mapping[tuple[int, int], tuple[Spec, ...]]
     outputs: Mapping[int, tuple[Spec, ...]]
     entries: Mapping[tuple[Any, ...], tuple[Spec, ...]]
     at: Mapping[tuple[Any, ...], int]
-    sums: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    sums: Mapping[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,16 +227,20 @@ class Plan:
         at = {op.path: i for i, op in enumerate(graph.operators)}
         return Constraints(reads, writes, outputs, entries, at, self._partial_sums())
 
-    def _partial_sums(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """{operator: (axes along which what it reads are partial sums, axes along which its result is left one)}."""
-        found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    def _partial_sums(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """`Constraints.sums`: only where partial sums are added, or left."""
+        found: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
         for index, cluster in enumerate(self.modelled.graph.clusters):
             options = self.modelled.chosen(self.choices, index) if cluster.combines else ()
             added = tuple(axis for axis, option in enumerate(options) if option.factor == PARTIAL)
             left = tuple(axis for axis, option in enumerate(options) if option.scatter == PARTIAL)
-            if added or left:
-                found.update({member: (added, added or left) for member in cluster.members})
-                found[cluster.members[-1]] = (added, left)
+            if added:
+                found.update({member: (added, (), added) for member in cluster.members})
+                found[cluster.members[-1]] = (added, (), ())
+            if left:
+                (combine,) = cluster.combines
+                split = tuple(axis for axis, option in enumerate(options) if option.factor in combine.over)
+                found[combine.operator] = ((), split, left)
         return found
 
     def _way(self, src: Layout, dst: Layout, shape: Sequence[int]) -> tuple[Spec, ...]:

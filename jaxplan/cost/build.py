@@ -166,7 +166,8 @@ def _modelled(
     for index in place:
         number, price = numbered[index]
         name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
-        nodes.append(Node(name, counts, price, number, graph.clusters[index].times))
+        alone = tuple([len([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in price.options])
+        nodes.append(Node(name, counts, price, number, graph.clusters[index].times, alone if alone != counts else None))
     edges = []
     edge_prices: dict[Hashable, tuple[int, ReshardPrice]] = {}
     reshards = Reshards(setting, numbers, most)
@@ -281,9 +282,10 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> 
             for combine in cluster.combines:
                 if combine.scatterable:
                     targets = [m for m in combine.result.leads if m in legal]
-                    summed = [PARTIAL] if cluster.adds else [k for k in legal if k in combine.over]
-                    options += [Option(PARTIAL)] if cluster.adds else []
-                    options += [Option(k, m) for k in summed for m in (*targets, *[PARTIAL] * combine.left)]
+                    summed = [PARTIAL] if PARTIAL in combine.over else [k for k in legal if k in combine.over]
+                    options += [Option(PARTIAL)] if PARTIAL in combine.over else []
+                    options += [Option(k, m) for k in summed for m in targets]
+                    options += [Option(k, PARTIAL) for k in summed if combine.left]
         per_axis.append(tuple(options))
     return tuple(per_axis)
 

@@ -132,19 +132,7 @@ class ClusterPrice:
         legal = (units % given == 0).all(0)
         for one, other in cluster.apart:
             legal &= (given[one] == 1) | (given[other] == 1)
-        if any(combine.left for combine in cluster.combines):
-            legal &= self._left_as_one(rows)
         return np.where(legal, seconds, math.inf)
-
-    def _left_as_one(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows leave a sum partial along all axes that split it, or along none."""
-        over = frozenset().union(*[combine.over for combine in self.cluster.combines])
-        left, made = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
-        for axis, options in enumerate(self.options):
-            column = rows[:, axis]
-            left |= np.array([o.scatter == PARTIAL for o in options])[column]
-            made |= np.array([o.factor in over and o.scatter != PARTIAL for o in options])[column]
-        return ~(left & made)
 
     def _exchange_seconds(self, row: tuple[int, ...]) -> float:
         """Exchanges inside the cluster."""
