@@ -158,9 +158,9 @@ class Replay:
         control = _CONTROL.get(equation.primitive)
         if equation.primitive not in _TAKES_STAGED:
             values = [whole(value) for value in values]
-        operator = self.found.at[here] if control is None else None
-        if operator not in self.found.sums and equation.primitive not in _TAKES_PARTS:
-            values = [self.summed(value) for value in values]
+        operator = self.found.at[here] if control is None else -1
+        if equation.primitive not in _TAKES_PARTS:
+            values = [self.summed(value, self.found.sums.get(operator, ((),))[0]) for value in values]
         if self.rows is not None:
             values = self.rows.edited(values, here)
         with _jax.user_context(equation):
@@ -174,11 +174,11 @@ class Replay:
                 outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
         env.update(zip(equation.outvars, outs, strict=True))
 
-    def summed(self, value: Any) -> Any:
-        """Of partial sums the total, whole."""
-        return total(value, self.mesh) if isinstance(value, Parts) else whole(value)
+    def summed(self, value: Any, but: tuple[int, ...] = ()) -> Any:
+        """Of partial sums the total, along all axes `but` those."""
+        return total(value, self.mesh, but) if isinstance(value, Parts) else whole(value)
 
-    def bind(self, equation: Any, values: list[Any], path: Path, operator: int | None) -> list[Any]:
+    def bind(self, equation: Any, values: list[Any], path: Path, operator: int) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
         if operator in self.found.sums:
             specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]

@@ -44,8 +44,8 @@ def zeros(operators: Sequence[Operator], operator: Operator) -> list[bool]:
 
     def zero(tensor: int) -> bool:
         made = next((op for op in operators if tensor in op.results), None)
-        filled = made is not None and made.equation is not None and len(made.operands) == 1 and made.name == "broadcast_in_dim"
-        source = made.equation.invars[0] if filled else None
+        filled = made is not None and made.name == "broadcast_in_dim" and len(made.operands) == 1
+        source = made.equation.invars[0] if made is not None and filled and made.equation is not None else None
         return isinstance(source, _jax.Literal) and bool(np.all(source.val == 0))
 
     return [zero(tensor) if tensor >= 0 else False for tensor in operator.operands]
@@ -56,14 +56,14 @@ def evaluated(
     split: tuple[int, ...], left: tuple[int, ...], mesh: Any,
 ) -> Any:  # fmt: skip
     """The result of an equation of which operands are partial sums along axes `over` (`Parts`, or whole), or which sums itself
-    what lies along axes `split`; it is left partial along axes `left`. `specs`: per operand its layout, () for whole; `zero`: those that are zeros. `mesh`: its axes of
-    type Auto."""
+    what lies along axes `split`; it is left partial along axes `left`. `specs`: per operand its layout, () for whole; `zero`:
+    those that are zeros. `mesh`: its axes of type Auto."""
 
     def bind(*values: Any) -> Any:
         return _jax.bind(equation, list(values), mesh.size)[0]
 
     if not over:
-        return _along(in_parts(bind, operands, specs, zero, split, mesh), left, mesh)
+        return total(in_parts(bind, operands, specs, zero, split, mesh), mesh, left)
     found = added(bind, operands, over, equation.outvars[0].aval.shape, mesh)
     return found if left else total(found, mesh)
 
@@ -99,41 +99,44 @@ def added(
 ) -> Parts:
     """What an operator that is linear in its operands makes of them: partial sums along `axes`, `shape` each. What is whole
     counts once."""
-    given = []
-    for operand in operands:
-        parts = operand if isinstance(operand, Parts) else Parts(operand if np.ndim(operand) else jnp.full(shape, operand), ())
-        given.append(_along(parts, axes, mesh).stacked)
+    whole = [operand if isinstance(operand, Parts) or np.ndim(operand) else jnp.full(shape, operand) for operand in operands]
+    given = [_along(operand, axes, mesh).stacked for operand in whole]
     for _ in axes:
         bind = jax.vmap(bind)
     return Parts(bind(*given), axes)
 
 
-def total(parts: Parts, mesh: Any) -> Any:
-    """The sum, whole along the axes along which it was partial."""
-    count, shape = len(parts.axes), parts.stacked.shape
-    stacked = parts.stacked.reshape(math.prod(shape[:count]), *shape[count:])
-    stacked = _held(stacked, [tuple(mesh.axis_names[axis] for axis in parts.axes)], mesh)
-    return jax.lax.reduce(stacked, np.zeros((), stacked.dtype), jax.lax.add, (0,))
+def total(parts: Parts, mesh: Any, but: tuple[int, ...] = ()) -> Any:
+    """The sum, whole along the axes along which it was partial: `Parts` still where it is along some of those that are left."""
+    rest = tuple([axis for axis in parts.axes if axis in but])
+    gone = [place for place, axis in enumerate(parts.axes) if axis not in but]
+    if not gone:
+        return parts
+    value = parts.stacked
+    if not rest and len(gone) > 1:  # over several axes at once
+        value = value.reshape(math.prod(value.shape[: len(gone)]), *value.shape[len(gone) :])
+        value = _held(value, [tuple(mesh.axis_names[axis] for axis in parts.axes)], mesh)
+        gone = [0]
+    value = jax.lax.reduce(value, np.zeros((), value.dtype), jax.lax.add, gone)
+    return Parts(value, rest) if rest else value
 
 
-def _along(parts: Parts, axes: tuple[int, ...], mesh: Any) -> Parts:
-    """The same sum, partial along `axes`."""
-    value, now = parts.stacked, list(parts.axes)
-    for axis in parts.axes:
-        if axis not in axes:
-            value = jax.lax.reduce(value, np.zeros((), value.dtype), jax.lax.add, (now.index(axis),))
-            now.remove(axis)
+def _along(value: Any, axes: tuple[int, ...], mesh: Any) -> Parts:
+    """A sum, whole or partial along some of `axes`, partial along all of them: the first device along a new one has it all."""
+    now = value.axes if isinstance(value, Parts) else ()
     new = [place for place, axis in enumerate(axes) if axis not in now]
+    stacked = value.stacked if isinstance(value, Parts) else value
     if not new:
-        return Parts(value, axes)
-    value = jax.lax.expand_dims(value, new)
+        return Parts(stacked, axes)
+    stacked = jax.lax.expand_dims(stacked, new)
     sizes = [mesh.shape[mesh.axis_names[axis]] for axis in axes]
-    shape = [sizes[place] if place in new else extent for place, extent in enumerate(value.shape)]
+    shape = [sizes[place] if place in new else extent for place, extent in enumerate(stacked.shape)]
     first: Any = np.bool_(True)
     for place in new:
         first = first & (jax.lax.broadcasted_iota(np.int32, shape, place) == 0)
-    value = jnp.where(first, value, jnp.zeros_like(value))
-    return Parts(_held(value, [mesh.axis_names[axis] for axis in axes], mesh), axes)
+    stacked = jnp.broadcast_to(stacked, shape)
+    stacked = jax.lax.select(first, stacked, jnp.zeros_like(stacked))
+    return Parts(_held(stacked, [mesh.axis_names[axis] for axis in axes], mesh), axes)
 
 
 def _held(value: Any, leading: Sequence[Any], mesh: Any) -> Any:

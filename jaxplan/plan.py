@@ -71,7 +71,7 @@ class Constraints:
     """What `apply` emits. `reads[(operator, operand)]` and `writes[(operator, result)]`: specs, to be constrained one
     after the other; `outputs[position]`: the same for the program's outputs; `entries[path]`: per operand of a
     rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path; `sums[operator]`: the axes along
-    which what it reads are partial sums, those that split what it sums itself, and those along which its result is left partial."""
+    which it reads partial sums, those that split what it sums itself, and those along which its result is left partial."""
 
     reads: Mapping[tuple[int, int], tuple[Spec, ...]]
     writes: Mapping[tuple[int, int], tuple[Spec, ...]]
@@ -235,7 +235,7 @@ class Plan:
             added = tuple(axis for axis, option in enumerate(options) if option.factor == PARTIAL)
             left = tuple(axis for axis, option in enumerate(options) if option.scatter == PARTIAL)
             if added:
-                found.update({member: (added, (), added) for member in cluster.members})
+                found.update(dict.fromkeys(cluster.members, (added, (), added)))
                 found[cluster.members[-1]] = (added, (), ())
             if left:
                 (combine,) = cluster.combines

@@ -41,8 +41,8 @@ class Node(NamedTuple):
     """One decision.
 
     `options`: how many options there are along each mesh axis. `kind`: nodes of equal kind have equal options
-    and equal prices (what folding may merge). `times`: how often its price is paid. `alone`: how many of the options along each axis,
-    the first ones, may be good whatever other nodes choose (a hint for searches that begin with these); None: all.
+    and equal prices (what folding may merge). `times`: how often its price is paid. `alone`: how many of the options along each
+    axis, the first ones, may be good whatever other nodes choose (a hint for searches that begin with these); None: all.
     """
 
     name: str

@@ -216,8 +216,8 @@ class _Form:
     """What a cluster is made of, its tensors and operators numbered as they came. Never changed once others may start from it."""
 
     __slots__ = (
-        "adds", "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units", "work",
-        "writes",
+        "adds", "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units",
+        "work", "writes",
     )  # fmt: skip
 
     def __init__(self, adds: str = "") -> None:
