@@ -26,6 +26,7 @@ from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Constraints, Plan
+from jaxplan.trace import abstract, has_dtype
 
 Path = tuple[Any, ...]
 
@@ -170,23 +171,33 @@ class Replay:
                 for slot, value in enumerate(values):
                     values[slot] = self.brought(value, self.found.reads.get((operator, slot), ()))
                 asks = operator is not None and self.operators[operator].asked is not None
-                outs = values if asks else self.bind(equation, values, here, operator)  # what is asked for is constrained
+                scattered = len(self.found.writes.get((operator, 0), ())) > 1
+                fill = _jax.filling(equation, values) if scattered else None
+                if operator in self.found.sums:
+                    outs = [self.in_parts(equation, values, operator)]
+                else:
+                    outs = values if asks else self.bind(equation, values, here, fill is None)  # what is asked for is constrained
                 outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
+                outs = outs if fill is None else [fill(out) for out in outs]
         env.update(zip(equation.outvars, outs, strict=True))
 
     def summed(self, value: Any, but: tuple[int, ...] = ()) -> Any:
         """Of partial sums the total, along all axes `but` those."""
         return total(value, self.mesh, but) if isinstance(value, Parts) else whole(value)
 
-    def bind(self, equation: Any, values: list[Any], path: Path, operator: int) -> list[Any]:
-        """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
-        if operator in self.found.sums:
-            specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
-            zero = zeros(self.operators, self.operators[operator])
-            return [evaluated(equation, values, specs, zero, *self.found.sums[operator], self.mesh)]
+    def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
+        """The result of an equation that adds partial sums, or leaves one."""
+        specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
+        zero = zeros(self.operators, self.operators[operator])
+        return evaluated(equation, values, specs, zero, *self.found.sums[operator], self.mesh)
+
+    def bind(self, equation: Any, values: list[Any], path: Path, filled: bool = True) -> list[Any]:
+        """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""
+        changed = {} if filled else _jax.UNFILLED
         if self.rows is None:
-            return _jax.bind(equation, values, self.mesh.size)
-        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
+            return _jax.bind(equation, values, self.mesh.size, changed)
+        params = {**self.rows.params(path), **changed}
+        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, params), path)
 
     @property
     def moved(self) -> Moved:
@@ -425,8 +436,12 @@ def _call(parameter: str) -> Callable[[Replay, Any, list[Any], Path], list[Any]]
 
 
 def _custom(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    asked = replay.found.asked(equation.params["call_jaxpr"].jaxpr, path)  # moved before, it is moved once for readers around too
+    values = [replay.brought(value, specs) for value, specs in zip(values, asked, strict=True)]
+
     def body(*inputs: Any) -> list[Any]:
-        return replay.run(equation.params["call_jaxpr"], inputs, path)
+        there = {(id(value), spec): (value, value) for value, specs in zip(inputs, asked, strict=True) for spec in specs}
+        return replay.run(equation.params["call_jaxpr"], inputs, path, there)
 
     return _jax.rebind_custom(equation, body, values)
 
@@ -517,7 +532,7 @@ class PlannedFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
+        return self._jitted.lower(*[abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
 
     @property
     def mesh(self) -> Mesh:
@@ -554,7 +569,7 @@ class PlannedFunction:
                 raise ValueError(f"{path} was planned with shape {aval.shape}, but has shape {tuple(shape)}; plan again")
             if isinstance(leaf, jax.ShapeDtypeStruct) and not shapes:
                 raise TypeError(f"{path} is a shape, not an array: shapes can be planned and lowered, but not run")
-            if not _fits(leaf, aval.dtype):
+            if not has_dtype(leaf, aval.dtype):
                 given = getattr(leaf, "dtype", type(leaf).__name__)
                 raise ValueError(f"{path} was planned as {aval.dtype}, but is {given}; convert it, or plan again")
         return leaves
@@ -584,16 +599,3 @@ class PlannedFunction:
 
 def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
     return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
-
-
-def _fits(leaf: Any, planned: Any) -> bool:
-    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32). A Python number has a kind only."""
-    for number, kind in ((bool, np.bool_), (int, np.integer), (float, np.floating), (complex, np.complexfloating)):
-        if type(leaf) is number:
-            return jax.numpy.issubdtype(planned, kind)
-    dtype = getattr(leaf, "dtype", planned)
-    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
-
-
-def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf
