@@ -188,8 +188,7 @@ class Replay:
     def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
         """The result of an equation that adds partial sums, or leaves one."""
         specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
-        zero = zeros(self.operators, self.operators[operator])
-        return evaluated(equation, values, specs, zero, *self.found.sums[operator], self.mesh)
+        return evaluated(equation, values, specs, zeros(self.operators, operator), *self.found.sums[operator], self.mesh)
 
     def bind(self, equation: Any, values: list[Any], path: Path, filled: bool = True) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""

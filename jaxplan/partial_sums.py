@@ -39,7 +39,7 @@ class Parts:
         return Parts(function(self.stacked), self.axes)
 
 
-def zeros(operators: Sequence[Operator], operator: Operator) -> list[bool]:
+def zeros(operators: Sequence[Operator], number: int) -> list[bool]:
     """Which operands of an operator are zeros, as the program says: what is scattered into by a gradient, mostly."""
 
     def zero(tensor: int) -> bool:
@@ -48,7 +48,7 @@ def zeros(operators: Sequence[Operator], operator: Operator) -> list[bool]:
         source = made.equation.invars[0] if made is not None and filled and made.equation is not None else None
         return isinstance(source, _jax.Literal) and bool(np.all(source.val == 0))
 
-    return [zero(tensor) if tensor >= 0 else False for tensor in operator.operands]
+    return [zero(tensor) if tensor >= 0 else False for tensor in operators[number].operands]
 
 
 def evaluated(
