@@ -16,6 +16,7 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.partial_sums import Parts, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
@@ -25,6 +26,7 @@ from jaxplan.pipeline.roles import OUTS
 from jaxplan.pipeline.rowwise import Edit, told
 from jaxplan.pipeline.staged import Staged, edited, whole
 from jaxplan.plan import Constraints, Plan
+from jaxplan.trace import abstract, has_dtype
 
 Path = tuple[Any, ...]
 
@@ -95,6 +97,8 @@ class Replay:
 
     def constrain(self, value: Any, specs: Sequence[Spec]) -> Any:
         """One constraint per step: the compiler then takes the steps that were priced."""
+        if isinstance(value, Parts):
+            return value.on(lambda stacked: self.constrain(stacked, [value.spec(spec) for spec in specs]))
         for spec in specs:
             if spec and getattr(value, "ndim", 0) == len(spec):
                 if self.rows is not None and self.plan is not None:
@@ -113,7 +117,7 @@ class Replay:
 
     def run(self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None) -> list[Any]:
         """A closed jaxpr."""
-        outs = [whole(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
+        outs = [self.summed(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(
@@ -155,22 +159,36 @@ class Replay:
         control = _CONTROL.get(equation.primitive)
         if equation.primitive not in _TAKES_STAGED:
             values = [whole(value) for value in values]
+        operator = self.found.at[here] if control is None else -1
+        if equation.primitive not in _TAKES_PARTS:
+            values = [self.summed(value, self.found.sums.get(operator, ((),))[0]) for value in values]
         if self.rows is not None:
             values = self.rows.edited(values, here)
         with _jax.user_context(equation):
             if control is not None:
                 outs = control(self, equation, values, here)
             else:
-                operator = self.found.at[here]
                 for slot, value in enumerate(values):
                     values[slot] = self.brought(value, self.found.reads.get((operator, slot), ()))
                 asks = operator is not None and self.operators[operator].asked is not None
                 scattered = len(self.found.writes.get((operator, 0), ())) > 1
                 fill = _jax.filling(equation, values) if scattered else None
-                outs = values if asks else self.bind(equation, values, here, fill is None)  # what is asked for is constrained
+                if operator in self.found.sums:
+                    outs = [self.in_parts(equation, values, operator)]
+                else:
+                    outs = values if asks else self.bind(equation, values, here, fill is None)  # what is asked for is constrained
                 outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
                 outs = outs if fill is None else [fill(out) for out in outs]
         env.update(zip(equation.outvars, outs, strict=True))
+
+    def summed(self, value: Any, but: tuple[int, ...] = ()) -> Any:
+        """Of partial sums the total, along all axes `but` those."""
+        return total(value, self.mesh, but) if isinstance(value, Parts) else whole(value)
+
+    def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
+        """The result of an equation that adds partial sums, or leaves one."""
+        specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
+        return evaluated(equation, values, specs, zeros(self.operators, operator), *self.found.sums[operator], self.mesh)
 
     def bind(self, equation: Any, values: list[Any], path: Path, filled: bool = True) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""
@@ -446,6 +464,9 @@ def _remat(replay: Replay, equation: Any, values: list[Any], path: Path) -> list
 _TAKES_STAGED = frozenset((_jax.scan_p, _jax.jit_p, _jax.closed_call_p))
 """Primitives that hand on what lies on stages as it is."""
 
+_TAKES_PARTS = frozenset((_jax.jit_p, _jax.closed_call_p, _jax.custom_vmap_p))
+"""Primitives that hand on partial sums as they are."""
+
 _CONTROL: dict[Any, Callable[[Replay, Any, list[Any], Path], list[Any]]] = {
     _jax.scan_p: _scan,
     _jax.while_p: _while,
@@ -510,7 +531,7 @@ class PlannedFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Like `jax.jit(f).lower`; arrays or `jax.ShapeDtypeStruct`s."""
-        return self._jitted.lower(*[_abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
+        return self._jitted.lower(*[abstract(leaf) for leaf in self._flatten(args, kwargs, shapes=True)])
 
     @property
     def mesh(self) -> Mesh:
@@ -547,7 +568,7 @@ class PlannedFunction:
                 raise ValueError(f"{path} was planned with shape {aval.shape}, but has shape {tuple(shape)}; plan again")
             if isinstance(leaf, jax.ShapeDtypeStruct) and not shapes:
                 raise TypeError(f"{path} is a shape, not an array: shapes can be planned and lowered, but not run")
-            if not _fits(leaf, aval.dtype):
+            if not has_dtype(leaf, aval.dtype):
                 given = getattr(leaf, "dtype", type(leaf).__name__)
                 raise ValueError(f"{path} was planned as {aval.dtype}, but is {given}; convert it, or plan again")
         return leaves
@@ -577,16 +598,3 @@ class PlannedFunction:
 
 def _constrained(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[Any]:
     return [jax.lax.with_sharding_constraint(v, s) for v, s in zip(values, shardings, strict=True)]
-
-
-def _fits(leaf: Any, planned: Any) -> bool:
-    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32). A Python number has a kind only."""
-    for number, kind in ((bool, np.bool_), (int, np.integer), (float, np.floating), (complex, np.complexfloating)):
-        if type(leaf) is number:
-            return jax.numpy.issubdtype(planned, kind)
-    dtype = getattr(leaf, "dtype", planned)
-    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
-
-
-def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 
 Layout = tuple[int, ...]
-"""Per mesh axis, the dimension it shards, or -1 where the tensor is replicated along that axis."""
+"""Per mesh axis, the dimension it shards, or -1 where the tensor is replicated along that axis, or `PARTIAL`."""
+
+PARTIAL = -2
+"""Along this axis each device holds a part of a sum, of the tensor's shape, that has yet to be added to the others'."""
 
 Spec = tuple[tuple[int, ...], ...]
 """Per dimension, the mesh axes (as indices) that shard it, major to minor."""

@@ -32,7 +32,7 @@ from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
-from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
 from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
 from jaxplan.trace import Traced
@@ -70,13 +70,15 @@ class PlannedExchange:
 class Constraints:
     """What `apply` emits. `reads[(operator, operand)]` and `writes[(operator, result)]`: specs, to be constrained one
     after the other; `outputs[position]`: the same for the program's outputs; `entries[path]`: per operand of a
-    rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path."""
+    rematerialised call, the spec it keeps inside (() for none); `at`: operator index by path; `sums[operator]`: the axes along
+    which it reads partial sums, those that split what it sums itself, and those along which its result is left partial."""
 
     reads: Mapping[tuple[int, int], tuple[Spec, ...]]
     writes: Mapping[tuple[int, int], tuple[Spec, ...]]
     outputs: Mapping[int, tuple[Spec, ...]]
     entries: Mapping[tuple[Any, ...], tuple[Spec, ...]]
     at: Mapping[tuple[Any, ...], int]
+    sums: Mapping[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     def asked(self, jaxpr: Any, path: tuple[Any, ...]) -> list[tuple[Spec, ...]]:
         """Per operand of a call, the specs that all who read it there ask for, calls in it among them; () where they differ."""
@@ -234,7 +236,24 @@ class Plan:
             )
             for path, operands in graph.calls.items()
         }
-        return Constraints(reads, writes, outputs, entries, {op.path: i for i, op in enumerate(graph.operators)})
+        at = {op.path: i for i, op in enumerate(graph.operators)}
+        return Constraints(reads, writes, outputs, entries, at, self._partial_sums())
+
+    def _partial_sums(self) -> dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """`Constraints.sums`: only where partial sums are added, or left."""
+        found: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
+        for index, cluster in enumerate(self.modelled.graph.clusters):
+            options = self.modelled.chosen(self.choices, index) if cluster.combines else ()
+            added = tuple(axis for axis, option in enumerate(options) if option.factor == PARTIAL)
+            left = tuple(axis for axis, option in enumerate(options) if option.scatter == PARTIAL)
+            if added:
+                found.update(dict.fromkeys(cluster.members, (added, (), added)))
+                found[cluster.members[-1]] = (added, (), ())
+            if left:
+                (combine,) = cluster.combines
+                split = tuple(axis for axis, option in enumerate(options) if option.factor in combine.over)
+                found[combine.operator] = ((), split, left)
+        return found
 
     def _way(self, src: Layout, dst: Layout, shape: Sequence[int]) -> tuple[Spec, ...]:
         """The layouts that lead from one to another. A stop whose parts would be unequal is left out: there the compiler finds

@@ -41,7 +41,8 @@ class Node(NamedTuple):
     """One decision.
 
     `options`: how many options there are along each mesh axis. `kind`: nodes of equal kind have equal options
-    and equal prices (what folding may merge). `times`: how often its price is paid.
+    and equal prices (what folding may merge). `times`: how often its price is paid. `alone`: how many of the options along each
+    axis, the first ones, may be good whatever other nodes choose (a hint for searches that begin with these); None: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Node(NamedTuple):
     price: NodePrice
     kind: Hashable = None
     times: float = 1.0
+    alone: tuple[int, ...] | None = None
 
 
 class Edge(NamedTuple):

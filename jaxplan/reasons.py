@@ -22,7 +22,7 @@ from jaxplan.cost import reshard_steps
 from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.cost.symbols import Symbols
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
-from jaxplan.layout import Layout, spec_of
+from jaxplan.layout import PARTIAL, Layout, spec_of
 from jaxplan.paths import alike, several
 from jaxplan.plan import Plan
 from jaxplan.problem import all_rows, edge_prices, repeated
@@ -478,12 +478,14 @@ def _splitting(plan: Plan, index: int, row: np.ndarray) -> dict[str, str]:
     found = {}
     for axis, options, number in zip(plan.axis_names, plan.modelled.options[index], row.tolist(), strict=True):
         option = options[number]
+        if option.factor == PARTIAL:
+            found[axis] = "partial sums (added, then summed)"
         if option.factor >= 0:
             found[axis] = _dimension(plan, cluster, option.factor)
             if option.scatter >= 0:
                 found[axis] += f" (summed, scattered over {_dimension(plan, cluster, option.scatter)})"
             elif any(option.factor in combine.over for combine in cluster.combines):
-                found[axis] += " (summed)"
+                found[axis] += " (left a partial sum)" if option.scatter == PARTIAL else " (summed)"
     return found
 
 

@@ -137,16 +137,25 @@ class Pricer:
         self._kinds = [node.kind if node.kind is not None else ("node", id(node.price)) for node in problem.nodes]
         self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", id(edge.price)) for edge in problem.edges]
 
-    def along(self, axes: tuple[int, ...], choices: np.ndarray) -> tuple[Tables, list[np.ndarray]]:
-        """Some axes free in every node, the others fixed as in `choices` (nodes, axes); and per node what is open to it."""
+    def along(
+        self, axes: tuple[int, ...], choices: np.ndarray, alone: bool = False
+    ) -> tuple[Tables, list[np.ndarray]]:
+        """Some axes free in every node, the others fixed as in `choices` (nodes, axes); and per node what is open to it: of the
+        options that nodes may take `alone`, if so, where nodes do so now."""
         free = list(axes)
         stays = choices.copy()
         stays[:, free] = 0
-        fixed = [(axes, number) for number in (stays * self._strides).sum(1).tolist()]
+        numbers = (stays * self._strides).sum(1).tolist()
+        fewer = [
+            alone and node.alone is not None and all(row[axis] < node.alone[axis] for axis in free)
+            for node, row in zip(self.problem.nodes, choices, strict=True)
+        ]
+        fixed: list[Hashable] = [(axes, number, few) for number, few in zip(numbers, fewer, strict=True)]
         opened: dict[tuple[int, ...], np.ndarray] = {}
         rows = []
-        for node, row in zip(self.problem.nodes, stays, strict=True):
-            counts = tuple([node.options[axis] for axis in free])
+        for node, row, few in zip(self.problem.nodes, stays, fewer, strict=True):
+            most = node.alone if few and node.alone is not None else node.options
+            counts = tuple([most[axis] for axis in free])
             if counts not in opened:
                 opened[counts] = np.zeros((math.prod(counts), len(row)), dtype=np.int64)
                 opened[counts][:, free] = all_rows(counts)

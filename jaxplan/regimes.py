@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from jaxplan.layout import PARTIAL
 from jaxplan.machine import axis_links
 from jaxplan.plan import Plan
 from jaxplan.report import WIDTH, axis_roles
@@ -380,7 +381,7 @@ def _divides(plan: Plan, there: Plan) -> bool:
     for index, cluster in enumerate(clusters):
         parts = [1] * len(cluster.units)
         for size, option in zip(sizes, plan.modelled.chosen(plan.choices, index), strict=True):
-            for factor in {option.factor, option.scatter} - {-1}:
+            for factor in {option.factor, option.scatter} - {-1, PARTIAL}:
                 parts[factor] *= size
         if any(unit % count for unit, count in zip(cluster.units, parts, strict=True)):
             return False

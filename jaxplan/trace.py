@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
@@ -267,3 +268,17 @@ def _statics(
     elif argnames is None:
         names = [first[n] for n in numbers if -len(first) <= n < len(first) and first[n] in named]
     return numbers, names
+
+
+def has_dtype(leaf: Any, planned: Any) -> bool:
+    """Whether an argument has the planned dtype, as JAX takes it up (float64 as float32). A Python number has a kind only."""
+    for number, kind in ((bool, np.bool_), (int, np.integer), (float, np.floating), (complex, np.complexfloating)):
+        if type(leaf) is number:
+            return jax.numpy.issubdtype(planned, kind)
+    dtype = getattr(leaf, "dtype", planned)
+    return dtype == planned or jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) == planned
+
+
+def abstract(leaf: Any) -> Any:
+    """The shape and dtype of an argument; a Python number as it is."""
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf

@@ -16,7 +16,7 @@ from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
 from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
-from jaxplan.layout import Layout
+from jaxplan.layout import PARTIAL, Layout
 from jaxplan.machine import Machine, apart_from_links
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
@@ -152,6 +152,8 @@ def _modelled(
         kind = made[made_like]
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
+            if stages is not None:  # a pipeline has regions of its own
+                options = tuple([tuple([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in options])
             options = options if stages is None or only is None else _along_stages(options, stages.asked.axis, only)
             options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines))
@@ -164,7 +166,8 @@ def _modelled(
     for index in place:
         number, price = numbered[index]
         name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
-        nodes.append(Node(name, counts, price, number, graph.clusters[index].times))
+        alone = tuple([len([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in price.options])
+        nodes.append(Node(name, counts, price, number, graph.clusters[index].times, alone if alone != counts else None))
     edges = []
     edge_prices: dict[Hashable, tuple[int, ReshardPrice]] = {}
     reshards = Reshards(setting, numbers, most)
@@ -265,7 +268,8 @@ def _where(operator: Operator) -> str:
 
 
 def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> AxisOptions:
-    """Per axis, what it may do in a cluster: nothing, split a factor it divides, or split and scatter."""
+    """Per axis, what it may do in a cluster: nothing, split a factor it divides, split and scatter (or leave partial), or add
+    partial sums."""
     per_axis = []
     for axis, size in enumerate(numbers.sizes):
         if pin is not None:
@@ -278,7 +282,10 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> 
             for combine in cluster.combines:
                 if combine.scatterable:
                     targets = [m for m in combine.result.leads if m in legal]
-                    options += [Option(k, m) for k in legal if k in combine.over for m in targets]
+                    summed = [PARTIAL] if PARTIAL in combine.over else [k for k in legal if k in combine.over]
+                    options += [Option(PARTIAL)] if PARTIAL in combine.over else []
+                    options += [Option(k, m) for k in summed for m in targets]
+                    options += [Option(k, PARTIAL) for k in summed if combine.left]
         per_axis.append(tuple(options))
     return tuple(per_axis)
 
@@ -341,7 +348,7 @@ def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None
     """Everything the price of a cluster depends on."""
     nbytes = numbers.nbytes
     sizes = tuple([(nbytes(t.tensor) if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes)])
-    combines = tuple([(c.result.leads, nbytes(c.result.tensor), c.over, c.scatterable) for c in cluster.combines])
+    combines = tuple([(c.result.leads, nbytes(c.result.tensor), c.over, c.scatterable, c.left) for c in cluster.combines])
     halos = tuple([(h.operand.leads, h.factor, h.width, h.extent, nbytes(h.operand.tensor)) for h in cluster.halos])
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple([(w.flops, w.factors, w.dtype) for w in cluster.work])

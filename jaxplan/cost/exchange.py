@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, all_to_all_bytes
-from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,17 @@ class Step:
 def reshard_steps(src: Layout, dst: Layout, ndim: int, slow_first: tuple[int, ...]) -> tuple[Step, ...]:
     """From one layout to another: slices first (they are free), then all-to-alls, then gathers, slow axes first.
 
-    Axes can only leave or join a dimension at its minor end; where the canonical order asks for more, a permute is due.
+    Axes can only leave or join a dimension at its minor end; where the canonical order asks for more, a permute is due. Partial
+    sums that are asked for whole are reduced before anything else; what is whole is a partial sum, too, with zeros elsewhere.
     """
     if src == dst:
         return ()
     walk = _Walk(src, ndim, slow_first)
+    if PARTIAL in src or PARTIAL in dst:
+        whole = [axis for axis, (d, e) in enumerate(zip(src, dst, strict=True)) if d == PARTIAL != e]
+        steps = (Step("all_reduce", walk.slow(whole), walk.spec(), walk.spec()),) if whole else ()
+        before, after = (tuple([max(dim, -1) for dim in layout]) for layout in (src, dst))
+        return steps + reshard_steps(before, after, ndim, slow_first)
     vacated = {d for d, e in zip(src, dst, strict=True) if d >= 0 and d != e}
     entering = [a for a, (d, e) in enumerate(zip(src, dst, strict=True)) if d < 0 <= e]
     for axis in entering:

@@ -64,15 +64,17 @@ def stored(
     loops: Sequence[tuple[int, int]] = (),
     gathers: int = 0,
     groups: int = 1,
+    totals: frozenset[int] = frozenset(),
 ) -> Stored:
     """Of operators in the order in which they run.
 
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
     `hidden`: {place of what can run beside the gathers of state that end a call: what share of their time it takes}. `loops`:
-    (first, last place) of each. `gathers`: how many there are, `groups`: in how many at once partial sums are combined.
+    (first, last place) of each. `gathers`: how many there are, `groups`: in how many at once partial sums are combined; `totals`:
+    places of additions of partial sums, stored to be combined.
     """
     kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
-    found = _Fused(kernels, scattered)
+    found = _Fused(kernels, scattered, totals)
     found.put_off(hidden, loops, gathers, groups)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(
@@ -155,7 +157,8 @@ class _Fused:
     place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}.
     """
 
-    def __init__(self, kernels: _Kernels, scattered: frozenset[int]) -> None:
+    def __init__(self, kernels: _Kernels, scattered: frozenset[int], totals: frozenset[int]) -> None:
+        self._totals = totals
         self.operators, self.scattered, self.sizes = kernels.operators, scattered, kernels.sizes
         self.near, self.others, self._made, self._leaving = kernels.near, kernels.others, kernels.made, kernels.leaving
         self.origins: dict[int, tuple[int, ...]] = {}
@@ -233,7 +236,7 @@ class _Fused:
         large = [s for s in seen if self.sizes[s] >= LARGE * size]
         near = self.near.get(tensor, [])
         carried = any(self.operators[r].name == BOUNDARY and self.operators[r].path[-2] == "carry" for r in near)
-        kept = tensor in self._leaving or carried
+        kept = tensor in self._leaving or carried or place in self._totals
         shifts = operator.rule.flops == 0 and not hands_on(operator)
         inner = [s for t in operator.operands for s in self.shifted.get(t, ())]
         self.shifted[tensor] = frozenset(seen if shifts else inner)

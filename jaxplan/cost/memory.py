@@ -38,7 +38,7 @@ from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
-from jaxplan.layout import Layout, shards
+from jaxplan.layout import PARTIAL, Layout, shards
 
 COMBINED_BYTES = 128e6
 """Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
@@ -197,7 +197,7 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
         return modelled.graph.remembered("kept", (id(modelled), choices.tobytes()), lambda: _kept_of(modelled, choices, found))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
-    return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups)
+    return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))
 
 
 def _kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Facts:
@@ -238,6 +238,12 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
                 if any(step.kind == "reduce_scatter" for step in exchange.steps):
                     found.add(exchange.operator)
     return frozenset(found)
+
+
+def _totals(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
+    """Operators that add partial sums, of which the total is stored to be combined."""
+    adding = [(i, cluster) for i, cluster in enumerate(modelled.graph.clusters) if cluster.combines and cluster.adds]
+    return frozenset([c.members[-1] for i, c in adding if any(o.factor == PARTIAL for o in modelled.chosen(choices, i))])
 
 
 def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
@@ -294,6 +300,7 @@ def _facts(
     gathers: int = 0,
     groups: int = 1,
     sinks: bool = True,
+    totals: frozenset[int] = frozenset(),
 ) -> Facts:
     order = run_order(graph, materialises)
     operators = [graph.operators[i] for i in order.sequence]
@@ -309,7 +316,8 @@ def _facts(
     if not materialises:
         loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
         at = frozenset(places[i] for i in scattered if i in places)
-        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups)
+        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups,
+                       frozenset([places[i] for i in totals if i in places]))  # fmt: skip
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)
     sunk = _sunk(graph, operators, readers) - set(graph.outputs) if sinks else set[int]()

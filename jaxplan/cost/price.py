@@ -10,13 +10,14 @@ from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, exchange_seconds, work_seconds
 from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
 from jaxplan.graph.nouns import GATHERED, LEFT
-from jaxplan.layout import Layout
+from jaxplan.layout import PARTIAL, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What one mesh axis does in a cluster: split `factor` (-1: nothing); a partial sum that results is reduced, or
-    scattered over the result dimension led by factor `scatter` (-1: reduced)."""
+    """What one mesh axis does in a cluster: split `factor` (-1: nothing; `PARTIAL`: what is read are partial sums along it); a
+    partial sum that results is reduced, or scattered over the result dimension led by factor `scatter` (-1: reduced), or left
+    (`PARTIAL`)."""
 
     factor: int = -1
     scatter: int = -1
@@ -83,7 +84,9 @@ class Setting:
 
 def terminal_layout(leads: tuple[int, ...], options: Sequence[Option]) -> Layout:
     """Layout of a tensor whose dimensions are led by the given factors, before anything is scattered."""
-    return tuple(leads.index(o.factor) if o.factor >= 0 and o.factor in leads else -1 for o in options)
+    return tuple(
+        leads.index(o.factor) if o.factor >= 0 and o.factor in leads else PARTIAL if o.factor == PARTIAL else -1 for o in options
+    )
 
 
 def write_layout(leads: tuple[int, ...], options: Sequence[Option]) -> Layout:
@@ -91,20 +94,21 @@ def write_layout(leads: tuple[int, ...], options: Sequence[Option]) -> Layout:
     layout = []
     for option in options:
         factor = option.scatter if option.scatter >= 0 else option.factor
-        layout.append(leads.index(factor) if factor >= 0 and factor in leads else -1)
+        left = option.scatter == PARTIAL
+        layout.append(PARTIAL if left else leads.index(factor) if factor >= 0 and factor in leads else -1)
     return tuple(layout)
 
 
 CombinePart = tuple[int, int, int]
-"""What one axis does to a partial result: the dimension it shards, the factor along which it is partial, the dimension it
-is scattered over; -1 for none."""
+"""What one axis does to a partial result: the dimension it shards, the factor (or `PARTIAL`) along which it is partial, the
+dimension it is scattered over; -1 for none."""
 
 
 def combine_part(combine: Combine, option: Option) -> CombinePart:
     """The part of one axis in combining a result."""
     leads = combine.result.leads
     dim = leads.index(option.factor) if option.factor >= 0 and option.factor in leads else -1
-    if option.factor not in combine.over:
+    if option.factor not in combine.over or option.scatter == PARTIAL:
         return dim, -1, -1
     return dim, option.factor, leads.index(option.scatter) if option.scatter >= 0 and option.scatter in leads else -1
 
@@ -113,7 +117,7 @@ def parts_steps(parts: Sequence[CombinePart], ndim: int, slow_first: tuple[int, 
     """The steps that make a partial result whole, from the part of every axis."""
     groups: dict[int, tuple[int, ...]] = {}
     for axis, (_, factor, _) in enumerate(parts):
-        if factor >= 0:
+        if factor != -1:
             groups[factor] = (*groups.get(factor, ()), axis)
     if not groups:
         return ()

@@ -30,7 +30,7 @@ from jaxplan.cost.price import (
     write_layout,
 )
 from jaxplan.graph import Cluster
-from jaxplan.layout import Layout, shards
+from jaxplan.layout import PARTIAL, Layout, shards
 from jaxplan.problem import Asked, all_rows
 
 LARGE = 100
@@ -163,7 +163,7 @@ class Reshards:
     def __init__(self, setting: Setting, numbers: Numbers, ndim: int) -> None:
         """`ndim`: the most dimensions of any tensor."""
         self.setting, self.numbers = setting, numbers
-        self._base = ndim + 1
+        self._base = ndim - PARTIAL  # a dimension, none, partial
         self._weights = self._base ** np.arange(setting.axes)
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
@@ -176,7 +176,7 @@ class Reshards:
 
     def again(self, setting: Setting, numbers: Numbers) -> Reshards:
         """The same edges on a machine that differs by its links only."""
-        reshards = Reshards(setting, numbers, self._base - 1)
+        reshards = Reshards(setting, numbers, self._base + PARTIAL)
         reshards._terminals, reshards._kept, reshards._codes = dict(self._terminals), [*self._kept], [*self._codes]
         return reshards
 
@@ -188,7 +188,7 @@ class Reshards:
         if number is None:
             number = self._terminals[key] = len(self._codes)
             self._kept.append(options)
-            self._codes.append([[layout(leads, (option,))[0] + 1 for option in axis] for axis in options])
+            self._codes.append([[layout(leads, (option,))[0] - PARTIAL for option in axis] for axis in options])
         return number
 
     def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
@@ -250,7 +250,7 @@ class Reshards:
         if places.min(initial=0) < 0:
             for code in sorted(set(codes[places < 0].tolist())):
                 self._place[code] = len(self._layouts)
-                self._layouts.append(tuple(code // weight % self._base - 1 for weight in self._weights.tolist()))
+                self._layouts.append(tuple(code // weight % self._base + PARTIAL for weight in self._weights.tolist()))
             grown = np.full((5, len(self._layouts), len(self._layouts)), np.nan)
             known = len(self._per_byte)
             grown[:, :known, :known] = self._per_byte, self._fixed, *self._shares
@@ -259,7 +259,7 @@ class Reshards:
         return places
 
     def _tabulate(self, source: int, target: int) -> None:
-        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base - 1, self.setting.slow_first)
+        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
         share = 1 / shards(self._layouts[target], self.numbers.sizes)
         kinds = {step.kind for step in steps}

@@ -156,8 +156,8 @@ def splits_of(plan: Plan) -> tuple[Split, ...]:
     graph, found = plan.modelled.graph, []
     for index, cluster in enumerate(graph.clusters):
         chosen = list(zip(plan.axis_names, plan.modelled.chosen(plan.choices, index), strict=True))
-        factors = tuple([(axis, option.factor) for axis, option in chosen if option.factor >= 0])
-        scatters = tuple([(axis, option.scatter) for axis, option in chosen if option.scatter >= 0])
+        factors = tuple([(axis, option.factor) for axis, option in chosen if option.factor != -1])
+        scatters = tuple([(axis, option.scatter) for axis, option in chosen if option.scatter != -1])
         found.append(Split(graph.operators[cluster.members[-1]].name, factors, scatters))
     return tuple(found)
 

@@ -83,8 +83,9 @@ class Program:
 
 
 class Split(NamedTuple):
-    """The choice of one cluster of operators. `operator`: the last primitive of it; `factors`: (axis, the factor that it splits);
-    `scatters`: (axis, the factor over which what is summed is scattered)."""
+    """The choice of one cluster of operators. `operator`: the last primitive of it; `factors`: (axis, the factor that it splits,
+    -2 where it adds partial sums); `scatters`: (axis, the factor over which what is summed is scattered, -2 where it is left a
+    partial sum)."""
 
     operator: str
     factors: tuple[tuple[str, int], ...]

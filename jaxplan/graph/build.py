@@ -18,7 +18,7 @@ def graph_of(traced: Traced, flat: Flat) -> Graph:
     """The graph of a traced program, `flat` (empty) being how it is flattened."""
     inputs, outputs = flatten(traced, flat)
     ties = _confirmed_ties(state_pairs(traced), flat.operators, inputs, outputs)
-    clusters = fuse(flat.tensors, flat.operators, outputs)
+    clusters = fuse(flat.tensors, flat.operators, outputs, flat.sealed)
     return Graph(
         tuple(flat.tensors), tuple(flat.operators), tuple(clusters), tuple(inputs), tuple(outputs), tuple(ties), flat.calls,
         flat.platform,

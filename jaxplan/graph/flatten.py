@@ -34,6 +34,7 @@ class Flat:
         self.tensors: list[Tensor] = []
         self.operators: list[Operator] = []
         self.calls: dict[Path, tuple[int, ...]] = {}
+        self.sealed: set[Path] = set()
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
@@ -390,12 +391,15 @@ def _shard_map(flat: Flat, equation: Any, operands: list[int], place: Place) -> 
 
 def _linear_solve(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     """What solves is computed; the products with the matrix stand by for derivatives."""
+    flat.sealed.add(place.path)
     return flat.call(equation.params["jaxprs"].solve.jaxpr, _jax.solve_operands(equation, operands), place)
 
 
-def _inline(parameter: str) -> Callable[[Flat, Any, list[int], Place], list[int]]:
+def _inline(parameter: str, sealed: bool = False) -> Callable[[Flat, Any, list[int], Place], list[int]]:
     def handler(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
         jaxpr = equation.params[parameter]
+        if sealed:
+            flat.sealed.add(place.path)
         return flat.call(getattr(jaxpr, "jaxpr", jaxpr), operands, place)
 
     return handler
@@ -410,8 +414,8 @@ _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
     _jax.shard_map_p: _shard_map,
     _jax.closed_call_p: _inline("call_jaxpr"),
     _jax.custom_vmap_p: _inline("call"),
-    _jax.custom_jvp_call_p: _inline("call_jaxpr"),
-    _jax.custom_vjp_call_p: _inline("call_jaxpr"),
+    _jax.custom_jvp_call_p: _inline("call_jaxpr", sealed=True),
+    _jax.custom_vjp_call_p: _inline("call_jaxpr", sealed=True),
     _jax.linear_solve_p: _linear_solve,
 }
 """Control flow: the primitives whose rule is to recurse."""

@@ -1,24 +1,29 @@
 """Operators into clusters: what a compiler computes in one loop is laid out as one.
 
 Walking backwards, a fusible operator joins the cluster of its readers when all of them are in one cluster, in the same
-loop body, and no dimension is asked for two things at once. Every other operator is a cluster of its own.
+loop body, and no dimension is asked for two things at once. Every other operator is a cluster of its own. An addition of sums
+(`sums.py`) is one, without its readers: what it reads may be partial sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Tensor, Terminal, Work
+from jaxplan.graph.nouns import Cluster, Combine, Halo, Operator, Path, Tensor, Terminal, Work
+from jaxplan.graph.sums import find_sums
+from jaxplan.layout import PARTIAL
 from jaxplan.rules import Kind
 
 Leads = tuple[int, ...]
 
 
-def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -> list[Cluster]:
-    """Clusters in program order of their last member. Tensors in `outputs` leave the program."""
+def fuse(
+    tensors: list[Tensor], operators: list[Operator], outputs: list[int], sealed: Collection[Path] = ()
+) -> list[Cluster]:
+    """Clusters in program order of their last member. Tensors in `outputs` leave the program; `sealed`: see `find_sums`."""
     readers: list[list[int]] = [[] for _ in tensors]
     for index, operator in enumerate(operators):
         for tensor in operator.operands:
@@ -27,26 +32,38 @@ def fuse(tensors: list[Tensor], operators: list[Operator], outputs: list[int]) -
     leaves = set(outputs)
     sources = _Sources(operators, readers, leaves)
     home: list[_Draft | None] = [None] * len(operators)
+    sums = find_sums(tensors, operators, readers, leaves, sealed)
     drafts: list[_Draft] = []
     forms = _Forms(tensors)
     for index in range(len(operators) - 1, -1, -1):
-        operator = operators[index]
-        draft = None
-        if operator.rule.fusible and len(operator.results) == 1:
-            tensor = operator.results[0]
-            near = readers[tensor]
-            if near and tensor not in leaves:
-                candidate = home[near[0]]
-                if candidate is not None and candidate.scope == operator.scope and candidate.form.fusible:
-                    alone = len(near) == 1 or all(home[reader] is candidate for reader in near)
-                    draft = candidate if alone and forms.join(candidate, index, operator, sources) else None
+        operator, root = operators[index], sums.roots.get(index, -1)
+        draft = candidate = None
+        if operator.rule.fusible and len(operator.results) == 1 and operator.results[0] not in leaves:
+            candidate = _only_reader(operator, [home[reader] for reader in readers[operator.results[0]]])
+        if root == index:
+            draft = forms.start(index, operator, "apart" if candidate is None else "adds")
+            drafts.append(draft)
+        elif candidate is not None and (not candidate.form.adds or candidate.members[0] == root):
+            draft = candidate if forms.join(candidate, index, operator, sources) else None
         if draft is None:
             draft = forms.start(index, operator)
             drafts.append(draft)
         home[index] = draft
     asked = [operator.results for operator in operators if operator.asked is not None]
     needed = leaves.union(*asked, *[draft.reads() for draft in drafts])
-    return [forms.close(draft, needed) for draft in reversed(drafts)]
+    left = {index for index in sums.terms if _added(home[readers[operators[index].results[0]][0]])}
+    return [forms.close(draft, needed, draft.members[0] in left) for draft in reversed(drafts)]
+
+
+def _only_reader(operator: Operator, near: list[_Draft | None]) -> _Draft | None:
+    """The one cluster that reads what an operator makes, if it could be a part of that."""
+    first = near[0] if near else None
+    joinable = first is not None and first.scope == operator.scope and first.form.fusible
+    return first if joinable and all(draft is first for draft in near) else None
+
+
+def _added(draft: _Draft | None) -> bool:
+    return draft is not None and bool(draft.form.adds)
 
 
 class _Sources:
@@ -114,12 +131,13 @@ class _Forms:
         kinds: dict[Tensor, int] = {}
         self.kinds = [kinds.setdefault(tensor, len(kinds)) for tensor in tensors]
         self.digests: dict[int, _Digest] = {}
-        self.empty = _Form()
-        self.closed: dict[tuple[int, tuple[bool, ...]], tuple[int, Cluster]] = {}
+        self.empty = {adds: _Form(adds) for adds in ("", "adds", "apart")}
+        self.closed: dict[tuple[int, tuple[bool, ...], bool], tuple[int, Cluster]] = {}
 
-    def start(self, index: int, operator: Operator) -> _Draft:
-        """A cluster of one operator."""
-        draft = _Draft(self.empty, operator.scope)
+    def start(self, index: int, operator: Operator, adds: str = "") -> _Draft:
+        """A cluster of one operator. `adds`: what makes the total of an addition of sums; "apart" where nobody could compute it
+        together with what reads it."""
+        draft = _Draft(self.empty[adds], operator.scope)
         draft.grow(self._step(draft, operator, (*operator.operands, *operator.results)).form, index)
         return draft
 
@@ -160,13 +178,13 @@ class _Forms:
             step = form.steps[key] = form.after(alike, digest, [self.tensors[t] for t in names])
         return step
 
-    def close(self, draft: _Draft, needed: set[int]) -> Cluster:
-        """The finished cluster; only values somebody else needs are written."""
+    def close(self, draft: _Draft, needed: set[int], left: bool) -> Cluster:
+        """The finished cluster; only values somebody else needs are written. `left`: its sum may be left partial."""
         form, names = draft.form, draft.tensors
         wanted = tuple([names[place] in needed for place, _ in form.writes])
-        key = (id(form), wanted)
+        key = (id(form), wanted, left)
         if key not in self.closed:
-            self.closed[key] = (len(self.closed), form.close(wanted))
+            self.closed[key] = (len(self.closed), form.close(wanted, left))
         number, model = self.closed[key]
         members = draft.members
         return Cluster(
@@ -176,7 +194,7 @@ class _Forms:
             writes=tuple([Terminal(names[place], leads) for place, leads in model.writes]),
             work=tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work]),
             combines=tuple([
-                Combine(members[c.operator], Terminal(names[c.result.tensor], c.result.leads), c.over, c.scatterable)
+                Combine(members[c.operator], Terminal(names[c.result.tensor], c.result.leads), c.over, c.scatterable, c.left)
                 for c in model.combines
             ]),
             halos=tuple([
@@ -199,12 +217,12 @@ class _Form:
     """What a cluster is made of, its tensors and operators numbered as they came. Never changed once others may start from it."""
 
     __slots__ = (
-        "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units", "work",
-        "writes",
+        "adds", "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units",
+        "work", "writes",
     )  # fmt: skip
 
-    def __init__(self) -> None:
-        self.fusible = True
+    def __init__(self, adds: str = "") -> None:
+        self.adds, self.fusible = adds, True
         self.times = 1.0
         self.count = 0
         self.units: list[int] = []
@@ -220,7 +238,7 @@ class _Form:
         self.steps: dict[Hashable, _Step] = {}
 
     def _copy(self) -> _Form:
-        new = _Form()
+        new = _Form(self.adds)
         new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
         new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
         new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), dict(self.inner)
@@ -350,24 +368,32 @@ class _Form:
         before = self.work.get((factors, dtype))
         self.work[factors, dtype] = (flops, members) if before is None else (before[0] + flops, before[1] + members)
 
-    def close(self, wanted: tuple[bool, ...]) -> Cluster:
-        """The finished form; `wanted`: which of the values are needed by somebody else."""
+    def close(self, wanted: tuple[bool, ...], left: bool = False) -> Cluster:
+        """The finished form; `wanted`: which of the values are needed by somebody else; `left`: its sum may be left partial.
+
+        An addition of sums costs what it would as a part of its reader: that reads the total in place of one of the terms.
+        """
         reads = [(tensor, leads, often) for tensor, seen in self.reads.items() for leads, often in seen.items()]
         writes = [(*where, share) for (where, share), keep in zip(self.writes.items(), wanted, strict=True) if keep]
         numbers = {(tensor, leads): number for number, (tensor, leads, _) in enumerate(reads)}
         several = {tensor for tensor, seen in self.reads.items() if len(seen) > 1}
+        combines = tuple([replace(combine, left=left) for combine in self.combines])
+        spared = 1.0
+        if self.adds and writes:
+            combines = (Combine(0, Terminal(*writes[0][:2]), frozenset((PARTIAL,)), True),)
+            spared = 1.0 if self.adds == "apart" else (len(reads) - 1) / len(reads)
         return Cluster(
             members=tuple(range(self.count)),
             units=tuple(self.units),
             reads=tuple([Terminal(tensor, leads) for tensor, leads, _ in reads]),
             writes=tuple([Terminal(tensor, leads) for tensor, leads, _ in writes]),
             work=_merged(self.work),
-            combines=tuple(self.combines),
+            combines=combines,
             halos=tuple(self.halos),
             times=self.times,
             read_times=tuple([often for _, _, (often, _) in reads]),
-            read_shares=tuple([share for _, _, (_, share) in reads]),
-            write_shares=tuple([share for _, _, share in writes]),
+            read_shares=tuple([spared * share for _, _, (_, share) in reads]),
+            write_shares=tuple([0.0 if self.adds == "adds" else share for _, _, share in writes]),
             moves_bytes=self.moves,
             apart=tuple(self.apart),
             slots=tuple([(*where, numbers[read]) for where, read in self.slots.items() if read[0] in several]),

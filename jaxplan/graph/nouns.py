@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from jaxplan.layout import PARTIAL
 from jaxplan.rules import Rule
 
 Value = TypeVar("Value")
@@ -80,13 +81,15 @@ class Work(NamedTuple):
 class Combine:
     """A member whose result is partial over the factors in `over` until it is combined.
 
-    `scatterable`: a sum that may also be left scattered over a result dimension (a reduce-scatter).
+    `scatterable`: a sum that may also be left scattered over a result dimension (a reduce-scatter). `left`: a sum that may also
+    be left partial, as all that reads it adds it to others. `over` is `PARTIAL` where what is read is such a sum.
     """
 
     operator: int
     result: Terminal
     over: frozenset[int]
     scatterable: bool
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,11 @@ class Cluster(NamedTuple):
     def scatters(self) -> bool:
         """Whether a partial sum of this cluster may be scattered instead of reduced."""
         return any(combine.scatterable for combine in self.combines)
+
+    @property
+    def adds(self) -> bool:
+        """Whether this cluster adds what may be partial sums."""
+        return any(PARTIAL in combine.over for combine in self.combines)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,6 +64,8 @@ class Builder:
         spatial: tuple[int, ...] = (),
         library: bool = False,
         costly: int = 0,
+        adds: bool = False,
+        linear: bool = False,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -79,6 +81,8 @@ class Builder:
             spatial=spatial,
             library=library,
             costly=costly,
+            adds=adds,
+            linear=linear,
         )
 
     def points(self) -> int:

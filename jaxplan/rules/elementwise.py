@@ -11,9 +11,9 @@ from jaxplan.rules.nouns import Dim, Rule
 from jaxplan.rules.table import register, whole_rule
 
 
-def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, costly: int = 0) -> None:
+def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, costly: int = 0, linear: bool = False) -> None:
     """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0. `library`, `costly`: of
-    the `Rule`."""
+    the `Rule`; `linear`: in all operands together."""
 
     @register(*prims, reads=())
     def pointwise(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
@@ -25,7 +25,7 @@ def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, co
             return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
 
         return build.rule(
-            map(along, operands), map(along, results), flops=flops, fusible=True, library=library, costly=costly
+            map(along, operands), map(along, results), flops=flops, fusible=True, library=library, costly=costly, linear=linear
         )  # fmt: skip
 
 
@@ -57,8 +57,9 @@ def gathered(*prims: Primitive) -> None:
 
 # What YNNPACK has (xla/backends/cpu/ynn_support.cc), and what XLA takes for dear (xla/service/cpu/cpu_instruction_fusion.cc)
 elementwise(
-    *primitives("abs add add_jaxvals ceil cos floor max min mul neg round sign sin square sub"), library=True
+    *primitives("abs ceil cos floor max min mul round sign sin square"), library=True
 )
+elementwise(*primitives("add add_jaxvals neg sub"), library=True, linear=True)
 
 
 @register(*primitives("integer_pow"), reads=("y",))

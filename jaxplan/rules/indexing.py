@@ -86,7 +86,9 @@ def scatterer(kind: Kind, *prims: Primitive) -> None:
         dims = _interleave(len(updates), numbers.update_window_dims, window_dims, index_dims)
         touched = (share(updates, table), 1.0, 1.0, 1.0)
         flops = 1 / max(1, addressed)
-        return build.rule([table_dims, [*index_dims, ()], dims], [table_dims], flops=flops, touched=touched)
+        return build.rule(
+            [table_dims, [*index_dims, ()], dims], [table_dims], flops=flops, touched=touched, adds=kind is Kind.SUM
+        )  # fmt: skip
 
 
 scatterer(Kind.SUM, *primitives("scatter_add"))

@@ -25,7 +25,9 @@ def dot_general(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
         any(n > 1 and d not in (*summed, *shared) for d, n in enumerate(a.shape))
         for a, summed, shared in zip(operands, contract, batch, strict=True)
     ]
-    return build.rule((left, right), (result,), flops=2.0, product=all(free), rounds=all(free) and default_precision(params))
+    return build.rule(
+        (left, right), (result,), flops=2.0, product=all(free), rounds=all(free) and default_precision(params), adds=True
+    )  # fmt: skip
 
 
 @register(*primitives("ragged_dot_general"), reads=("ragged_dot_dimension_numbers",))
@@ -155,7 +157,7 @@ def convolution(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     apart = tuple((f, s) for f in (*feature_groups, *batch_groups, *o) for a in left_space for s in left[a] if f != s)
     return build.rule(
         (left, right), (result,), flops=2.0 / max(1, math.prod(params["lhs_dilation"])), apart=apart,
-        product=True, rounds=default_precision(params), spatial=tuple(f for a in left_space for f in left[a]),
+        product=True, rounds=default_precision(params), spatial=tuple(f for a in left_space for f in left[a]), adds=True,
     )  # fmt: skip
 
 

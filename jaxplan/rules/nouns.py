@@ -60,6 +60,8 @@ class Rule:
     rows of its table, an update in place writes only the update); () when all of everything is.
     `apart`: pairs of factors of which only one may be given axes, because the compiler errs where both are.
     `spatial`: factors that are places in space, along which windows slide.
+    `adds`: computed from parts of what it sums over, and with zeros for what has no such parts on all devices but one, it gives
+    partial sums; `linear`: of sums it gives the sum of what it gives for each term.
     `product`: a product of two arrays of at least a matrix each, work for a matrix unit; `rounds`: one of default precision: a
     machine whose matrix unit works in fewer bits rounds what it reads.
     `library`: floating-point work that a library of vector kernels does together with a reduction (`cost/library.py`).
@@ -81,6 +83,8 @@ class Rule:
     spatial: tuple[int, ...] = ()
     library: bool = False
     costly: int = 0
+    adds: bool = False
+    linear: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.factors)

@@ -93,7 +93,7 @@ def transpose(params: Mapping[str, Any], operands: Sequence[Any], results: Seque
     """i j -> j i."""
     build = Builder()
     dims = build.factors_of(operands[0].shape)
-    return build.rule([dims], [[dims[d] for d in params["permutation"]]], flops=0.0, fusible=True)
+    return build.rule([dims], [[dims[d] for d in params["permutation"]]], flops=0.0, fusible=True, linear=True)
 
 
 @register(*primitives("squeeze"), reads=("dimensions",))

@@ -122,7 +122,10 @@ def _recursions(pricer: Pricer, elimination: list[int], axes: list[int]) -> list
 
 def _settled(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: list[int]) -> tuple[np.ndarray, float]:
     """Re-open one axis at a time until nothing improves, then several at once where writing out their joint choices is cheap."""
-    best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
+    single = [(axis,) for axis in axes]
+    if any(node.alone is not None for node in pricer.problem.nodes):
+        best, _ = _sweep(pricer, elimination, best, single, CAP, alone=True)
+    best, seconds = _sweep(pricer, elimination, best, single, CAP)
     for size in range(2, len(axes) + 1):
         blocks = [block for block in combinations(axes, size) if _entries(pricer.problem, block) <= BLOCK_LIMIT]
         if blocks:
@@ -131,10 +134,11 @@ def _settled(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: lis
 
 
 def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Decide one axis after the other, each given those before."""
+    """Decide one axis after the other, each given those before, among the options that need no others: what nodes gain together
+    is found when axes are re-opened, once all of them are known."""
     choices = choices.copy()
     for axis in axes:
-        choices[:, axis], _ = solve(pricer.along((axis,), choices)[0], elimination, cap=FIRST_CAP)
+        choices[:, axis], _ = solve(pricer.along((axis,), choices, alone=True)[0], elimination, cap=FIRST_CAP)
     return choices
 
 
@@ -204,13 +208,14 @@ def _swaps(axes: list[int], alike: Sequence[Hashable], count: int) -> list[list[
 
 
 def _sweep(
-    pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int
+    pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int,
+    alone: bool = False,
 ) -> tuple[np.ndarray, float]:
     """Re-open one block of axes after the other, given the others, until nothing improves."""
     choices, tally = choices.copy(), [0] * len(choices)
     seconds, idle = pricer.price(choices), 0
     for turn in range(SWEEPS * len(blocks)):
-        tables, rows = pricer.along(blocks[turn % len(blocks)], choices)
+        tables, rows = pricer.along(blocks[turn % len(blocks)], choices, alone)
         now = np.zeros(len(choices), dtype=np.int64)
         for axis in blocks[turn % len(blocks)]:  # as `all_rows` counts
             now = now * pricer.options[:, axis] + choices[:, axis]
