@@ -21,7 +21,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices
-from jaxplan.search.swaps import swapped
+from jaxplan.search.neighbourhoods import within_neighbourhoods
 
 Inner = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 """From what a unit of each usage costs, (usages,), and assignments that are known, (nodes, axes), to the best at these prices."""
@@ -94,8 +94,9 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
                 break
             dear = height * unit
     best = _put_together(parts, met, multipliers, allowed)
-    mended = [parts.meet(choices) for choices in swapped(problem, [best.choices, *[one.choices for one in met]], allowed)]
-    best = min([best, *mended], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
+    near = sorted(met, key=lambda one: (one.seconds, one.peak))
+    mended = within_neighbourhoods(problem, [best.choices, *[one.choices for one in near]], multipliers, allowed)
+    best = min([best, *map(parts.meet, mended)], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)
     if best.peak > allowed:
