@@ -32,12 +32,9 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-DEARER = 0.002
-"""While the best plan that fits is slower than without a budget by more than this fraction, other limits are tried too:"""
-LOOSER = (2 / 3, 1 / 3)
-"""by these shares of the way from the budget to the peak without one (in logarithms): what a plan takes is estimated too high;"""
-TIGHTER = (0.95, 0.9, 0.85, 0.8)
-"""then these fractions of the budget."""
+AIMS, FARTHEST, CLOSE = 3, 1.5, 0.01
+"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; and the difference between two, as a
+fraction, between which none is tried."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS = 8
@@ -98,7 +95,6 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     NothingFits.
     """
     tried = _corrected(attempt, plan, budget)
-    tried += _elsewhere(attempt, plan, tried, budget)
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
@@ -110,34 +106,51 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
 
 
 def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
-    """What searches within a budget find, each with the true peak of the one before; with and without products that wait."""
+    """What searches within a budget find, each with the true peak of the one before; with and without products that wait. Then
+    what is found where limits are aimed."""
     tried: list[SomePlan] = []
     for waiting in _ways(plan):
-        like = (plan,)
+        like, mine = (plan,), list[SomePlan]()
         for _ in range(CORRECTIONS):
             found = attempt(Limit(budget, like, waiting))
             if any((found.choices == one.choices).all() for one in like):
                 break
-            tried.append(found)
+            mine.append(found)
             fits = found.peak_bytes <= budget
-            if fits and (found.peak_bytes >= (1 - NEAR) * budget or found.seconds <= (1 + NEARLY_FREE) * plan.seconds):
+            if fits and (found.peak_bytes >= (1 - NEAR) * budget or _nearly_free(found, plan)):
                 break
             like = (found,) if fits else (found, *like)
+        if mine and not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in mine):
+            mine += _aimed(attempt, plan, mine[0], budget, waiting)
+        tried += mine
     return tried
 
 
-def _elsewhere(attempt: Attempt[SomePlan], plan: SomePlan, tried: Sequence[SomePlan], budget: float) -> list[SomePlan]:
-    """What is found within other limits, as long as the best that fits is much slower than without a budget, or nothing fits:
-    prices that are right for one limit pass over plans that they meet at another, and a plan may take more than its limit, or
-    far less."""
-    limits = [budget * (plan.peak_bytes / budget) ** share for share in LOOSER] + [share * budget for share in TIGHTER]
-    found: list[SomePlan] = []
-    for nbytes in limits:
-        best = min([one.seconds for one in (*tried, *found) if one.peak_bytes <= budget], default=math.inf)
-        if best <= (1 + DEARER) * plan.seconds:
-            break
-        found += [attempt(Limit(nbytes, (plan,), waiting)) for waiting in _ways(plan)]
-    return found
+def _aimed(
+    attempt: Attempt[SomePlan], plan: SomePlan, first: SomePlan, budget: float, waiting: SomePlan | None
+) -> list[SomePlan]:
+    """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is true
+    of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest one
+    that was too loose and the loosest one that was not. `first`: what was found within the budget as it is."""
+    tried = [first]
+    low, high, limit = 0.0, math.inf, budget
+    while True:
+        ratio = budget / tried[-1].peak_bytes
+        if ratio >= 1:
+            low = limit
+        else:
+            high = limit
+        limit *= max(1 / FARTHEST, min(FARTHEST, ratio))
+        if not low < limit < high:
+            limit = math.sqrt(low * high)
+        fits = 1 <= ratio <= 1 + NEAR or (ratio >= 1 and _nearly_free(tried[-1], plan))
+        if fits or len(tried) > AIMS or limit >= plan.peak_bytes or high <= (1 + CLOSE) * low:
+            return tried[1:]
+        tried.append(attempt(Limit(limit, (plan,), waiting)))
+
+
+def _nearly_free(found: Plan, plan: Plan) -> bool:
+    return found.seconds <= (1 + NEARLY_FREE) * plan.seconds
 
 
 def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:

@@ -20,30 +20,32 @@ from jaxplan.reduce import ILLEGAL, Pricer
 
 ENTRIES = 300_000
 """Table entries up to which all options of every node are written out; else those nearest to what is known."""
-CELLS = 1 << 14
+CELLS = 1 << 12
 """Entries of a table that eliminating a node may build, at one price; where more were needed, nodes stay as they are."""
 PRICES = 8
 """Prices of usage at which a neighbourhood is solved at once."""
 SPREAD = 1.5
 """The multipliers are scaled by factors of up to exp(SPREAD) each way; and the last are none at all."""
-CUTS = 6
+CUTS = 3
 """How often steps at which the limit is exceeded get a price."""
 OVERSHOOT = 1.05
 """By what factor such a price is higher than what makes a gain none."""
-IDLE = 24
+IDLE = 16
 """Neighbourhoods re-opened in a row without a gain before it is given up."""
-MOST = 96
+MOST = 64
 """Neighbourhoods in all."""
+OPENED = 2_000
+"""Nodes re-opened, counted each time, in all neighbourhoods of one search."""
 FORCED = 0.5
 CENTRES = 3
 """Nodes around which one grows."""
 BETTER = 1e-9
 """A gain below this fraction is none."""
-REPAIRS = 3
+REPAIRS = 2
 """Assignments above the limit from which a way below it is looked for."""
-KEPT = 3
+KEPT = 2
 """Of what is within the limit then, how many are improved."""
-LENIENT, GROWTH, PATIENT, TURNS = 0.1, 2.0, 5, 150
+LENIENT, GROWTH, PATIENT, TURNS = 0.1, 2.0, 4, 100
 """What exceeding the limit costs per unit at first, in sums of multipliers; its growth, after so many neighbourhoods; and how many
 of these in all."""
 SEED = 0
@@ -54,6 +56,7 @@ class Written:
 
     def __init__(self, problem: Problem, rows: Sequence[np.ndarray]) -> None:
         self.rows, self.meter = list(rows), Meter(problem)
+        self.opened = 0  # nodes re-opened so far: what the time goes by
         self.free = [v for v, options in enumerate(self.rows) if len(options) > 1]
         tables = Pricer(problem).among(self.rows)
         self.costs = tables.costs
@@ -135,6 +138,7 @@ class Written:
     def best(self, chosen: np.ndarray, opened: Sequence[int], spent: np.ndarray, forced: tuple[int, np.ndarray] | None = None) -> np.ndarray:
         """(prices, nodes) the best positions of the nodes opened at prices of usages, (prices, groups), the others as they are.
         Where tables grew too large some of the opened ones keep theirs too."""
+        self.opened += len(opened)
         place = {v: number for number, v in enumerate(opened)}
         order = {v: np.concatenate([[chosen[v]], np.delete(np.arange(len(self.rows[v])), chosen[v])]) for v in opened}
         costs = [self.costs[v][order[v]][None] for v in opened]
@@ -212,7 +216,7 @@ def options_near(problem: Problem, known: Sequence[np.ndarray]) -> list[np.ndarr
                 legal[key] = allowed(node, all_rows(node.options))
             found.append(legal[key])
         return found
-    seen = [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in np.stack(known, axis=1).tolist()]
+    seen = _seen(known)
     wide = []
     for node, rows in zip(problem.nodes, seen, strict=True):
         one = []
@@ -225,7 +229,23 @@ def options_near(problem: Problem, known: Sequence[np.ndarray]) -> list[np.ndarr
     return wide if within([len(rows) for rows in wide]) else seen
 
 
-def _reopened(written: Written, best: _State, multipliers: np.ndarray, allowed: float) -> _State:
+def _seen(known: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Per node its options in some assignments, in order."""
+    return [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in np.stack(known, axis=1).tolist()]
+
+
+def merged(problem: Problem, known: Sequence[np.ndarray], multipliers: np.ndarray) -> list[np.ndarray]:
+    """The best assignments at several prices of usage whose options are each that of one known, (nodes, axes)."""
+    written = Written(problem, _seen(known))
+    first = np.zeros(len(written.rows), dtype=np.int64)
+    if not written.free:
+        return []
+    prices = _factors()[:, None] * multipliers
+    found = {chosen.tobytes(): chosen for chosen in written.best(first, written.free, written.spent(prices))}
+    return [written.choices(chosen) for chosen in found.values()]
+
+
+def _reopened(written: Written, best: _State, multipliers: np.ndarray, allowed: float, most: int) -> _State:
     """A state at least as good: a lower peak while that is above `allowed`, then a lower price.
 
     Random neighbourhoods are re-opened until many in a row gain nothing.
@@ -236,7 +256,7 @@ def _reopened(written: Written, best: _State, multipliers: np.ndarray, allowed: 
         found = _improved(written, best, _grown(written, best, rng), multipliers, allowed, rng)
         idle = 0 if found is not best else idle + 1
         best = found
-        if idle >= IDLE:
+        if idle >= IDLE or written.opened > most:
             break
     return best
 
@@ -310,7 +330,7 @@ def _improved(
 
 
 
-def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed: float) -> _State:
+def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed: float, most: int) -> _State:
     """Where a way leads on which exceeding the limit becomes ever dearer: within the limit, if it gets there."""
     rng = np.random.default_rng(SEED)
     penalty = LENIENT * max(float(multipliers.sum()), 0.02 * state.seconds / max(allowed, state.peak))
@@ -323,7 +343,7 @@ def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed:
         best = min(found, key=lambda one: one.seconds + penalty * one.over)
         if best.seconds + penalty * best.over < state.seconds + penalty * state.over:
             state = best
-        if state.over <= allowed * (1 + BETTER):
+        if state.over <= allowed * (1 + BETTER) or written.opened > most:
             break
         if turn % PATIENT == PATIENT - 1:
             penalty *= GROWTH
@@ -344,7 +364,10 @@ def within_neighbourhoods(
     written = Written(problem, options_near(problem, known))
     starts = [_State(written, written.positions(known[0]), allowed)]
     above = [_State(written, written.positions(choices), allowed) for choices in known[1:]]
-    for state in [state for state in above if state.peak > allowed][:REPAIRS]:
-        starts.append(_repaired(written, state, multipliers, allowed))
-    starts = sorted(starts, key=lambda state: (state.over, state.seconds))[:KEPT]
-    return [written.choices(_reopened(written, start, multipliers, allowed).chosen) for start in starts]
+    for number, state in enumerate([state for state in above if state.peak > allowed][:REPAIRS], 1):
+        starts.append(_repaired(written, state, multipliers, allowed, OPENED * number // (REPAIRS + KEPT)))
+    starts, spare = sorted(starts, key=lambda state: (state.over, state.seconds))[:KEPT], OPENED - written.opened
+    ended = []
+    for number, start in enumerate(starts, 1):
+        ended.append(_reopened(written, start, multipliers, allowed, OPENED - spare + spare * number // len(starts)))
+    return [written.choices(state.chosen) for state in ended]
