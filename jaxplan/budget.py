@@ -23,8 +23,8 @@ Attempt = Callable[["Limit[SomePlan] | None"], SomePlan]
 Wider = Callable[[SomePlan, float], Sequence[str]]
 """From a plan and a budget to what more devices would do."""
 
-CORRECTIONS = 4
-"""Searches within a limit, at most."""
+CORRECTIONS = 3
+"""Searches within a limit until one fits, at most."""
 LOWER, LOWEST, SMALLER = 0.8, 0.95, 0.003
 """Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second,
 where that gains less than the third."""
@@ -32,13 +32,15 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-AIMS, FARTHEST, CLOSE = 3, 1.5, 0.01
+REFINEMENTS = 3
+"""Searches from what fits, at most."""
+AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
 """Other limits at which a budget is aimed, at most; the largest factor between one and the next; and the difference between two, as a
 fraction, between which none is tried."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
-MOST_PARTS = 8
-"""Parts of another plan that are tried in one."""
+MOST_PARTS, MOST_LOOKS = 8, 24
+"""Parts of another plan that are tried in one, and of all others."""
 OTHERS = 3
 """Plans whose parts are tried where nothing fits."""
 MOST_TENSORS = 5
@@ -90,40 +92,41 @@ class Limit(Generic[SomePlan]):
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there. Where
+    A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget; of
+    the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
     nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
     NothingFits.
     """
-    tried = _corrected(attempt, plan, budget)
+    tried: list[SomePlan] = []
+    for waiting in _ways(plan):
+        tried += _corrected(attempt, plan, budget, waiting)
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
         raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
-    best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
-    return _loosened(best, min([plan, *tried], key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
+    best = _mixed(min(fitting, key=lambda one: (one.seconds, one.peak_bytes)), [plan, *tried], budget)
+    return _refined(attempt, plan, best, budget)
 
 
-def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
-    """What searches within a budget find, each with the true peak of the one before; with and without products that wait. Then
-    what is found where limits are aimed."""
+def _corrected(
+    attempt: Attempt[SomePlan], plan: SomePlan, budget: float, waiting: SomePlan | None
+) -> list[SomePlan]:
+    """What searches within a budget find, each with the true peak of the one before; then what is found where limits are aimed."""
     tried: list[SomePlan] = []
-    for waiting in _ways(plan):
-        like, mine = (plan,), list[SomePlan]()
-        for _ in range(CORRECTIONS):
-            found = attempt(Limit(budget, like, waiting))
-            if any((found.choices == one.choices).all() for one in like):
-                break
-            mine.append(found)
-            fits = found.peak_bytes <= budget
-            if fits and (found.peak_bytes >= (1 - NEAR) * budget or _nearly_free(found, plan)):
-                break
-            like = (found,) if fits else (found, *like)
-        if mine and not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in mine):
-            mine += _aimed(attempt, plan, mine[0], budget, waiting)
-        tried += mine
-    return tried
+    like = (plan,)
+    for _ in range(CORRECTIONS):
+        found = attempt(Limit(budget, like, waiting))
+        if any((found.choices == one.choices).all() for one in like):
+            break
+        tried.append(found)
+        if found.peak_bytes <= budget:
+            break
+        like = (found, *like)
+    if not tried or (tried[-1].peak_bytes <= budget and _nearly_free(tried[-1], plan)):
+        return tried
+    return tried + _aimed(attempt, plan, tried[0], budget, waiting)
 
 
 def _aimed(
@@ -147,6 +150,20 @@ def _aimed(
         if fits or len(tried) > AIMS or limit >= plan.peak_bytes or high <= (1 + CLOSE) * low:
             return tried[1:]
         tried.append(attempt(Limit(limit, (plan,), waiting)))
+
+
+def _refined(attempt: Attempt[SomePlan], plan: SomePlan, best: SomePlan, budget: float) -> SomePlan:
+    """What the search finds from a plan that fits, whose true peak it is told, as long as that gains anything."""
+    for _ in range(REFINEMENTS):
+        if _nearly_free(best, plan):
+            break
+        waiting = plan if waits(plan.modelled, plan.choices) and not waits(best.modelled, best.choices) else None
+        found = attempt(Limit(budget, (best,), waiting))
+        better = found if found.peak_bytes <= budget and found.seconds < best.seconds else _mixed(best, [found], budget)
+        if better.seconds >= best.seconds * (1 - WORTH):
+            break
+        best = better
+    return best
 
 
 def _nearly_free(found: Plan, plan: Plan) -> bool:
@@ -176,19 +193,22 @@ def _ways(plan: SomePlan) -> tuple[SomePlan | None, ...]:
     return (None, plan) if waits(plan.modelled, plan.choices) else (None,)
 
 
-def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
-    """A plan that fits, with those parts of a cheaper and larger one that still fit."""
-    modelled = tight.modelled
-    gains = []
-    for part in _parts(tight, loose):
-        gain = tight.seconds - modelled.seconds(_swapped(tight.choices, loose.choices, part))
-        if gain > WORTH * tight.seconds:
-            gains.append((-gain, part))
-    best = tight
-    for _, part in sorted(gains)[:MOST_PARTS]:
-        tried = replace(best, choices=_swapped(best.choices, loose.choices, part))
-        if tried.seconds < best.seconds and tried.peak_bytes <= budget:
-            best = tried
+def _mixed(best: SomePlan, others: Sequence[SomePlan], budget: float) -> SomePlan:
+    """A plan that fits, with those parts of others that make it faster and still fit: of those that do not fit first, the
+    smallest first; then of the fastest."""
+    modelled, looks = best.modelled, MOST_LOOKS
+    for other in sorted(others, key=lambda one: (one.peak_bytes <= budget, one.seconds if one.peak_bytes <= budget else one.peak_bytes)):
+        gains = []
+        for part in _parts(best, other):
+            gain = best.seconds - modelled.seconds(_swapped(best.choices, other.choices, part))
+            if gain > WORTH * best.seconds:
+                gains.append((-gain, part))
+        for _, part in sorted(gains)[: min(looks, MOST_PARTS)]:
+            tried = replace(best, choices=_swapped(best.choices, other.choices, part))
+            if tried.seconds < best.seconds:
+                looks -= 1
+                if tried.peak_bytes <= budget:
+                    best = tried
     return best
 
 
