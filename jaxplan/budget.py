@@ -32,11 +32,11 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-REFINEMENTS = 3
+REFINEMENTS = 2
 """Searches from what fits, at most."""
 AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
-"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; and the difference between two, as a
-fraction, between which none is tried."""
+"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; and the difference, as a fraction,
+at which two are near enough."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS, MOST_LOOKS = 8, 24
@@ -92,14 +92,17 @@ class Limit(Generic[SomePlan]):
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget; of
-    the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
+    A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget;
+    of the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
     nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
     NothingFits.
     """
     tried: list[SomePlan] = []
     for waiting in _ways(plan):
-        tried += _corrected(attempt, plan, budget, waiting)
+        found = _corrected(attempt, plan, budget, waiting)
+        if not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in found):
+            found += _aimed(attempt, plan, found[0], budget, waiting) if found else []
+        tried += found
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
@@ -113,7 +116,7 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
 def _corrected(
     attempt: Attempt[SomePlan], plan: SomePlan, budget: float, waiting: SomePlan | None
 ) -> list[SomePlan]:
-    """What searches within a budget find, each with the true peak of the one before; then what is found where limits are aimed."""
+    """What searches within a budget find, each with the true peaks of those before, until one fits."""
     tried: list[SomePlan] = []
     like = (plan,)
     for _ in range(CORRECTIONS):
@@ -124,17 +127,15 @@ def _corrected(
         if found.peak_bytes <= budget:
             break
         like = (found, *like)
-    if not tried or (tried[-1].peak_bytes <= budget and _nearly_free(tried[-1], plan)):
-        return tried
-    return tried + _aimed(attempt, plan, tried[0], budget, waiting)
+    return tried
 
 
 def _aimed(
     attempt: Attempt[SomePlan], plan: SomePlan, first: SomePlan, budget: float, waiting: SomePlan | None
 ) -> list[SomePlan]:
-    """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is true
-    of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest one
-    that was too loose and the loosest one that was not. `first`: what was found within the budget as it is."""
+    """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is
+    true of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest
+    one that was too loose and the loosest one that was not. `first`: what was found within the budget as it is."""
     tried = [first]
     low, high, limit = 0.0, math.inf, budget
     while True:
@@ -197,7 +198,12 @@ def _mixed(best: SomePlan, others: Sequence[SomePlan], budget: float) -> SomePla
     """A plan that fits, with those parts of others that make it faster and still fit: of those that do not fit first, the
     smallest first; then of the fastest."""
     modelled, looks = best.modelled, MOST_LOOKS
-    for other in sorted(others, key=lambda one: (one.peak_bytes <= budget, one.seconds if one.peak_bytes <= budget else one.peak_bytes)):
+
+    def turn(one: Plan) -> tuple[bool, float]:
+        fits = one.peak_bytes <= budget
+        return fits, one.seconds if fits else one.peak_bytes
+
+    for other in sorted(others, key=turn):
         gains = []
         for part in _parts(best, other):
             gain = best.seconds - modelled.seconds(_swapped(best.choices, other.choices, part))

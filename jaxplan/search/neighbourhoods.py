@@ -37,6 +37,7 @@ MOST = 64
 OPENED = 2_000
 """Nodes re-opened, counted each time, in all neighbourhoods of one search."""
 FORCED = 0.5
+"""How often a node of a neighbourhood has to take another option at each of the prices: what lies off every mixture."""
 CENTRES = 3
 """Nodes around which one grows."""
 BETTER = 1e-9
@@ -45,9 +46,9 @@ REPAIRS = 2
 """Assignments above the limit from which a way below it is looked for."""
 KEPT = 2
 """Of what is within the limit then, how many are improved."""
-LENIENT, GROWTH, PATIENT, TURNS = 0.1, 2.0, 4, 100
-"""What exceeding the limit costs per unit at first, in sums of multipliers; its growth, after so many neighbourhoods; and how many
-of these in all."""
+LENIENT, LEAST, GROWTH, PATIENT, TURNS = 0.1, 0.02, 2.0, 4, 100
+"""What exceeding the limit costs per unit at first, in sums of multipliers, these being taken for no less than so much of what
+the assignment costs per unit of its peak; its growth, after so many neighbourhoods; and how many of these in all."""
 SEED = 0
 
 
@@ -135,9 +136,12 @@ class Written:
         alive = np.unique(self._group[(begins <= step) & (step < ends)])
         return np.unique(np.array([self.owners[number] for number in alive.tolist()], dtype=np.int64))
 
-    def best(self, chosen: np.ndarray, opened: Sequence[int], spent: np.ndarray, forced: tuple[int, np.ndarray] | None = None) -> np.ndarray:
+    def best(
+        self, chosen: np.ndarray, opened: Sequence[int], spent: np.ndarray, forced: tuple[int, np.ndarray] | None = None
+    ) -> np.ndarray:
         """(prices, nodes) the best positions of the nodes opened at prices of usages, (prices, groups), the others as they are.
-        Where tables grew too large some of the opened ones keep theirs too."""
+        Where tables grew too large some of the opened ones keep theirs too. `forced`: a node, and which position it has to take
+        at each of the prices, -1 for any."""
         self.opened += len(opened)
         place = {v: number for number, v in enumerate(opened)}
         order = {v: np.concatenate([[chosen[v]], np.delete(np.arange(len(self.rows[v])), chosen[v])]) for v in opened}
@@ -280,7 +284,7 @@ def _grown(written: Written, state: _State, rng: np.random.Generator) -> list[in
     """Nodes around a few centres, some of which take something where most is taken; their number is random, small ones as
     likely as large ones."""
     free = written.free
-    wanted = int(round(math.exp(rng.random() * math.log(len(free) + 1))))
+    wanted = round(math.exp(rng.random() * math.log(len(free) + 1)))
     steps = np.flatnonzero(state.level >= state.peak * (1 - 0.1 * rng.random()))
     users = written.users(int(steps[rng.integers(len(steps))])) if len(steps) else np.zeros(0, dtype=np.int64)
     ahead = [free[int(rng.integers(len(free)))]]
@@ -306,7 +310,7 @@ def _improved(
     wanted = np.where((wanted < len(written.rows[v])) & (wanted != state.chosen[v]), wanted, -1)
     forced = (v, wanted) if rng.random() < FORCED else None
     best = state
-    for cut in range(CUTS):
+    for _ in range(CUTS):
         tried: dict[bytes, _State] = {}
         raised = False
         for k, chosen in enumerate(written.best(state.chosen, opened, written.spent(prices), forced)):
@@ -333,7 +337,7 @@ def _improved(
 def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed: float, most: int) -> _State:
     """Where a way leads on which exceeding the limit becomes ever dearer: within the limit, if it gets there."""
     rng = np.random.default_rng(SEED)
-    penalty = LENIENT * max(float(multipliers.sum()), 0.02 * state.seconds / max(allowed, state.peak))
+    penalty = LENIENT * max(float(multipliers.sum()), LEAST * state.seconds / max(allowed, state.peak))
     scale = np.linspace(2.0, 0.5, PRICES)
     for turn in range(TURNS if written.free else 0):
         prices = _factors()[:, None] * multipliers
@@ -351,6 +355,7 @@ def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed:
 
 
 def _factors() -> np.ndarray:
+    """(prices,) in multipliers."""
     factors = np.exp(np.linspace(SPREAD, -SPREAD, PRICES))
     factors[-1] = 0.0
     return factors
@@ -359,8 +364,8 @@ def _factors() -> np.ndarray:
 def within_neighbourhoods(
     problem: Problem, known: Sequence[np.ndarray], multipliers: np.ndarray, allowed: float
 ) -> list[np.ndarray]:
-    """Better assignments than known ones, (nodes, axes): the first of these, and what a way leads to from the next few that exceed
-    what is allowed, each re-opened. `multipliers`: (steps,) seconds per unit."""
+    """Better assignments than known ones, (nodes, axes): the first of these, and what a way leads to from the next few that
+    exceed what is allowed, each re-opened. `multipliers`: (steps,) seconds per unit."""
     written = Written(problem, options_near(problem, known))
     starts = [_State(written, written.positions(known[0]), allowed)]
     above = [_State(written, written.positions(choices), allowed) for choices in known[1:]]
