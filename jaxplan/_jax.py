@@ -205,6 +205,34 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
     return [_row_major(out) for out in outs] if primitive is fft_p and devices > 1 else outs
 
 
+def filling(equation: Any, values: Sequence[Any]) -> Callable[[Any], Any] | None:
+    """Of a gather that fills rows out of range: what fills them, in the result of the same gather `UNFILLED`; None for others.
+
+    JAX lowers such a gather to the two in one. A sum over devices that is scattered must stand between them: the compiler
+    scatters only what is sliced at once (else it reduces the whole, and slices what was filled).
+    """
+    params = equation.params
+    if equation.primitive is not gather_p or params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
+        return None
+    (operand, indices), numbers = values, params["dimension_numbers"]
+    starts = list(numbers.start_index_map)
+    most = np.array([operand.shape[dim] - params["slice_sizes"][dim] for dim in starts])
+
+    def fill(rows: Any) -> Any:
+        wide = indices.astype(np.int64 if indices.dtype.itemsize == 8 else np.int32)
+        limits = np.broadcast_to(most.astype(wide.dtype), wide.shape)
+        there = ((wide >= 0) & (wide <= limits)).all(axis=-1)
+        batch = [dim for dim in range(rows.ndim) if dim not in numbers.offset_dims]
+        shown = jax.lax.broadcast_in_dim(there, rows.shape, batch)
+        return jax.lax.select(shown, rows, jax.lax.full_like(rows, params["fill_value"]))
+
+    return None if jax.numpy.issubdtype(operand.dtype, jax.dtypes.extended) else fill
+
+
+UNFILLED = {"mode": jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS}
+"""Parameters of a gather that fills nothing: what is out of range is read at the nearest place in range."""
+
+
 def _clamped(values: list[Any], first: int, room: list[int]) -> list[Any]:
     """Operands whose starts, from number `first` on, are where JAX says they are: at most `room`, per dimension.
 

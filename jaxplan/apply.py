@@ -165,15 +165,20 @@ class Replay:
                 for slot, value in enumerate(values):
                     values[slot] = self.brought(value, self.found.reads.get((operator, slot), ()))
                 asks = operator is not None and self.operators[operator].asked is not None
-                outs = values if asks else self.bind(equation, values, here)  # what is asked for is constrained
+                scattered = len(self.found.writes.get((operator, 0), ())) > 1
+                fill = _jax.filling(equation, values) if scattered else None
+                outs = values if asks else self.bind(equation, values, here, fill is None)  # what is asked for is constrained
                 outs = [self.written(out, operator, slot) for slot, out in enumerate(outs)]
+                outs = outs if fill is None else [fill(out) for out in outs]
         env.update(zip(equation.outvars, outs, strict=True))
 
-    def bind(self, equation: Any, values: list[Any], path: Path) -> list[Any]:
-        """The results of an equation; of a micro-batch's, with extents of a micro-batch."""
+    def bind(self, equation: Any, values: list[Any], path: Path, filled: bool = True) -> list[Any]:
+        """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""
+        changed = {} if filled else _jax.UNFILLED
         if self.rows is None:
-            return _jax.bind(equation, values, self.mesh.size)
-        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, self.rows.params(path)), path)
+            return _jax.bind(equation, values, self.mesh.size, changed)
+        params = {**self.rows.params(path), **changed}
+        return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, params), path)
 
     @property
     def moved(self) -> Moved:
@@ -412,8 +417,12 @@ def _call(parameter: str) -> Callable[[Replay, Any, list[Any], Path], list[Any]]
 
 
 def _custom(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:
+    asked = replay.found.asked(equation.params["call_jaxpr"].jaxpr, path)  # moved before, it is moved once for readers around too
+    values = [replay.brought(value, specs) for value, specs in zip(values, asked, strict=True)]
+
     def body(*inputs: Any) -> list[Any]:
-        return replay.run(equation.params["call_jaxpr"], inputs, path)
+        there = {(id(value), spec): (value, value) for value, specs in zip(inputs, asked, strict=True) for spec in specs}
+        return replay.run(equation.params["call_jaxpr"], inputs, path, there)
 
     return _jax.rebind_custom(equation, body, values)
 

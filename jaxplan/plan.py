@@ -78,6 +78,18 @@ class Constraints:
     entries: Mapping[tuple[Any, ...], tuple[Spec, ...]]
     at: Mapping[tuple[Any, ...], int]
 
+    def asked(self, jaxpr: Any, path: tuple[Any, ...]) -> list[tuple[Spec, ...]]:
+        """Per operand of a call, the specs that all who read it there ask for, calls in it among them; () where they differ."""
+        found: dict[Any, set[tuple[Spec, ...]]] = {var: set() for var in jaxpr.invars}
+        for number, equation in enumerate(jaxpr.eqns):
+            here = (*path, number)
+            inner = equation.params["jaxpr"].jaxpr if equation.primitive is _jax.jit_p else None
+            specs = [self.reads.get((self.at.get(here, -1), slot), ()) for slot in range(len(equation.invars))]
+            for var, spec in zip(equation.invars, specs if inner is None else self.asked(inner, here), strict=True):
+                if not isinstance(var, _jax.Literal) and var in found:
+                    found[var].add(spec)
+        return [specs.pop() if len(specs) == 1 else () for specs in found.values()]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -100,3 +100,38 @@ def test_a_diagonal_is_planned_as_the_meshs_devices_take_it():
         lambda x: jax.vmap(jnp.diagonal)(jnp.exp(x)), shape(8, 32, 32), mesh=mesh_of((8,)), machine=machine, pins=pins
     )
     assert plan.exchanges and plan.audit().errors == {"x": 0.0}
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", None])
+def test_rows_of_a_split_table_are_scattered_before_what_is_out_of_range_is_filled(mode):
+    """A table split by rows, its embeddings split by position: one reduce-scatter, also where rows out of range are filled."""
+
+    def fn(table, places, weight):
+        return jax.nn.relu(jnp.sin(jnp.take(table, places, axis=0, mode=mode)) @ weight)
+
+    args = shape(4096, 31), jax.ShapeDtypeStruct((4, 16), jnp.int32), shape(31, 64)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((4,)), pins={"table": P("x"), "places": P(), "weight": P()})
+    rows = plan.audit().exchanges
+    assert [(row.kind, row.status) for row in rows] == [("reduce-scatter", "matched")]
+    rng = np.random.default_rng(0)
+    table, weight = rng.normal(size=(4096, 31)).astype("f"), rng.normal(size=(31, 64)).astype("f")
+    places = rng.integers(-6000, 6000, (4, 16), dtype=np.int32)
+    planned = np.asarray(plan.jit()(table, places, weight))
+    np.testing.assert_allclose(planned, fn(table, places, weight), rtol=1e-5, atol=1e-5)
+    assert np.isnan(planned).any() == (mode != "clip")
+
+
+def test_what_a_call_with_a_rule_of_its_own_and_a_reader_beside_it_read_is_moved_once():
+    """As the value that `relu` reads, and its derivative: where it is moved for both, it is moved once, though it takes two steps."""
+
+    def fn(h, c):
+        return jax.nn.relu(h)[None] * c + jnp.where((h > 0)[None], c, 0.0)
+
+    args = shape(16, 32), shape(64, 16, 32)
+    pins = {"h": P(None, ("x", "y")), "c": P(None, "x", "y")}
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((4, 2)), machine=free_links(), pins=pins)
+    operators = plan.modelled.graph.operators
+    read = [specs for (member, _), specs in plan.constraints.reads.items() if operators[member].name in ("max", "gt")]
+    assert len(read) == 2 and read[0] == read[1], "both read it in another layout than it has"
+    found = plan.audit()
+    assert found.errors == {"x": 0.0, "y": 0.0} and {row.status for row in found.exchanges} == {"matched"}
