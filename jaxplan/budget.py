@@ -35,8 +35,8 @@ NEARLY_FREE = 1e-5
 REFINEMENTS = 2
 """Searches from what fits, at most."""
 AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
-"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; and the difference, as a fraction,
-at which two are near enough."""
+"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; the fraction by which two may
+differ to be near enough."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
 MOST_PARTS, MOST_LOOKS = 8, 24

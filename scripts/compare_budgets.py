@@ -15,6 +15,8 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -82,7 +84,7 @@ def chosen() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[int, 
     found = {name: (p.fn, p.args, p.donate) for name, p in programs("small").items()}
     cells = {"wx": _shape(96, 768), "wh": _shape(192, 768), "b": _shape(768), "out": _shape(192, 40)}
     widths = (768, 384, 96, 384, 768)
-    layers = [(_shape(a, b), _shape(b)) for a, b in zip(widths, widths[1:])]
+    layers = [(_shape(a, b), _shape(b)) for a, b in pairwise(widths)]
     heads = {**{name: _shape(240, 6, 40) for name in "qkv"}, "o": _shape(6, 40, 240)}
     found["recurrent"] = recurrent, (cells, _shape(24, 96, 96), _shape(24, 96, 40)), (0,)
     found["autoencoder"] = autoencoder, (layers, _shape(3072, 768)), (0,)
@@ -115,31 +117,38 @@ def main() -> None:
     ratios, dearer = [], []
     for name in options.only:
         fn, args, donate = chosen()[name]
-        planned, alone = timed(lambda: jaxplan.make_plan(
-            fn, *args, mesh=mesh, machine=options.machine, memory_budget=math.inf, donate_argnums=donate or None, pipeline=None
-        ))  # fmt: skip
-        modelled = model(planned.modelled.whole, planned.modelled.numbers, {}, follow=False)
-        before = (0.0, 1.0)
+        asked = {"mesh": mesh, "machine": options.machine, "memory_budget": math.inf, "pipeline": None}
+        free, alone = timed(partial(jaxplan.make_plan, fn, *args, donate_argnums=donate or None, **asked))
+        before, least = 0.0, 0.0
         for share in map(float, options.shares.split(",")):
-            budget = share * planned.peak_bytes
-            problem = Limit(budget, (planned,)).problem(modelled, planned.traced.donated, ())
-            fitted, took = timed(lambda: planned.replan(memory_budget=budget))
-            limited, searched = timed(lambda: nearest(problem))
-            exact, solved = timed(functools.partial(alpa, problem, time_limit=options.exact, rounds=None)) if options.exact else (None, 0.0)
-            cells = ["nothing" if isinstance(fitted, ValueError) else f"{fitted.seconds / planned.seconds:.4f}"]
-            cells.append(f"{limited.seconds / planned.seconds:.4f}")
-            cells.append("" if exact is None or isinstance(exact, ValueError) else f"{exact.seconds / planned.seconds:.4f}")
-            if cells[-1] and exact.bound < exact.seconds * (1 - 1e-4):
-                cells[-1] += f" ({exact.bound / planned.seconds:.4f})"
-            print(f"| {name} | {share} | {' | '.join(cells)} | {alone:.2f} | {took:.2f} | {searched:.2f} | {solved:.2f} |", flush=True)
+            cells, found, took = row(free, share * free.peak_bytes, options.exact)
+            print(f"| {name} | {share} | {' | '.join(cells[:3])} | {alone:.2f} | {' | '.join(cells[3:])} |", flush=True)
             ratios.append(took / alone)
-            if not isinstance(fitted, ValueError):
-                now = fitted.seconds / planned.seconds
-                if now < before[1] * (1 - 1e-6):
-                    dearer.append(f"{name} at {before[0]} ({before[1] / now - 1:.2%})")
-                before = max((share, now), before, key=lambda pair: pair[1])
-    print(f"\nFitting a budget took {sorted(ratios)[len(ratios) // 2]:.1f} times planning without one in the median, {max(ratios):.1f} at most.")
+            if found is not None and found < least * (1 - 1e-6):
+                dearer.append(f"{name} at {before} by {least / found - 1:.2%}")
+            if found is not None and found > least:
+                before, least = share, found
+    middle = sorted(ratios)[len(ratios) // 2]
+    print(f"\nFitting a budget took {middle:.1f} times planning without one in the median, {max(ratios):.1f} at most.")
     print(f"Dearer than under a tighter budget: {', '.join(dearer) or 'none'}.")
+
+
+def row(free: jaxplan.Plan, budget: float, exact_seconds: float) -> tuple[list[str], float | None, float]:
+    """(costs by plan, limited search and integer program, then their seconds; the plan's cost or None; its seconds)."""
+    modelled = model(free.modelled.whole, free.modelled.numbers, {}, follow=False)
+    problem = Limit(budget, (free,)).problem(modelled, free.traced.donated, ())
+    fitted, took = timed(partial(free.replan, memory_budget=budget))
+    limited, searched = timed(partial(nearest, problem))
+    exact, solved = None, 0.0
+    if exact_seconds:
+        exact, solved = timed(partial(alpa, problem, time_limit=exact_seconds, rounds=None))
+    found = None if isinstance(fitted, ValueError) else fitted.seconds / free.seconds
+    costs = ["nothing" if found is None else f"{found:.4f}", f"{limited.seconds / free.seconds:.4f}", ""]
+    if exact is not None:
+        costs[2] = "none" if isinstance(exact, ValueError) else f"{exact.seconds / free.seconds:.4f}"
+        if not isinstance(exact, ValueError) and exact.bound < exact.seconds * (1 - 1e-4):
+            costs[2] += f" ({exact.bound / free.seconds:.4f})"
+    return [*costs, *[f"{seconds:.2f}" for seconds in (took, searched, solved)]], found, took
 
 
 if __name__ == "__main__":
