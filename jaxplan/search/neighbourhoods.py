@@ -69,7 +69,7 @@ class Written:
         self.amounts: list[np.ndarray] = []
         members: list[list[int]] = []
         two = {key: found for key, found in shared.items() if len(key[0]) == 2}
-        asked = [(problem.usages[found[0]].amount, *[self.rows[node] for node in key[0]]) for key, found in two.items()]
+        asked = [(problem.usages[found[0]].amount, self.rows[key[0][0]], self.rows[key[0][1]]) for key, found in two.items()]
         tables_of = dict(zip(two, edge_prices(asked), strict=True))
         for (nodes, price), found in shared.items():
             amount: Any = problem.usages[found[0]].amount
@@ -158,7 +158,7 @@ class Written:
                 table = table[:, order[a]][:, :, order[b]]
                 key = (place[a], place[b])
                 if key[0] > key[1]:
-                    key, table = key[::-1], table.swapaxes(1, 2)
+                    key, table = (key[1], key[0]), table.swapaxes(1, 2)
                 pairs[key] = pairs[key] + table if key in pairs else table
             elif a in place:
                 costs[place[a]] = costs[place[a]] + (table if a == b else table[:, :, chosen[b]])[:, order[a]]
