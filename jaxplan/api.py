@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 from jax.sharding import PartitionSpec
@@ -352,7 +352,7 @@ class StagedPlan(OnStages, Plan):
     def explain(self, path_or_line: str) -> Explanation:
         """As for any plan, of the stage where an input lies, or that has the operators of a line. Raises ValueError where several
         stages have: ask the plan of one of them."""
-        return self._explaining(path_or_line).explain(path_or_line)
+        return cast(Plan, self._explaining(path_or_line)).explain(path_or_line)
 
     def _saved(self) -> files.SavedPlan:
         staged = self.staged

@@ -23,8 +23,8 @@ Attempt = Callable[["Limit[SomePlan] | None"], SomePlan]
 Wider = Callable[[SomePlan, float], Sequence[str]]
 """From a plan and a budget to what more devices would do."""
 
-CORRECTIONS = 4
-"""Searches within a limit, at most."""
+CORRECTIONS = 3
+"""Searches within a limit until one fits, at most."""
 LOWER, LOWEST, SMALLER = 0.8, 0.95, 0.003
 """Where nothing fits: limits tried, as a share of the smallest peak so far, from the first on; nearer to it, up to the second,
 where that gains less than the third."""
@@ -32,16 +32,15 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-DEARER = 0.002
-"""While the best plan that fits is slower than without a budget by more than this fraction, other limits are tried too:"""
-LOOSER = (2 / 3, 1 / 3)
-"""by these shares of the way from the budget to the peak without one (in logarithms): what a plan takes is estimated too high;"""
-TIGHTER = (0.95, 0.9, 0.85, 0.8)
-"""then these fractions of the budget."""
+REFINEMENTS = 2
+"""Searches from what fits, at most."""
+AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
+"""Other limits at which a budget is aimed, at most; the largest factor between one and the next; the fraction by which two may
+differ to be near enough."""
 WORTH = 1e-5
 """Of its time, what a part of another plan has to save to be tried: the true peak takes longer than the search's."""
-MOST_PARTS = 8
-"""Parts of another plan that are tried in one."""
+MOST_PARTS, MOST_LOOKS = 8, 24
+"""Parts of another plan that are tried in one, and of all others."""
 OTHERS = 3
 """Plans whose parts are tried where nothing fits."""
 MOST_TENSORS = 5
@@ -93,51 +92,83 @@ class Limit(Generic[SomePlan]):
 def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[SomePlan]) -> SomePlan:
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
-    One search within the limit; where what it found truly takes more or less than it was taken to, once more from there. Where
+    A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget;
+    of the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
     nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
     NothingFits.
     """
-    tried = _corrected(attempt, plan, budget)
-    tried += _elsewhere(attempt, plan, tried, budget)
+    tried: list[SomePlan] = []
+    for waiting in _ways(plan):
+        found = _corrected(attempt, plan, budget, waiting)
+        if not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in found):
+            found += _aimed(attempt, plan, found[0], budget, waiting) if found else []
+        tried += found
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
         raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
-    best = min(fitting, key=lambda one: (one.seconds, one.peak_bytes))
-    return _loosened(best, min([plan, *tried], key=lambda one: (one.peak_bytes <= budget, one.peak_bytes, one.seconds)), budget)
+    best = _mixed(min(fitting, key=lambda one: (one.seconds, one.peak_bytes)), [plan, *tried], budget)
+    return _refined(attempt, plan, best, budget)
 
 
-def _corrected(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
-    """What searches within a budget find, each with the true peak of the one before; with and without products that wait."""
+def _corrected(
+    attempt: Attempt[SomePlan], plan: SomePlan, budget: float, waiting: SomePlan | None
+) -> list[SomePlan]:
+    """What searches within a budget find, each with the true peaks of those before, until one fits."""
     tried: list[SomePlan] = []
-    for waiting in _ways(plan):
-        like = (plan,)
-        for _ in range(CORRECTIONS):
-            found = attempt(Limit(budget, like, waiting))
-            if any((found.choices == one.choices).all() for one in like):
-                break
-            tried.append(found)
-            fits = found.peak_bytes <= budget
-            if fits and (found.peak_bytes >= (1 - NEAR) * budget or found.seconds <= (1 + NEARLY_FREE) * plan.seconds):
-                break
-            like = (found,) if fits else (found, *like)
+    like = (plan,)
+    for _ in range(CORRECTIONS):
+        found = attempt(Limit(budget, like, waiting))
+        if any((found.choices == one.choices).all() for one in like):
+            break
+        tried.append(found)
+        if found.peak_bytes <= budget:
+            break
+        like = (found, *like)
     return tried
 
 
-def _elsewhere(attempt: Attempt[SomePlan], plan: SomePlan, tried: Sequence[SomePlan], budget: float) -> list[SomePlan]:
-    """What is found within other limits, as long as the best that fits is much slower than without a budget, or nothing fits:
-    prices that are right for one limit pass over plans that they meet at another, and a plan may take more than its limit, or
-    far less."""
-    limits = [budget * (plan.peak_bytes / budget) ** share for share in LOOSER] + [share * budget for share in TIGHTER]
-    found: list[SomePlan] = []
-    for nbytes in limits:
-        best = min([one.seconds for one in (*tried, *found) if one.peak_bytes <= budget], default=math.inf)
-        if best <= (1 + DEARER) * plan.seconds:
+def _aimed(
+    attempt: Attempt[SomePlan], plan: SomePlan, first: SomePlan, budget: float, waiting: SomePlan | None
+) -> list[SomePlan]:
+    """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is
+    true of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest
+    one that was too loose and the loosest one that was not. `first`: what was found within the budget as it is."""
+    tried = [first]
+    low, high, limit = 0.0, math.inf, budget
+    while True:
+        ratio = budget / tried[-1].peak_bytes
+        if ratio >= 1:
+            low = limit
+        else:
+            high = limit
+        limit *= max(1 / FARTHEST, min(FARTHEST, ratio))
+        if not low < limit < high:
+            limit = math.sqrt(low * high)
+        fits = 1 <= ratio <= 1 + NEAR or (ratio >= 1 and _nearly_free(tried[-1], plan))
+        if fits or len(tried) > AIMS or limit >= plan.peak_bytes or high <= (1 + CLOSE) * low:
+            return tried[1:]
+        tried.append(attempt(Limit(limit, (plan,), waiting)))
+
+
+def _refined(attempt: Attempt[SomePlan], plan: SomePlan, best: SomePlan, budget: float) -> SomePlan:
+    """What the search finds from a plan that fits, whose true peak it is told, as long as that gains anything."""
+    for _ in range(REFINEMENTS):
+        if _nearly_free(best, plan):
             break
-        found += [attempt(Limit(nbytes, (plan,), waiting)) for waiting in _ways(plan)]
-    return found
+        waiting = plan if waits(plan.modelled, plan.choices) and not waits(best.modelled, best.choices) else None
+        found = attempt(Limit(budget, (best,), waiting))
+        better = found if found.peak_bytes <= budget and found.seconds < best.seconds else _mixed(best, [found], budget)
+        if better.seconds >= best.seconds * (1 - WORTH):
+            break
+        best = better
+    return best
+
+
+def _nearly_free(found: Plan, plan: Plan) -> bool:
+    return found.seconds <= (1 + NEARLY_FREE) * plan.seconds
 
 
 def _descended(attempt: Attempt[SomePlan], plan: SomePlan, budget: float) -> list[SomePlan]:
@@ -163,19 +194,27 @@ def _ways(plan: SomePlan) -> tuple[SomePlan | None, ...]:
     return (None, plan) if waits(plan.modelled, plan.choices) else (None,)
 
 
-def _loosened(tight: SomePlan, loose: Plan, budget: float) -> SomePlan:
-    """A plan that fits, with those parts of a cheaper and larger one that still fit."""
-    modelled = tight.modelled
-    gains = []
-    for part in _parts(tight, loose):
-        gain = tight.seconds - modelled.seconds(_swapped(tight.choices, loose.choices, part))
-        if gain > WORTH * tight.seconds:
-            gains.append((-gain, part))
-    best = tight
-    for _, part in sorted(gains)[:MOST_PARTS]:
-        tried = replace(best, choices=_swapped(best.choices, loose.choices, part))
-        if tried.seconds < best.seconds and tried.peak_bytes <= budget:
-            best = tried
+def _mixed(best: SomePlan, others: Sequence[SomePlan], budget: float) -> SomePlan:
+    """A plan that fits, with those parts of others that make it faster and still fit: of those that do not fit first, the
+    smallest first; then of the fastest."""
+    modelled, looks = best.modelled, MOST_LOOKS
+
+    def turn(one: Plan) -> tuple[bool, float]:
+        fits = one.peak_bytes <= budget
+        return fits, one.seconds if fits else one.peak_bytes
+
+    for other in sorted(others, key=turn):
+        gains = []
+        for part in _parts(best, other):
+            gain = best.seconds - modelled.seconds(_swapped(best.choices, other.choices, part))
+            if gain > WORTH * best.seconds:
+                gains.append((-gain, part))
+        for _, part in sorted(gains)[: min(looks, MOST_PARTS)]:
+            tried = replace(best, choices=_swapped(best.choices, other.choices, part))
+            if tried.seconds < best.seconds:
+                looks -= 1
+                if tried.peak_bytes <= budget:
+                    best = tried
     return best
 
 

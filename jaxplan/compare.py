@@ -192,7 +192,7 @@ def compare_stages(
 
     own = [row for one in alone for row in _by_microbatch(one.exchanges, microbatches)]
     rows = sorted([*own, *handed], key=lambda row: -row.total_bytes)
-    predicted_peak, compiled_peak = (max([side.peaks[which] for side in sides]) for which in (0, 1))
+    predicted_peak, compiled_peak = [max([side.peaks[which] for side in sides]) for which in (0, 1)]
     return PlanAudit(
         name, dict(sizes), tuple(rows), total(lambda one: one.predicted, 0), total(lambda one: one.compiled, 1),
         predicted_peak, compiled_peak, joined([(one.audit, 1) for one in alone]),

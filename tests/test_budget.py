@@ -13,9 +13,12 @@ from conftest import assert_close, mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
+from jaxplan.budget import Limit
+from jaxplan.cost import model
 from jaxplan.examples import programs
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.machine import PRESETS
+from jaxplan.search import alpa, nearest
 
 MESH = AbstractMesh((4, 2), ("x", "y"))
 WIDTH, LAYERS = 256, 3
@@ -72,7 +75,8 @@ def test_a_tighter_budget_splits_state_first_and_moments_most_then_activations()
         return next(i for i, now in enumerate(held) if now[kind] < held[0][kind])
 
     assert held[0]["parameters"] == 4 * LAYERS * WIDTH * WIDTH, "whole, without a budget"
-    assert 0 < first_smaller("other state") <= first_smaller("parameters") < first_smaller("activations")
+    assert 0 < first_smaller("other state") <= first_smaller("parameters") <= first_smaller("activations")
+    assert held[1]["activations"] == held[0]["activations"], "state goes first; then a part of one layer's may be cheaper"
     for now in held[1 : first_smaller("activations")]:  # moments need not be gathered again
         assert now["other state"] / held[0]["other state"] <= 1.001 * now["parameters"] / held[0]["parameters"]
 
@@ -228,3 +232,35 @@ def test_a_loops_state_that_nothing_changes_is_told_by_whatever_is_known():
 
     plan = jaxplan.make_plan(fn, shape(64, 64), mesh=AbstractMesh((1,), ("x",)), machine="cpu")
     assert math.fsum(e.total for e in plan.ledger.entries) == plan.peak_bytes and str(plan)
+
+
+# --- over falling budgets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp_sgd", "stencil"])
+def test_no_plan_is_dearer_than_one_under_a_tighter_budget(name):
+    program = programs()[name]
+    fn, args, donate = program.fn, program.args, program.donate
+    shares = (0.95, 0.85, 0.75, 0.65, 0.55, 0.5, 0.48, 0.4)
+    free = jaxplan.make_plan(
+        fn, *args, mesh=MESH, machine="h100", memory_budget=math.inf, donate_argnums=donate or None, pipeline=None
+    )
+    before = free.seconds
+    for share in shares:
+        try:
+            plan = free.replan(memory_budget=share * free.peak_bytes)
+        except jaxplan.NothingFits:
+            break
+        assert plan.peak_bytes <= share * free.peak_bytes
+        assert plan.seconds >= before * (1 - 1e-9), share
+        before = plan.seconds
+    assert before > free.seconds
+
+
+def test_what_lies_off_every_mixture_is_found():
+    """At 0.95 of the peak one layer's gradient has to be scattered; every mixture of plans at prices scatters all or none."""
+    program = programs()["mlp_sgd"]
+    free = jaxplan.make_plan(program.fn, *program.args, mesh=MESH, machine="h100", memory_budget=math.inf)
+    modelled = model(free.modelled.whole, free.modelled.numbers, {}, follow=False)
+    problem = Limit(0.95 * free.peak_bytes, (free,)).problem(modelled, free.traced.donated, ())
+    assert nearest(problem).seconds <= alpa(problem, rounds=None).seconds * (1 + 1e-6)

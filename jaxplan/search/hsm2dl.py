@@ -11,7 +11,7 @@ import numpy as np
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
-from jaxplan.search.limited import at_prices, limited
+from jaxplan.search.limited import limited
 from jaxplan.search.moves import ROUNDS, SMALL, finest, fused, polished
 
 SWEEPS = 6
@@ -25,8 +25,6 @@ POLISHINGS = 2
 """Times that all pairs of axes are polished, as long as that improves: one pair may open the way for an earlier one."""
 RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
-SMALLEST = 90
-"""Nodes up to which searches at prices of usages end with joint moves: there are many of them."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -41,8 +39,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     all. On small problems two axes may change places in parts of the program, and joint moves (`moves.py`) end the search; on
     larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
-    Within a limit on usages all of this runs at prices of usages, several times (`limited.py`), the smallest problems with
-    joint moves; raises OverLimit where nothing is found within it.
+    Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
+    by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
     """
     if not problem.nodes:
         return Assignment(np.zeros((0, len(problem.axes)), dtype=np.int64), 0.0)
@@ -97,9 +95,6 @@ class _AtPrices:
             proposals.append(restricted(self._fine, self._expand(best), self._unfold))
         best = fused(self._pricer, self._order, proposals)
         best, _ = _settled(self._pricer, self._order, best, self._axes)
-        if len(self._fine.nodes) <= SMALLEST:
-            rounds = ROUNDS // max(1, math.comb(len(self._axes), 2))
-            best, _ = polished(Pricer(at_prices(self._fine, spans)), self._order, best, self._axes, rounds)
         return self._unfold(best)
 
 

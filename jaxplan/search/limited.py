@@ -21,7 +21,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices
-from jaxplan.search.swaps import swapped
+from jaxplan.search.neighbourhoods import merged, within_neighbourhoods
 
 Inner = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 """From what a unit of each usage costs, (usages,), and assignments that are known, (nodes, axes), to the best at these prices."""
@@ -33,6 +33,8 @@ DEAR = (10.0, 1e3, 1e5)
 per unit of its peak."""
 SETTLED = 1e-7
 """A gain, as a fraction of the price, below which the multipliers count as settled."""
+MERGES = 3
+"""How often what was met is merged at the multipliers that this leads to."""
 PASSES = 2
 """How often parts of all other assignments are tried in the best."""
 
@@ -93,9 +95,18 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
             if height is None:
                 break
             dear = height * unit
-    best = _put_together(parts, met, multipliers, allowed)
-    mended = [parts.meet(choices) for choices in swapped(problem, [best.choices, *[one.choices for one in met]], allowed)]
-    best = min([best, *mended], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
+    mixed = list(met)
+    for _ in range(MERGES if len(met) > 1 else 0):
+        fresh = [parts.meet(choices) for choices in merged(problem, [one.choices for one in mixed], multipliers)]
+        fresh = [one for one in fresh if not any((one.choices == other.choices).all() for other in mixed)]
+        if not fresh:
+            break
+        mixed += [one for one in fresh if math.isfinite(one.seconds)]
+        multipliers, _, _ = _master(mixed, problem.limit, dear)
+    best = _put_together(parts, mixed, multipliers, allowed)
+    near = sorted(mixed, key=lambda one: (one.seconds, one.peak))
+    mended = within_neighbourhoods(problem, [best.choices, *[one.choices for one in near]], multipliers, allowed)
+    best = min([best, *map(parts.meet, mended)], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)
     if best.peak > allowed:
