@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from jaxplan import _jax
-from jaxplan.once import computed_once
 
 
 class TraceError(ValueError):
@@ -25,7 +24,7 @@ class TraceError(ValueError):
 class Traced:
     """A function as JAX sees it.
 
-    `jaxpr`: the closed jaxpr, what it repeats said once; its flat inputs and outputs are described by the other fields.
+    `jaxpr`: the closed jaxpr; its flat inputs and outputs are described by the other fields.
     `in_paths`, `out_paths`: a readable pytree path per flat input ("params/blk/wq") and output.
     `in_avals`, `out_avals`: objects with `shape` and `dtype`. `in_tree`: structure of `(args, kwargs)` without static
     arguments; `out_tree`: structure of the result. `donated`: per flat input.
@@ -99,7 +98,7 @@ def trace(
     names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
-        jaxpr=computed_once(staged.jaxpr),
+        jaxpr=staged.jaxpr,
         name=name,
         in_tree=in_tree,
         out_tree=out_tree,

@@ -109,53 +109,6 @@ def names(fn, *args):
     return [op.name for op in build_graph(trace(fn, args, {})).operators if op.equation is not None]
 
 
-def test_what_is_said_twice_is_planned_once():
-    def twice(x, w):
-        return jnp.tanh(x @ w) + jnp.tanh(x @ w)
-
-    assert sorted(names(twice, shape(8, 8), shape(8, 8))) == ["add", "dot_general", "tanh"]
-
-
-def test_calls_are_compared_by_what_they_compute():
-    def twice(x):
-        return jax.jit(lambda y: jnp.sin(y) * 2)(x) + jax.jit(lambda z: jnp.sin(z) * 2)(x)
-
-    assert names(twice, shape(8)).count("sin") == 1
-
-
-def test_what_nobody_reads_is_not_planned():
-    def dead(x, w):
-        jnp.sum(x @ w)
-        return x + 1
-
-    assert names(dead, shape(8, 8), shape(8, 8)) == ["add"]
-
-
-def test_effects_barriers_and_rematerialised_calls_stay():
-    def f(x):
-        jax.debug.print("{}", x[0])
-        jax.debug.print("{}", x[0])
-        again = jax.checkpoint(jnp.sin)
-        return again(x) + again(x) + lax.optimization_barrier(x) + lax.optimization_barrier(x)
-
-    found = names(f, shape(8))
-    assert found.count("sin") == 2 and found.count("optimization_barrier") == 2
-    assert sum("debug" in name for name in found) == 2
-
-
-def test_the_values_are_those_of_the_function():
-    def f(x, w):
-        a, b = jnp.tanh(x @ w), jnp.tanh(x @ w)
-        dead = jnp.cumsum(a)
-        c, _ = lax.scan(lambda c, r: (c + jnp.sin(r) * jnp.sin(r), dead), jnp.zeros(6), a)
-        return a + b, c, b
-
-    x, w = np.linspace(0, 1, 48, dtype="float32").reshape(8, 6), np.linspace(-1, 1, 36, dtype="float32").reshape(6, 6)
-    plan = jaxplan.make_plan(f, x, w, mesh=mesh_of((2,)), machine="cpu")
-    for mine, theirs in zip(plan.jit()(x, w), jax.jit(f)(x, w), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6)
-
-
 def test_what_has_a_derivative_of_its_own_is_kept_though_its_body_says_what_stands_there_already():
     """Gradient reversal: the identity, whose derivative is not 1."""
 
