@@ -117,7 +117,7 @@ class Replay:
 
     def run(self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None) -> list[Any]:
         """A closed jaxpr."""
-        outs = [self.summed(out) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
+        outs = [whole(self.summed(out)) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(
@@ -183,7 +183,7 @@ class Replay:
 
     def summed(self, value: Any, but: tuple[int, ...] = ()) -> Any:
         """Of partial sums the total, along all axes `but` those."""
-        return total(value, self.mesh, but) if isinstance(value, Parts) else whole(value)
+        return total(value, self.mesh, but) if isinstance(value, Parts) else value
 
     def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
         """The result of an equation that adds partial sums, or leaves one."""
