@@ -127,6 +127,7 @@ class _Values:
         self.nodes: list[_Node] = []
         self.of: dict[int, int] = {}
         self.same: dict[int, int] = {}
+        self._made: dict[Hashable, int] = {}
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
         for place, op in enumerate(operators):
@@ -168,6 +169,8 @@ class _Values:
             if tensor not in self.of:
                 self.of[tensor] = self._new(_Node(place, tensor))
         moved = {t: self._sent(place, t) for t in dict.fromkeys(operands) if (t, index) in sent}
+        if not moved and index not in partial and self._repeats(op):
+            return
         if len(op.results) == 1 and operands and self._alike(op):
             source = moved.get(operands[0], self.of[operands[0]])
             self.of[op.results[0]] = source
@@ -188,6 +191,22 @@ class _Values:
             for tensor in op.results:
                 self.leave(tensor, place)
                 self.of[tensor] = self._new(_Node(place, tensor))
+
+    def _repeats(self, op: Operator) -> bool:
+        """Whether it computes what was computed before: compilers merge the two."""
+        if op.equation is None or op.equation.effects or len(op.results) != 1:
+            return False
+        reads = [self.of[t] if t >= 0 else ("constant", constant(op, slot)) for slot, t in enumerate(op.operands)]
+        key = (op.scope, op.equation.primitive, *reads, *op.equation.params.items(), self._layouts.get(op.results[0]))
+        try:
+            first = self._made.setdefault(key, op.results[0])
+        except TypeError:  # a parameter that cannot be compared
+            return False
+        if first == op.results[0] or first not in self.of:
+            return False
+        self.of[op.results[0]] = self.of[first]
+        self.same[op.results[0]] = self.same.get(first, first)
+        return True
 
     def _sent(self, place: int, tensor: int) -> int:
         self.leave(tensor, place)
