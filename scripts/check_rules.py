@@ -239,10 +239,7 @@ def difference(got: Any, want: Any) -> float:
     return worst
 
 
-DIFFERENT: dict[str, str] = {
-    "take along": "the mask of rows out of bounds is applied between the all-reduce and the slice: the text is not read as the "
-    "reduce-scatter that was planned",
-}
+DIFFERENT: dict[str, str] = {}
 """{operator: why the compiler does otherwise}."""
 
 

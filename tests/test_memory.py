@@ -14,7 +14,7 @@ from conftest import mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan.cost.memory import OUTPUT, Buffer, outside_outputs
+from jaxplan.cost.buffers import OUTPUT, Buffer, outside_outputs
 from jaxplan.cost.schedule import run_order
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph

@@ -70,3 +70,22 @@ class Roots:
 
 def axes_of(layout: Layout | None) -> tuple[int, ...]:
     return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
+
+
+def outside_outputs(buffers: Sequence[Buffer], written_over: frozenset[int] = frozenset()) -> list[Buffer]:
+    """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
+    holds them (XLA's buffer assignment). `written_over`: places where what is read can be written over, element by element."""
+    outputs: list[tuple[float, list[tuple[int, int]]]] = []
+    outside = []
+    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.kind != OUTPUT)):
+        if buffer.kind == OUTPUT:
+            outputs.append((buffer.nbytes, [(buffer.first, buffer.last)]))
+            continue
+        for size, taken in reversed(outputs):
+            over = written_over if buffer.nbytes == size else frozenset()
+            if all(buffer.last < start + (start in over) or buffer.first > stop for start, stop in taken):
+                taken.append((buffer.first, buffer.last))
+                break
+        else:
+            outside.append(buffer)
+    return outside

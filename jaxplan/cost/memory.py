@@ -25,6 +25,7 @@ from jaxplan.cost.buffers import (
     Local,
     Roots,
     axes_of,
+    outside_outputs,
 )
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
@@ -587,22 +588,3 @@ def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Lo
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
-
-
-def outside_outputs(buffers: Sequence[Buffer], written_over: frozenset[int] = frozenset()) -> list[Buffer]:
-    """The temporaries that find no place in an output's buffer while that is not in use: largest first, into the smallest that
-    holds them (XLA's buffer assignment). `written_over`: places where what is read can be written over, element by element."""
-    outputs: list[tuple[float, list[tuple[int, int]]]] = []
-    outside = []
-    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.kind != OUTPUT)):
-        if buffer.kind == OUTPUT:
-            outputs.append((buffer.nbytes, [(buffer.first, buffer.last)]))
-            continue
-        for size, taken in reversed(outputs):
-            over = written_over if buffer.nbytes == size else frozenset()
-            if all(buffer.last < start + (start in over) or buffer.first > stop for start, stop in taken):
-                taken.append((buffer.first, buffer.last))
-                break
-        else:
-            outside.append(buffer)
-    return outside

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence, Set
 
-from jaxplan.cost.buffers import HELD, OUTPUT, Buffer
-from jaxplan.cost.memory import lives_of, outside_outputs
+from jaxplan.cost.buffers import HELD, OUTPUT, Buffer, outside_outputs
+from jaxplan.cost.memory import lives_of
 
 
 def piece_bytes(
