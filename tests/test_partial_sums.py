@@ -225,3 +225,11 @@ def test_a_planned_addition_can_be_differentiated():
     want = jax.grad(lambda w: jnp.sum(two_products(args[0], w, *args[2:])))(args[1])
     got = jax.jit(jax.grad(lambda w: jnp.sum(planned(args[0], w, *args[2:]))))(args[1])
     assert_close(want, got)
+
+
+def test_layouts_in_types_cannot_say_partial_sums_and_tell():
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in PAIR]
+    pins = {"a": P(None, "x"), "b": P(None, "x")}
+    plan = jaxplan.make_plan(two_products, *args, mesh=mesh_of((4,)), machine=FAST, pins=pins)
+    assert plan.constraints.sums
+    assert any("partial sums" in line for line in plan.export("explicit").refused)

@@ -180,6 +180,8 @@ class _Walk:
     def typed(self, equation: Any, values: list[_Value], path: Path) -> list[_Value]:
         """The results of one operator, its operands and results brought to where the plan has them."""
         operator, name = self.found.at[path], f"{equation.primitive.name} at {self.where}"
+        if operator in self.found.sums:
+            self.refused[f"{self.where} {equation.primitive.name} (partial sums: each is combined here, their total in the plan)"] = None
         if any(value.after for value in values):
             types = self.types(equation, _met(values, equation))
             if types is not None:
