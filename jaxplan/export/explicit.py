@@ -181,7 +181,7 @@ class _Walk:
         """The results of one operator, its operands and results brought to where the plan has them."""
         operator, name = self.found.at[path], f"{equation.primitive.name} at {self.where}"
         if operator in self.found.sums:
-            self.refused[f"{self.where} {equation.primitive.name} (partial sums: each is combined here, their total in the plan)"] = None
+            self.refused[f"{self.where} {equation.primitive.name} (partial sums: the plan combines their total only)"] = None
         if any(value.after for value in values):
             types = self.types(equation, _met(values, equation))
             if types is not None:
