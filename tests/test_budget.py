@@ -237,7 +237,7 @@ def test_a_loops_state_that_nothing_changes_is_told_by_whatever_is_known():
 # --- over falling budgets ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp_sgd", "stencil"])
+@pytest.mark.parametrize("name", [pytest.param("mlp_sgd", marks=pytest.mark.slow), "stencil"])
 def test_no_plan_is_dearer_than_one_under_a_tighter_budget(name):
     program = programs()[name]
     fn, args, donate = program.fn, program.args, program.donate
