@@ -239,8 +239,16 @@ def difference(got: Any, want: Any) -> float:
     return worst
 
 
-DIFFERENT: dict[str, str] = {}
-"""{operator: why the compiler does otherwise}."""
+DIFFERENT: dict[tuple[str, int], str] = {
+    ("take along", 2): "where what is scattered lies along two axes, the mask of rows out of bounds is sent to its place as well: a "
+    "byte for each",
+}
+"""{(operator, how many mesh axes): why the compiler does otherwise}."""
+
+
+def explained(name: str, mesh: str) -> bool:
+    """Whether an operator is known to compile otherwise on a mesh such as "4x2"."""
+    return (name, mesh.count("x") + 1) in DIFFERENT
 
 
 def shown(by_kind: dict[str, float]) -> str:
@@ -259,7 +267,7 @@ def page(rows: Sequence[Found]) -> str:
         f"{len(rows) - len(differ)} compile to exactly what is predicted; the rest:",
         "",
     ]
-    lines += [f"- {name}: {why}" for name, why in DIFFERENT.items()]
+    lines += [f"- {name}, {axes} mesh axes: {why}" for (name, axes), why in DIFFERENT.items()]
     lines += ["", "A choice reads `axis:factor`, or `axis:factor>factor` where a partial sum is scattered over the second."]
     for name, text in dict.fromkeys((row.name, row.mesh) for row in rows):
         mine = [row for row in rows if (row.name, row.mesh) == (name, text)]
@@ -286,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             everything += rows
             differ = [row for row in rows if not row.agrees]
             wrong = [row for row in rows if row.error is not None and not row.error < 1e-3]
-            bad += len(wrong) + (len(differ) if name not in DIFFERENT else 0)
+            bad += len(wrong) + (0 if explained(name, text) else len(differ))
             print(f"{name:24s} {text:5s} {len(rows):4d} choices, {len(differ):3d} differ, {len(wrong)} wrong", flush=True)
             for row in (*wrong, *differ):
                 error = "" if row.error is None else f"  error {row.error:.1e}"
