@@ -240,8 +240,8 @@ def difference(got: Any, want: Any) -> float:
 
 
 DIFFERENT: dict[tuple[str, int], str] = {
-    ("take along", 2): "where what is scattered lies along two axes, the mask of rows out of bounds is sent to its place as well: a "
-    "byte for each",
+    ("take along", 2): "where what is scattered lies along two axes, the mask of rows out of bounds is sent to its place as "
+    "well: a byte for each",
 }
 """{(operator, how many mesh axes): why the compiler does otherwise}."""
 
