@@ -318,8 +318,8 @@ def test_a_wrong_value_is_caught(grain, off):
 def test_a_wrong_operation_is_found_and_made_small(monkeypatch):
     bind = _jax.bind
 
-    def wrong(equation: Any, values: list[Any], devices: int) -> list[Any]:
-        outs = bind(equation, values, devices)
+    def wrong(equation: Any, values: list[Any], devices: int, changed: Any = None) -> list[Any]:
+        outs = bind(equation, values, devices, changed)
         return [out + out for out in outs] if equation.primitive.name == "dot_general" else outs
 
     monkeypatch.setattr(_jax, "bind", wrong)
