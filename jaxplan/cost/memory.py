@@ -352,6 +352,16 @@ def _at_loops(facts: Facts, copied: Copied) -> Iterator[tuple[int, int, int]]:
                 yield op.operands[0], made, max(made, copied.get((op.operands[0], op.path[:-2]), end))
 
 
+def _join_views(graph: Graph, operators: Sequence[Operator], layouts: Mapping[int, Layout], roots: Roots) -> None:
+    """What a view or the entry of a loop hands on as it is shares the buffer."""
+    for op in operators:
+        if op.name == VIEW or (op.name == BOUNDARY and op.path[-2] == "in"):
+            source, result = op.operands[0], op.results[0]
+            alike = graph.tensors[source].shape == graph.tensors[result].shape
+            if alike and layouts.get(source) == layouts.get(result):
+                roots.join(result, source)
+
+
 def held_buffers(
     graph: Graph,
     facts: Facts,
@@ -373,15 +383,8 @@ def held_buffers(
         root = roots.of(tensor)
         first[root], last[root] = min(first.get(root, start), start), max(last.get(root, stop), stop)
 
-    carries: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
-    for place, op in enumerate(operators):
-        if op.name == BOUNDARY and op.path[-2] == "carry":
-            carries.append((place, op.operands, op.results))
-        elif op.name == VIEW or (op.name == BOUNDARY and op.path[-2] == "in"):
-            source, result = op.operands[0], op.results[0]
-            alike = graph.tensors[source].shape == graph.tensors[result].shape
-            if alike and layouts.get(source) == layouts.get(result):
-                roots.join(result, source)
+    carries = [(k, op.operands, op.results) for k, op in enumerate(operators) if op.name == BOUNDARY and op.path[-2] == "carry"]
+    _join_views(graph, operators, layouts, roots)
     for tensor, source in facts.kept.same.items():
         if local(tensor, layouts.get(tensor)) == local(source, layouts.get(source)):
             roots.join(tensor, source)
