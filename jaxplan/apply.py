@@ -14,9 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxplan import _jax
 from jaxplan.agree import check_agreement
-from jaxplan.graph.flatten import scan_arity
+from jaxplan.graph.flatten import TOTAL, scan_arity
 from jaxplan.layout import Layout, Spec, spec_of
-from jaxplan.partial_sums import Parts, evaluated, total, zeros
+from jaxplan.partial_sums import Parts, along, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
@@ -115,9 +115,13 @@ class Replay:
             value = self._moved[key][1]
         return value
 
-    def run(self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None) -> list[Any]:
-        """A closed jaxpr."""
-        outs = [whole(self.summed(out)) for out in self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)]
+    def run(
+        self, closed: Any, inputs: Sequence[Any], path: Path, moved: Moved | None = None, carries: int = 0
+    ) -> list[Any]:
+        """A closed jaxpr. `carries`: of its first so many outputs, those that go round a loop in parts are so."""
+        outs = self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)
+        parts = [self.carried(out, (*path, "carry", k)) for k, out in enumerate(outs[:carries])]
+        outs = parts + [whole(self.summed(out)) for out in outs[carries:]]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(
@@ -184,6 +188,16 @@ class Replay:
     def summed(self, value: Any, but: tuple[int, ...] = ()) -> Any:
         """Of partial sums the total, along all axes `but` those."""
         return total(value, self.mesh, but) if isinstance(value, Parts) else value
+
+    def carried(self, value: Any, path: Path) -> Any:
+        """A value that goes round in a loop, in parts where the plan says so; `path`: of the carry."""
+        sums = self.found.sums.get(self.found.at.get(path, -1))
+        return whole(self.summed(value)) if sums is None else along(value, sums[0], self.mesh)
+
+    def final(self, value: Any, path: Path, number: int) -> Any:
+        """The final value of a carry of the loop at `path`; the total, where it went round in parts."""
+        value = self.summed(self.boundary_written(value, (*path, "carry", number), 1))
+        return self.boundary_written(value, (*path, TOTAL, number))
 
     def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
         """The result of an equation that adds partial sums, or leaves one."""
@@ -286,12 +300,12 @@ def _scan(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[
     else:
         values = [whole(value) for value in values]
         state, ys = jax.lax.scan(
-            _body(replay, equation, values[:consts], path), tuple(values[consts : consts + carries]),
+            _body(replay, equation, values[:consts], path),
+            tuple(replay.carried(v, (*path, "carry", k)) for k, v in enumerate(values[consts : consts + carries])),
             tuple(values[consts + carries :]), length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
         )  # fmt: skip
         outs = [*state, *ys]
-    finals = [replay.boundary_written(v, (*path, "carry", k), 1) for k, v in enumerate(outs[:carries])]
-    return finals + [
+    return [replay.final(v, path, k) for k, v in enumerate(outs[:carries])] + [
         v if isinstance(v, Staged) else replay.boundary_written(v, (*path, "out", carries + k))
         for k, v in enumerate(outs[carries:])
     ]
@@ -310,7 +324,7 @@ def _body(replay: Replay, equation: Any, consts: Sequence[Any], path: Path) -> C
     def body(carry: Any, x: Any) -> Any:
         inner = [replay.boundary_written(v, (*path, *m)) for v, m in zip((*consts, *carry, *x), _marks(equation), strict=True)]
         moved: Moved = {}
-        outs = replay.run(equation.params["jaxpr"], inner, path, moved)
+        outs = replay.run(equation.params["jaxpr"], inner, path, moved, carries)
         state = [replay.leaving(v, (*path, "carry", k), 1, moved) for k, v in enumerate(outs[:carries])]
         ys = [replay.leaving(v, (*path, "out", carries + k), 0, moved) for k, v in enumerate(outs[carries:])]
         return tuple(state), tuple(ys)
@@ -366,8 +380,8 @@ def _alternating(replay: Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any
         here, (_, carries) = (*fused.path, number), scan_arity(equation)
         for k, var in enumerate(equation.outvars):
             if var in made and not isinstance(made[var], Staged):
-                mark = ("carry", k) if k < carries else ("out", k)
-                made[var] = replay.boundary_written(made[var], (*here, *mark), int(k < carries))
+                last = k < carries
+                made[var] = replay.final(made[var], here, k) if last else replay.boundary_written(made[var], (*here, "out", k))
     return made
 
 

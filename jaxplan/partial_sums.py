@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxplan.graph import Operator
 from jaxplan.layout import Spec
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["stacked"], meta_fields=["axes"])
 @dataclass(frozen=True)
 class Parts:
     """A sum that is not added up: `stacked` has a leading dimension for each of the mesh `axes` (their numbers, in mesh order),
@@ -100,7 +102,7 @@ def added(
     """What an operator that is linear in its operands makes of them: partial sums along `axes`, `shape` each. What is whole
     counts once."""
     whole = [operand if isinstance(operand, Parts) or np.ndim(operand) else jnp.full(shape, operand) for operand in operands]
-    given = [_along(operand, axes, mesh).stacked for operand in whole]
+    given = [along(operand, axes, mesh).stacked for operand in whole]
     for _ in axes:
         bind = jax.vmap(bind)
     return Parts(bind(*given), axes)
@@ -121,7 +123,7 @@ def total(parts: Parts, mesh: Any, but: tuple[int, ...] = ()) -> Any:
     return Parts(value, rest) if rest else value
 
 
-def _along(value: Any, axes: tuple[int, ...], mesh: Any) -> Parts:
+def along(value: Any, axes: tuple[int, ...], mesh: Any) -> Parts:
     """A sum, whole or partial along some of `axes`, partial along all of them: the first device along a new one has it all."""
     now = value.axes if isinstance(value, Parts) else ()
     new = [place for place, axis in enumerate(axes) if axis not in now]

@@ -248,8 +248,8 @@ class Plan:
             left = tuple(axis for axis, option in enumerate(options) if option.scatter == PARTIAL)
             if added:
                 found.update(dict.fromkeys(cluster.members, (added, (), added)))
-                found[cluster.members[-1]] = (added, (), ())
-            if left:
+                found[cluster.members[-1]] = (added, (), left)
+            elif left:
                 (combine,) = cluster.combines
                 split = tuple(axis for axis, option in enumerate(options) if option.factor in combine.over)
                 found[combine.operator] = ((), split, left)

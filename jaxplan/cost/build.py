@@ -233,7 +233,7 @@ def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[
         is_input = graph.operators[cluster.members[-1]].name == INPUT
         if is_input and len(asked) == 1 and index not in pinned:
             ((other, leads),) = asked
-            if not graph.clusters[other].scatters:
+            if not (graph.clusters[other].scatters or graph.clusters[other].adds):
                 found[index] = (other, leads)
     return found
 
@@ -285,6 +285,8 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> 
                     options += [Option(PARTIAL)] if PARTIAL in combine.over else []
                     options += [Option(k, m) for k in summed for m in targets]
                     options += [Option(k, PARTIAL) for k in summed if combine.left]
+                elif combine.left and PARTIAL in combine.over:
+                    options.append(Option(PARTIAL, PARTIAL))
         per_axis.append(tuple(options))
     return tuple(per_axis)
 

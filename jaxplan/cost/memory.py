@@ -244,7 +244,9 @@ def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
 def _totals(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
     """Operators that add partial sums, of which the total is stored to be combined."""
     adding = [(i, cluster) for i, cluster in enumerate(modelled.graph.clusters) if cluster.combines and cluster.adds]
-    return frozenset([c.members[-1] for i, c in adding if any(o.factor == PARTIAL for o in modelled.chosen(choices, i))])
+    return frozenset([
+        c.members[-1] for i, c in adding if any(o.factor == PARTIAL != o.scatter for o in modelled.chosen(choices, i))
+    ])  # fmt: skip
 
 
 def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:

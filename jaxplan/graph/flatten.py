@@ -22,6 +22,9 @@ VIEW = "shared view"
 MANUAL = "edge of a manual region"
 """Names of operators that stand for no equation; no primitive bears a name with a space."""
 
+TOTAL = "total"
+"""Where the view of a loop's total stands: `(*path of the loop, TOTAL, number of the carry)`."""
+
 
 _ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
 """Primitives by which a program asks for a layout itself: kept, as pins."""
@@ -269,13 +272,37 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
             flat.operators[index] = boundary._replace(rule=replace(boundary.rule, free=False))
     for (_, _, close), tensor in zip(loops, produced[:carries], strict=True):
         close(tensor)
-    outs = [final for _, final, _ in loops]
+    added = _added_to(flat, inside, [inner for inner, _, _ in loops], produced)
+    outs = [_total(flat, final, place, k) if k in added else final for k, (_, final, _) in enumerate(loops)]
     for k in range(carries, len(produced)):
         stacked = flat.tensor(equation.outvars[k].aval)
         rule = stacking_rule(flat.tensors[stacked].shape, unstack=False, free=produced[k] not in updated.values())
         flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k), (within.times,))
         outs.append(stacked)
     return outs
+
+
+def _added_to(flat: Flat, first: int, carried: Sequence[int], produced: Sequence[int]) -> list[int]:
+    """The carries that the body of a loop, the operators from `first` on, does nothing with but add to."""
+    inside = {*carried, *produced}
+    readers: dict[int, list[Operator]] = {}
+    for operator in flat.operators[first:]:
+        for tensor in inside.intersection(operator.operands):
+            readers.setdefault(tensor, []).append(operator)
+    found = []
+    for k, (inner, tensor) in enumerate(zip(carried, produced, strict=False)):
+        (one, *more), after = readers.get(inner) or [None], readers.get(tensor, ())
+        alone = one is not None and one.rule.linear and one.operands.count(inner) == 1 and not more
+        if alone and len(one.operands) > 1 and one.results == (tensor,) and len(after) == 1 and produced.count(tensor) == 1:
+            found.append(k)
+    return found
+
+
+def _total(flat: Flat, final: int, place: Place, number: int) -> int:
+    """The final value of a carry that is only added to: a layout of its own, as it may be combined after the loop."""
+    view = flat.like(final)
+    flat.add(VIEW, passing_rule(flat.tensors[final].shape, 1, 1), (final,), (view,), place, (TOTAL, number))
+    return view
 
 
 def _updates(rule: Rule) -> bool:

@@ -40,8 +40,8 @@ def fuse(
         draft = candidate = None
         if operator.rule.fusible and len(operator.results) == 1 and operator.results[0] not in leaves:
             candidate = _only_reader(operator, [home[reader] for reader in readers[operator.results[0]]])
-        if root == index:
-            draft = forms.start(index, operator, "apart" if candidate is None else "adds")
+        if root == index or index in sums.loops:
+            draft = forms.start(index, operator, "carries" if root != index else "apart" if candidate is None else "adds")
             drafts.append(draft)
         elif candidate is not None and (not candidate.form.adds or candidate.members[0] == root):
             draft = candidate if forms.join(candidate, index, operator, sources) else None
@@ -51,7 +51,7 @@ def fuse(
         home[index] = draft
     asked = [operator.results for operator in operators if operator.asked is not None]
     needed = leaves.union(*asked, *[draft.reads() for draft in drafts])
-    left = {index for index in sums.terms if _added(home[readers[operators[index].results[0]][0]])}
+    left = {index for index in sums.terms if _added(home[readers[operators[index].results[0]][0]])}.union(sums.loops.values())
     return [forms.close(draft, needed, draft.members[0] in left) for draft in reversed(drafts)]
 
 
@@ -131,12 +131,12 @@ class _Forms:
         kinds: dict[Tensor, int] = {}
         self.kinds = [kinds.setdefault(tensor, len(kinds)) for tensor in tensors]
         self.digests: dict[int, _Digest] = {}
-        self.empty = {adds: _Form(adds) for adds in ("", "adds", "apart")}
+        self.empty = {adds: _Form(adds) for adds in ("", "adds", "apart", "carries")}
         self.closed: dict[tuple[int, tuple[bool, ...], bool], tuple[int, Cluster]] = {}
 
     def start(self, index: int, operator: Operator, adds: str = "") -> _Draft:
         """A cluster of one operator. `adds`: what makes the total of an addition of sums; "apart" where nobody could compute it
-        together with what reads it."""
+        together with what reads it, "carries" where it goes round in a loop."""
         draft = _Draft(self.empty[adds], operator.scope)
         draft.grow(self._step(draft, operator, (*operator.operands, *operator.results)).form, index)
         return draft
@@ -380,8 +380,9 @@ class _Form:
         combines = tuple([replace(combine, left=left) for combine in self.combines])
         spared = 1.0
         if self.adds and writes:
-            combines = (Combine(0, Terminal(*writes[0][:2]), frozenset((PARTIAL,)), True),)
-            spared = 1.0 if self.adds == "apart" else (len(reads) - 1) / len(reads)
+            carries = self.adds == "carries"
+            combines = (Combine(0, Terminal(*writes[0][:2]), frozenset((PARTIAL,)), not carries, left or carries),)
+            spared = (len(reads) - 1) / len(reads) if self.adds == "adds" else 1.0
         return Cluster(
             members=tuple(range(self.count)),
             units=tuple(self.units),

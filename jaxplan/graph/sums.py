@@ -1,6 +1,7 @@
 """Additions of terms that are sums themselves: which operators add them, and which make the terms.
 
 Each term may be left a partial sum on every device; the partial sums are added, and the total is combined over devices once.
+So it is with what the rounds of a loop add to a carry: it may go round as a partial sum, and is combined after the loop.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from jaxplan.graph.flatten import BOUNDARY, TOTAL, VIEW
 from jaxplan.graph.nouns import Operator, Path, Tensor
 from jaxplan.rules import Kind, Rule
 
 
 class Sums(NamedTuple):
     """`roots`: {linear operator: the one that makes the total of which it adds up a part, itself included}; `terms`: operators
-    that make the terms, each read by such an operator alone."""
+    that make the terms, each read by such an operator alone; `loops`: {boundary of a carry that rounds of a loop add to: the
+    operator that makes their sum}."""
 
     roots: Mapping[int, int]
     terms: frozenset[int]
+    loops: Mapping[int, int]
 
 
 def find_sums(
@@ -29,13 +33,17 @@ def find_sums(
 
     An addition is as small as its terms allow: what else is added to their total is no part of it.
     """
-    counts: dict[int, int] = {}
-    makers: dict[int, int] = {}
+    makers = _carried(operators, readers)
+    carried = frozenset(makers)
+    counts = dict.fromkeys(carried, 1)
     joins = []
 
     def below(operator: Operator) -> list[int]:
         """Operands that are made of terms, and that nobody else reads."""
-        return [t for t in operator.operands if t in counts and _together(operators[makers[t]], operator, sealed)]
+        return [
+            t for t in operator.operands
+            if t in counts and (t in carried or _together(operators[makers[t]], operator, sealed))
+        ]  # fmt: skip
 
     for index, operator in enumerate(operators):
         rule = operator.rule
@@ -53,6 +61,7 @@ def find_sums(
         if found and len(readers[tensor]) == 1 and tensor not in leaves:
             counts[tensor], makers[tensor] = found, index
     roots: dict[int, int] = {}
+    loops: dict[int, int] = {}
     terms = set()
     for root in reversed(joins):
         waiting = [] if root in roots else [root]
@@ -61,9 +70,24 @@ def find_sums(
             if operators[member].rule.linear:
                 roots[member] = root
                 waiting += [makers[t] for t in below(operators[member])]
-            else:
+            elif carried.isdisjoint(operators[member].results):
                 terms.add(member)
-    return Sums(roots, frozenset(terms))
+            elif operators[root].results[0] == operators[member].operands[1]:
+                loops[member] = root
+    for boundary in loops:
+        (total,) = readers[operators[boundary].results[1]]
+        roots[total] = total
+    return Sums(roots, frozenset(terms), loops)
+
+
+def _carried(operators: Sequence[Operator], readers: Sequence[Sequence[int]]) -> dict[int, int]:
+    """{what a round of a loop sees of a carry that is only added to: the boundary of the carry}."""
+    totals = {operator.operands[0] for operator in operators if operator.name == VIEW and TOTAL in operator.path[-2:-1]}
+    return {
+        operator.results[0]: index for index, operator in enumerate(operators)
+        if operator.name == BOUNDARY and len(operator.results) == 2 and operator.results[1] in totals
+        and len(readers[operator.results[1]]) == 1
+    }  # fmt: skip
 
 
 def _together(maker: Operator, reader: Operator, sealed: Collection[Path]) -> bool:
