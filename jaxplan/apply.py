@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,10 +20,10 @@ from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
 from jaxplan.pipeline.execute import run_chain
 from jaxplan.pipeline.fuse import Fused, fuse
-from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, PipelineError
+from jaxplan.pipeline.nouns import Chain, Kind, Pipeline
 from jaxplan.pipeline.roles import OUTS
-from jaxplan.pipeline.rowwise import Edit, told
-from jaxplan.pipeline.staged import Staged, edited, whole
+from jaxplan.pipeline.rows import Rows
+from jaxplan.pipeline.staged import Staged, whole
 from jaxplan.plan import Constraints, Plan
 from jaxplan.trace import abstract, has_dtype
 
@@ -101,8 +100,9 @@ class Replay:
             return value.on(lambda stacked: self.constrain(stacked, [value.spec(spec) for spec in specs]))
         for spec in specs:
             if spec and getattr(value, "ndim", 0) == len(spec):
-                if self.rows is not None and self.plan is not None:
-                    spec = self.rows.fitting(spec, value.shape, self.plan)
+                if self.rows is not None and self.plan is not None and self.pipeline is not None:
+                    stage, sizes = self.plan.axis_names.index(self.pipeline.axis), self.plan.modelled.numbers.sizes
+                    spec = self.rows.fitting(spec, value.shape, stage, sizes)
                 value = jax.lax.with_sharding_constraint(value, self.sharding(spec))
         return value
 
@@ -202,7 +202,8 @@ class Replay:
     def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
         """The result of an equation that adds partial sums, or leaves one."""
         specs = [self.found.reads.get((operator, slot), ((),))[-1] for slot in range(len(values))]
-        return evaluated(equation, values, specs, zeros(self.operators, operator), *self.found.sums[operator], self.mesh)
+        zero, scale = zeros(self.operators, operator), self.operators[operator].rule.scale
+        return evaluated(equation, values, specs, zero, *self.found.sums[operator], self.mesh, scale)
 
     def bind(self, equation: Any, values: list[Any], path: Path, filled: bool = True) -> list[Any]:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""
@@ -245,46 +246,6 @@ class Replay:
 
     def written(self, value: Any, operator: int, slot: int) -> Any:
         return self.constrain(value, self.found.writes.get((operator, slot), ()))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The micro-batch that a replay computes. `edits`: what it changes, by path; `row`: its number."""
-
-    edits: Mapping[Path, Edit]
-    row: Any
-    microbatches: int
-
-    def edited(self, values: Sequence[Any], path: Path) -> list[Any]:
-        """Operands (or the outputs of a body) as this micro-batch needs them."""
-        found = self.edits.get(path)
-        operands = found.operands if found is not None else {}
-        return [edited(v, operands[k], self.row, self.microbatches) if k in operands else v for k, v in enumerate(values)]
-
-    def params(self, path: Path) -> Mapping[str, Any]:
-        """The parameters that an equation has for a micro-batch instead of its own."""
-        found = self.edits.get(path)
-        return {} if found is None else found.params
-
-    def checked(self, equation: Any, outs: list[Any], path: Path) -> list[Any]:
-        """The results of an equation. Raises PipelineError if they are not those of a micro-batch."""
-        found = self.edits.get(path)
-        shapes = tuple(out.shape for out in outs)
-        if found is not None and found.shapes and shapes != found.shapes:
-            raise PipelineError(
-                f"{told(equation)} gives {shapes} for a micro-batch, where its rule leads to {found.shapes}: its parameters hold "
-                "extents, so that it cannot run on a part of the batch"
-            )
-        return outs
-
-    def fitting(self, spec: Spec, shape: Sequence[int], plan: Plan) -> Spec:
-        """A spec without the stage axis, and without axes that do not divide what a micro-batch has of a dimension."""
-        assert plan.pipeline is not None
-        stage, fits = plan.axis_names.index(plan.pipeline.axis), []
-        for axes, extent in zip(spec, shape, strict=True):
-            left = tuple(a for a in axes if a != stage)
-            fits.append(left if extent % math.prod(plan.axis_sizes[plan.axis_names[a]] for a in left) == 0 else ())
-        return tuple(fits)
 
 
 def _scan(replay: Replay, equation: Any, values: list[Any], path: Path) -> list[Any]:

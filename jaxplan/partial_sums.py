@@ -55,19 +55,18 @@ def zeros(operators: Sequence[Operator], number: int) -> list[bool]:
 
 def evaluated(
     equation: Any, operands: Sequence[Any], specs: Sequence[Spec], zero: Sequence[bool], over: tuple[int, ...],
-    split: tuple[int, ...], left: tuple[int, ...], mesh: Any,
+    split: tuple[int, ...], left: tuple[int, ...], mesh: Any, scale: int = -1,
 ) -> Any:  # fmt: skip
     """The result of an equation of which operands are partial sums along axes `over` (`Parts`, or whole), or which sums itself
     what lies along axes `split`; it is left partial along axes `left`. `specs`: per operand its layout, () for whole; `zero`:
-    those that are zeros. `mesh`: its axes of type Auto."""
+    those that are zeros. `mesh`: its axes of type Auto. `scale`: of the equation's rule."""
 
     def bind(*values: Any) -> Any:
         return _jax.bind(equation, list(values), mesh.size)[0]
 
     if not over:
         return total(in_parts(bind, operands, specs, zero, split, mesh), mesh, left)
-    found = added(bind, operands, over, equation.outvars[0].aval.shape, mesh)
-    return found if left else total(found, mesh)
+    return total(added(bind, operands, over, equation.outvars[0].aval.shape, mesh, scale), mesh, left)
 
 
 def in_parts(
@@ -97,14 +96,18 @@ def in_parts(
 
 
 def added(
-    bind: Callable[..., Any], operands: Sequence[Any], axes: tuple[int, ...], shape: Sequence[int], mesh: Any
+    bind: Callable[..., Any], operands: Sequence[Any], axes: tuple[int, ...], shape: Sequence[int], mesh: Any, scale: int = -1
 ) -> Parts:
     """What an operator that is linear in its operands makes of them: partial sums along `axes`, `shape` each. What is whole
-    counts once."""
-    whole = [operand if isinstance(operand, Parts) or np.ndim(operand) else jnp.full(shape, operand) for operand in operands]
-    given = [along(operand, axes, mesh).stacked for operand in whole]
+    counts once, but for the operand `scale`, by which all parts are multiplied or divided."""
+    given = []
+    for slot, operand in enumerate(operands):
+        if slot != scale:
+            operand = operand if isinstance(operand, Parts) or np.ndim(operand) else jnp.full(shape, operand)
+            operand = along(operand, axes, mesh).stacked
+        given.append(operand)
     for _ in axes:
-        bind = jax.vmap(bind)
+        bind = jax.vmap(bind, in_axes=tuple([None if slot == scale else 0 for slot in range(len(given))]))
     return Parts(bind(*given), axes)
 
 

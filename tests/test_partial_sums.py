@@ -1,6 +1,7 @@
 """Terms of an addition that stay partial sums: found, priced, and compiled to one exchange of the total."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import jaxplan
 from jaxplan.cost import Option
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
+from jaxplan.graph.flatten import TOTAL
 from jaxplan.layout import PARTIAL
 from jaxplan.machine import PRESETS
 from jaxplan.trace import trace
@@ -46,6 +48,23 @@ def in_a_loop(a, w, b, v):
     return jax.lax.scan(body, a, None, length=3)[0]
 
 
+def scaled(a, w, b, v):
+    return jnp.tanh((a @ w) * 0.5 - b @ v / 3.0)
+
+
+def accumulated(params, rows, wanted):
+    """The gradients of a model, a part of the batch at a time."""
+
+    def loss(params, x, y):
+        return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"][None] - y) ** 2)
+
+    def body(total, part):
+        value, gradients = jax.value_and_grad(loss)(params, *part)
+        return jax.tree.map(lambda a, g: a + g.astype(jnp.float32) / len(rows), total, gradients), value
+
+    return jax.lax.scan(body, jax.tree.map(lambda p: jnp.zeros(p.shape), params), (rows, wanted))
+
+
 def rematerialised(a, w, b, v):
     return jax.checkpoint(two_products)(a, w, b, v)
 
@@ -64,6 +83,7 @@ CASES = {
     "three and a whole": (three_and_a_whole, (*PAIR, normal(8, 64)), CUT),
     "in a loop": (in_a_loop, (normal(8, 64), normal(64, 64), normal(8, 64), normal(64, 64)), {"w": P("x"), "v": P("x")}),
     "rematerialised": (rematerialised, PAIR, CUT),
+    "scaled": (scaled, PAIR, CUT),
     "16 bits": (two_products, tuple((x / 8).astype(jnp.bfloat16) for x in PAIR), CUT),
     "tied table": (
         tied_table, (normal(64, 32), jax.random.randint(jax.random.key(1), (512,), 0, 64), normal(512, 32)),
@@ -112,7 +132,15 @@ def test_what_is_read_elsewhere_or_not_linear_is_no_term():
 
     assert sums(read_twice, *PAIR) == ([], [])
     assert sums(lambda a, w, b, v: a @ w + jnp.tanh(b @ v), *PAIR) == ([], [])
-    assert sums(lambda a, w, b, v: a @ w + (b @ v) * 2.0, *PAIR) == ([], [])
+    assert sums(lambda a, w, b, v: a @ w + (b @ v) * w[0, 0], *PAIR)[0] == [["mul", "add"]]
+    assert sums(lambda a, w, b, v: a @ w + (b @ v) * w[:1], *PAIR) == ([], [])
+    assert sums(lambda a, w, b, v: a @ w + 2.0 / (b @ v), *PAIR) == ([], [])
+    whole = [x.astype(jnp.int32) for x in PAIR]
+    assert sums(lambda a, w, b, v: a @ w + jax.lax.div(b @ v, 2), *whole) == ([], [])  # it cuts off
+    halves = [x.astype(jnp.bfloat16) for x in PAIR]
+    mixed, rounded = (*halves[:2], *PAIR[2:]), (*PAIR[:2], *halves[2:])
+    assert sums(lambda a, w, b, v: (a @ w).astype(jnp.float32) + b @ v, *mixed)[0] == [["convert_element_type", "add"]]
+    assert sums(lambda a, w, b, v: (a @ w).astype(jnp.bfloat16) + b @ v, *rounded) == ([], [])  # parts would be rounded
     assert sums(lambda a, b: (a @ b.T) + (a @ b.T), normal(1, 8), normal(1, 8)) == ([], [])  # one element: nothing to lay out
     assert sums(lambda a, w: (lambda p: p + p)(a @ w), *PAIR[:2]) == ([], [])
 
@@ -167,16 +195,74 @@ def test_an_addition_is_planned_as_well_as_can_be(shape, exact):
     assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
 
 
+def _floats(*trees):
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), trees)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+def test_a_loop_adds_up_parts_and_combines_them_once(shape, dtype):
+    params = {"up": normal(32, 64) / 8, "down": normal(64, 32) / 8, "bias": normal(32)}
+    args = jax.tree.map(lambda x: x.astype(dtype), (params, normal(4, 512, 32), normal(4, 512, 32, seed=1)))
+    pins = {"rows": P(None, "x"), "wanted": P(None, "x")}
+    plan = jaxplan.make_plan(accumulated, *args, mesh=mesh_of(shape), machine=FAST, pins=pins)
+    if dtype == jnp.float32:
+        assert_close(jax.jit(accumulated)(*args), plan.jit()(*args))
+    else:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=0.02), *_floats(jax.jit(accumulated)(*args), plan.jit()(*args)))
+    sums = [e for e in plan.exchanges if e.kind in ("all_reduce", "reduce_scatter") and "x" in e.axes]
+    assert {len(e.shape): e.times for e in sums} == {2: 1, 1: 4, 0: 4}, "a vector's gradient is summed in every round"
+    audit = plan.audit()
+    assert audit.errors == dict.fromkeys(plan.axis_names, 0.0)
+    assert audit.total("missing") == audit.total("unplanned") == 0
+
+
+def test_a_carry_that_is_not_only_added_to_goes_round_whole():
+    def read_again(w, rows):
+        def body(total, x):
+            return total + x.T @ x, jnp.sum(total)
+
+        return jax.lax.scan(body, w, rows)
+
+    def decayed(w, rows):
+        return jax.lax.scan(lambda total, x: (0.9 * total + x.T @ x, None), w, rows)[0]
+
+    def stacked(w, rows):
+        return jax.lax.scan(lambda total, x: (total + x.T @ x,) * 2, w, rows)
+
+    for fn in (read_again, decayed, stacked):
+        graph = build_graph(trace(fn, (normal(8, 8), normal(4, 64, 8)), {}))
+        assert not any(op.path[-2:-1] == (TOTAL,) for op in graph.operators)
+
+
+def rounds_and_more(w, rows, a, b):
+    """A loop's total, which starts from something, is a term itself, and another loop's, in loops."""
+
+    def body(total, x):
+        return total - (x.T @ x).T * 0.5, x.sum()
+
+    def outer(total, some):
+        inner, values = jax.lax.scan(body, jnp.ones_like(w), some)
+        return total + inner + some[0].T @ some[1], values
+
+    total, values = jax.lax.scan(outer, w, jnp.stack([rows, rows + 1]))
+    return total + a @ b, values
+
+
+THREE = (normal(8, 64), normal(64, 16), normal(8, 32), normal(32, 16), normal(8, 16))
+ROUNDS = (normal(16, 16), normal(3, 32, 16), normal(16, 8), normal(8, 16))
+
+
+@pytest.mark.parametrize(("fn", "args"), [(three_and_a_whole, THREE), (rounds_and_more, ROUNDS)])
 @pytest.mark.parametrize("shape", [(4,), pytest.param((2, 2), marks=pytest.mark.slow)])
-def test_whatever_each_term_does_the_result_is_the_same(shape):
+def test_whatever_each_term_does_the_result_is_the_same(shape, fn, args):
     """Terms that differ in what they leave partial, and additions that do not take it: no search would choose most of these."""
-    args = (normal(8, 64), normal(64, 16), normal(8, 32), normal(32, 16), normal(8, 16))
-    plan = jaxplan.make_plan(three_and_a_whole, *args, mesh=mesh_of(shape), machine=FAST)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(shape), machine=FAST)
     problem, random = plan.modelled.problem, np.random.default_rng(0)
     graph = plan.modelled.graph
     kept = [graph.clusters[cluster] for cluster in plan.modelled.kept]
     terms = [any(combine.left for combine in cluster.combines) for cluster in kept]
-    want = jax.jit(three_and_a_whole)(*args)
+    want = jax.jit(fn)(*args)
     for _ in range(2 if len(shape) == 1 else 16):
         choices = np.array([
             [random.integers(0 if not term or random.random() < 0.3 else count - 1, count) for count in node.options]

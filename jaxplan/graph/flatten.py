@@ -291,9 +291,10 @@ def _added_to(flat: Flat, first: int, carried: Sequence[int], produced: Sequence
             readers.setdefault(tensor, []).append(operator)
     found = []
     for k, (inner, tensor) in enumerate(zip(carried, produced, strict=False)):
-        (one, *more), after = readers.get(inner) or [None], readers.get(tensor, ())
-        alone = one is not None and one.rule.linear and one.operands.count(inner) == 1 and not more
-        if alone and len(one.operands) > 1 and one.results == (tensor,) and len(after) == 1 and produced.count(tensor) == 1:
+        near, after = readers.get(inner, []), readers.get(tensor, [])
+        adds = len(near) == 1 and near[0].rule.linear and near[0].rule.scale < 0 and near[0].results == (tensor,)
+        both = adds and len(near[0].operands) == 2 and near[0].operands.count(inner) == 1
+        if both and len(after) == 1 and produced.count(tensor) == 1:  # by the loop's boundary
             found.append(k)
     return found
 

@@ -66,6 +66,7 @@ class Builder:
         costly: int = 0,
         adds: bool = False,
         linear: bool = False,
+        scale: int = -1,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -83,6 +84,7 @@ class Builder:
             costly=costly,
             adds=adds,
             linear=linear,
+            scale=scale,
         )
 
     def points(self) -> int:

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from jaxplan._jax import Primitive, primitives
 from jaxplan.rules.build import Builder
 from jaxplan.rules.nouns import Dim, Rule
 from jaxplan.rules.table import register, whole_rule
 
+Avals = Sequence[Any]
 
-def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, costly: int = 0, linear: bool = False) -> None:
+
+def _together(operands: Avals, results: Avals) -> tuple[bool, int]:
+    """Linear in all operands together."""
+    return True, -1
+
+
+def _never(operands: Avals, results: Avals) -> tuple[bool, int]:
+    return False, -1
+
+
+def _scaled(*by: int, exact: bool = False) -> Callable[[Avals, Avals], tuple[bool, int]]:
+    """Linear where one of these operands is a number, and the other is not. `exact`: not of integers, which it would cut off."""
+
+    def linear(operands: Avals, results: Avals) -> tuple[bool, int]:
+        scale = next((slot for slot in by if not operands[slot].shape and operands[1 - slot].shape), -1)
+        return scale >= 0 and not (exact and jax.numpy.issubdtype(results[0].dtype, np.integer)), scale
+
+    return linear
+
+
+def _widened(operands: Avals, results: Avals) -> tuple[bool, int]:
+    """Linear where nothing is rounded: a sum of parts that are rounded is not the sum that was to be."""
+    before, after = operands[0].dtype, results[0].dtype
+    if not all(jax.numpy.issubdtype(dtype, np.floating) for dtype in (before, after)):
+        return False, -1
+    few, many = jax.numpy.finfo(before), jax.numpy.finfo(after)
+    return bool(few.nmant <= many.nmant and few.maxexp <= many.maxexp), -1
+
+
+
+def elementwise(
+    *prims: Primitive, flops: float = 1.0, library: bool = False, costly: int = 0,
+    linear: Callable[[Avals, Avals], tuple[bool, int]] = _never, by_dtype: bool = False,
+) -> None:  # fmt: skip
     """Results all have one shape; operands have it too, or extent 1 in some dimensions, or rank 0. `library`, `costly`: of
-    the `Rule`; `linear`: in all operands together."""
+    the `Rule`; `linear`: its `linear` and `scale`, by operands and results; `by_dtype`: these depend on the dtypes."""
 
-    @register(*prims, reads=())
+    @register(*prims, reads=None if by_dtype else ())
     def pointwise(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
         shape = results[0].shape if results else max((a.shape for a in operands), key=len, default=())
         build = Builder()
@@ -24,8 +61,10 @@ def elementwise(*prims: Primitive, flops: float = 1.0, library: bool = False, co
         def along(a: Any) -> list[Dim]:
             return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
 
+        sums, scale = linear(operands, results)
         return build.rule(
-            map(along, operands), map(along, results), flops=flops, fusible=True, library=library, costly=costly, linear=linear
+            map(along, operands), map(along, results), flops=flops, fusible=True, library=library, costly=costly, linear=sums,
+            scale=scale,
         )  # fmt: skip
 
 
@@ -57,9 +96,10 @@ def gathered(*prims: Primitive) -> None:
 
 # What YNNPACK has (xla/backends/cpu/ynn_support.cc), and what XLA takes for dear (xla/service/cpu/cpu_instruction_fusion.cc)
 elementwise(
-    *primitives("abs ceil cos floor max min mul round sign sin square"), library=True
+    *primitives("abs ceil cos floor max min round sign sin square"), library=True
 )
-elementwise(*primitives("add add_jaxvals neg sub"), library=True, linear=True)
+elementwise(*primitives("add add_jaxvals neg sub"), library=True, linear=_together)
+elementwise(*primitives("mul"), library=True, linear=_scaled(0, 1))
 
 
 @register(*primitives("integer_pow"), reads=("y",))
@@ -70,7 +110,7 @@ def integer_pow(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     return build.rule([dims], [dims], fusible=True, library=True, costly=2 if params["y"] < 0 else 0)
 
 
-elementwise(*primitives("div"), library=True, costly=1)
+elementwise(*primitives("div"), library=True, costly=1, linear=_scaled(1, exact=True), by_dtype=True)
 elementwise(*primitives("erf exp exp2 expm1 log log1p logistic pow rsqrt sqrt tan tanh"), library=True, costly=2)
 elementwise(
     *primitives(
@@ -82,10 +122,11 @@ elementwise(
     costly=2,
 )
 elementwise(*primitives("rem"), costly=1)
+elementwise(*primitives("convert_element_type"), linear=_widened, by_dtype=True)
 elementwise(
     *primitives(
         """
-        and clamp clz complex conj convert_element_type eq eq_to ge gt imag is_finite le le_to lt lt_to mulhi? ne
+        and clamp clz complex conj eq eq_to ge gt imag is_finite le le_to lt lt_to mulhi? ne
         nextafter not one_minus_square? or polynomial? population_count real reduce_precision select_n shift_left
         shift_right_arithmetic shift_right_logical xor
         """

@@ -61,7 +61,8 @@ class Rule:
     `apart`: pairs of factors of which only one may be given axes, because the compiler errs where both are.
     `spatial`: factors that are places in space, along which windows slide.
     `adds`: computed from parts of what it sums over, and with zeros for what has no such parts on all devices but one, it gives
-    partial sums; `linear`: of sums it gives the sum of what it gives for each term.
+    partial sums; `linear`: of sums it gives the sum of what it gives for each term; `scale`: the operand, of rank 0, by which it
+    multiplies or divides them, -1 where it does not.
     `product`: a product of two arrays of at least a matrix each, work for a matrix unit; `rounds`: one of default precision: a
     machine whose matrix unit works in fewer bits rounds what it reads.
     `library`: floating-point work that a library of vector kernels does together with a reduction (`cost/library.py`).
@@ -85,6 +86,7 @@ class Rule:
     costly: int = 0
     adds: bool = False
     linear: bool = False
+    scale: int = -1
 
     def __post_init__(self) -> None:
         count = len(self.factors)
