@@ -30,7 +30,7 @@ from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
-from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.graph.flatten import BOUNDARY, TOTAL, VIEW
 from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
 from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
 from jaxplan.paths import alike
@@ -350,23 +350,25 @@ class Plan:
                 runs[-1].append(step)
             elif step.kind != "slice":
                 runs.append([step])
-        sizes, source = self.modelled.numbers.sizes, self.source(self._maker(op)) if runs else ""
+        maker = self._maker(op) if runs else op
+        sizes, source, name = self.modelled.numbers.sizes, self.source(maker), (maker if _is_total(op) else op).name
         dtype = about.dtype if share == 1.0 else self.modelled.numbers.machine.matmul_reads[about.dtype]
         return [
             PlannedExchange(
                 run[0].kind, tuple(self.axis_names[a] for step in run for a in step.axes),
                 {self.axis_names[a]: float(h) for step in run for a, h in step_bytes(step, share * about.nbytes, sizes)},
-                times, about.shape, dtype, op.name, source,
+                times, about.shape, dtype, name, source,
             )
             for run in runs
         ]  # fmt: skip
 
     def _maker(self, operator: Operator) -> Operator:
-        """Of what goes round a loop, the operator that makes it; any other operator itself."""
-        if operator.name != BOUNDARY or operator.path[-2] != "carry":
+        """Of what goes round a loop, or is its total, the operator that makes it; any other operator itself."""
+        total = _is_total(operator)
+        if not total and (operator.name != BOUNDARY or operator.path[-2] != "carry"):
             return operator
         made = {tensor: maker for maker in self.modelled.graph.operators for tensor in maker.results}
-        return made.get(operator.operands[1], operator)
+        return made.get((made[operator.operands[0]] if total else operator).operands[1], operator)
 
     def source(self, operator: Operator) -> str:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
@@ -477,6 +479,11 @@ def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
+
+
+def _is_total(operator: Operator) -> bool:
+    """Whether it is the total of what a loop adds to a carry."""
+    return operator.name == VIEW and operator.path[-2] == TOTAL
 
 
 def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:

@@ -479,7 +479,7 @@ def _splitting(plan: Plan, index: int, row: np.ndarray) -> dict[str, str]:
     for axis, options, number in zip(plan.axis_names, plan.modelled.options[index], row.tolist(), strict=True):
         option = options[number]
         if option.factor == PARTIAL:
-            found[axis] = "partial sums (added, then summed)"
+            found[axis] = f"partial sums (added, {'left partial' if option.scatter == PARTIAL else 'then summed'})"
         if option.factor >= 0:
             found[axis] = _dimension(plan, cluster, option.factor)
             if option.scatter >= 0:
