@@ -91,6 +91,37 @@ def test_of_branches_for_platforms_that_of_the_meshs_devices_is_paid(platform, p
     assert {op.name for op in graph.operators if op.times and op.name in ("sin", "cos", "tanh")} == {paid}
 
 
+def test_branches_that_count_less_do_not_exchange_for_nothing():
+    """Three branches: the two that are not paid for gathered their weights, which cost nothing."""
+
+    def fn(x, w, which):
+        return jax.lax.switch(which, [lambda x: x @ w, lambda x: jnp.sin(x @ w), lambda x: jnp.sin(jnp.exp(x @ w))], x)
+
+    args = shape(24, 16), shape(16, 32), jax.ShapeDtypeStruct((), jnp.int32)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((8,)), machine=free_links(), pins={"w": P(None, "x")})
+    assert plan.audit().compiled_bytes == plan.audit().predicted_bytes == 0
+
+
+@pytest.mark.parametrize("dearest", [0, 1])
+def test_of_branches_the_one_that_sends_most_is_predicted(dearest):
+    """Whichever branch works most: one sums what it has apart, the other gathers, in a branch of its own, what it sorts."""
+
+    def sums(x, v):
+        return jnp.tanh(x @ v) if dearest == 0 else x[:, :8] * jnp.sum(x * v[None, :, 0], 1, keepdims=True)
+
+    def gathers(x, v):
+        y = jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sort(x, 1)[:, ::-1], lambda x: jnp.sin(x), x)
+        return y[:, :8] if dearest == 0 else y @ jnp.exp(v @ v.T @ v)
+
+    def fn(x, v, first):
+        return jax.lax.cond(first, sums, gathers, x, v)
+
+    args = shape(16, 32), shape(32, 8), jax.ShapeDtypeStruct((), jnp.bool_)
+    pins = {"x": P(None, "x"), "v": P("x")}
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((8,)), machine=free_links(), pins=pins)
+    assert plan.wire_bytes["x"] > 0 and plan.audit().errors == {"x": 0.0}, str(plan.audit())
+
+
 def test_a_diagonal_is_planned_as_the_meshs_devices_take_it():
     """JAX masks and sums on TPUs, and gathers elsewhere: on CPU devices the latter is compiled."""
     links = {"inner": Link(1e-15, 1e-14), "outer": Link(1e-15, 1e-14)}
