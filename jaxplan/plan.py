@@ -28,6 +28,7 @@ from jaxplan.cost import (
 )
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
+from jaxplan.cost.scatters import scattered_sums
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.branches import branches_around, worst_branches
@@ -292,12 +293,12 @@ class Plan:
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
-            path = self._read_in(reading)
+            path, tensor = self._read_in(reading), self._seen(reading.tensor)
             apart = self._rematerialised(path), (branches_around(path, graph.branches) or ((),))[-1]
             for step in steps:
-                already = moved.get((reading.tensor, step, *apart), 0.0)
+                already = moved.get((tensor, step, *apart), 0.0)
                 if reading.times > already:
-                    moved[reading.tensor, step, *apart] = reading.times
+                    moved[tensor, step, *apart] = reading.times
                     share = shares.get((reading.tensor, step), 1.0)
                     more = self.moved((step,), reading.tensor, reader, reading.times - already, share)
                     found += [(path, exchange) for exchange in more]
@@ -320,7 +321,8 @@ class Plan:
         graph, setting, cluster = self.modelled.graph, self.modelled.setting, self.modelled.graph.clusters[index]
         options, found = self.modelled.chosen(self.choices, index), []
         for exchange in cluster_exchanges(cluster, options, setting):
-            found += self.moved(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+            steps = (self._scattered[exchange.operator],) if exchange.operator in self._scattered else exchange.steps
+            found += self.moved(steps, exchange.tensor, exchange.operator, cluster.times)
         for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
             about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
             name = self.axis_names[axis]
@@ -337,6 +339,12 @@ class Plan:
             ))  # fmt: skip
         return found
 
+    @cached_property
+    def _scattered(self) -> Mapping[int, Step]:
+        graph = self.modelled.graph
+        pairs = [(self.layouts.get(t, self._replicated), to) for t, to in zip(graph.outputs, self.output_layouts, strict=True)]
+        return scattered_sums(self.modelled, self.choices, pairs)
+
     @property
     def _shares(self) -> dict[tuple[int, Step], float]:
         """Of a tensor's bytes, what a step sends: whoever reads most of them decides."""
@@ -347,6 +355,15 @@ class Plan:
             for step in reshard_steps(written, read, len(reading.read.leads), self.modelled.setting.slow_first):
                 found[reading.tensor, step] = max(found.get((reading.tensor, step), 0.0), reading.share)
         return found
+
+    def _seen(self, tensor: int) -> int:
+        """What a view shows as it is; any other tensor itself."""
+        source = self._views.get(tensor, tensor)
+        return source if self.layouts.get(source) == self.layouts.get(tensor) else tensor
+
+    @cached_property
+    def _views(self) -> Mapping[int, int]:
+        return {op.results[0]: op.operands[0] for op in self.modelled.graph.operators if op.name == VIEW}
 
     def _read_in(self, reading: Reading) -> Path:
         """The path of what reads a tensor; of the result of a branch, that of the branch: it ends where the next reader is."""
