@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
         for (tensor, layout), users in asked.items() if users
     ]  # fmt: skip
     if not facts.fuses:
-        found += _on_the_way(modelled, choices, facts, local, asked)
+        found += _on_the_way(modelled, choices, facts, local, asked) + _masked(modelled, choices, facts, local)
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             if exchange.operator in place:
@@ -66,6 +67,33 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                     found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max([at, *wide]), split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
+    return found
+
+
+def _masked(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
+    """Operands that are stored masked, as often as there are groups, from the first to the last operator that wants them so; a
+    product that sums over what is masked has a copy of its own, turned. The masks too, of a byte per element."""
+    graph = modelled.graph
+    cluster = {member: index for index, cluster in enumerate(graph.clusters) for member in cluster.members}
+    wants: dict[tuple[int, Layout], list[int]] = {}
+    found, often = [], dict[int, float]()
+    read = {(r.tensor, r.reader): pair[1] for r, pair in zip(modelled.readings, modelled.layouts_of(choices), strict=True)}
+    for at, operator in enumerate(facts.operators):
+        for tensor, times in zip(operator.operands, operator.rule.masked, strict=False):
+            layout = read.get((tensor, cluster.get(facts.order.sequence[at], -1)))
+            if times and layout is not None:
+                wants.setdefault((tensor, layout), []).append(at)
+                often[tensor] = times
+                if sum(map(bool, operator.rule.masked)) > 1:
+                    found.append(Buffer(tensor, TRANSIENT, times * local(tensor, layout), at, at, axes_of(layout)))
+    masks: dict[tuple[tuple[int, ...], Layout], tuple[Buffer, ...]] = {}
+    for (tensor, layout), places in wants.items():
+        about, nbytes = graph.tensors[tensor], often[tensor] * local(tensor, layout)
+        found.append(Buffer(tensor, TRANSIENT, nbytes, min(places), max(places), axes_of(layout)))
+        mask = replace(found[-1], nbytes=nbytes / about.itemsize)
+        masks[about.shape, layout] = (*masks.get((about.shape, layout), ()), mask)
+    for alike in masks.values():  # equal ones are one
+        found.append(replace(alike[0], first=min([m.first for m in alike]), last=max([m.last for m in alike])))
     return found
 
 
