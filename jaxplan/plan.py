@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,10 +28,12 @@ from jaxplan.cost import (
 )
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
+from jaxplan.cost.scatters import scattered_sums
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
+from jaxplan.graph.branches import branches_around, worst_branches
 from jaxplan.graph.flatten import BOUNDARY, TOTAL, VIEW
-from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT
+from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT, Path
 from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
 from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
@@ -278,10 +280,11 @@ class Plan:
         pays for itself: prices there are per pair.)
         """
         graph, setting = self.modelled.graph, self.modelled.setting
-        found: list[PlannedExchange] = []
-        for index in range(len(graph.clusters)):
-            found += self.combined(index)
-        moved: dict[tuple[int, Step, tuple[Any, ...]], float] = {}
+        found: list[tuple[Path, PlannedExchange]] = []
+        for index, cluster in enumerate(graph.clusters):
+            path = graph.operators[cluster.members[-1]].path
+            found += [(path, exchange) for exchange in self.combined(index)]
+        moved: dict[tuple[int, Step, Path, Path], float] = {}
         shares = self._shares if rounded else {}
         for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
             if written == read:
@@ -290,21 +293,36 @@ class Plan:
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
-            inside = self._rematerialised(reading)
+            path, tensor = self._read_in(reading), self._seen(reading.tensor)
+            apart = self._rematerialised(path), (branches_around(path, graph.branches) or ((),))[-1]
             for step in steps:
-                already = moved.get((reading.tensor, step, inside), 0.0)
+                already = moved.get((tensor, step, *apart), 0.0)
                 if reading.times > already:
-                    moved[reading.tensor, step, inside] = reading.times
+                    moved[tensor, step, *apart] = reading.times
                     share = shares.get((reading.tensor, step), 1.0)
-                    found += self.moved((step,), reading.tensor, reader, reading.times - already, share)
-        return tuple(sorted((e for e in found if e.times), key=lambda e: -e.total_bytes))
+                    more = self.moved((step,), reading.tensor, reader, reading.times - already, share)
+                    found += [(path, exchange) for exchange in more]
+        return tuple(sorted(self._of_worst_branches(found), key=lambda e: -e.total_bytes))
+
+    def _of_worst_branches(self, found: Sequence[tuple[Path, PlannedExchange]]) -> list[PlannedExchange]:
+        """Of every conditional the exchanges of the branch that sends most, as often as they run; and all others. `found`: with
+        the paths where they stand."""
+        branches = self.modelled.graph.branches
+        worst = worst_branches(branches, [(path, exchange.total_bytes) for path, exchange in found]) if branches else {}
+        kept = []
+        for path, exchange in found:
+            around = branches_around(path, branches)
+            if exchange.times and all(branch in worst for branch in around):
+                kept.append(replace(exchange, times=exchange.times / worst[around[-1]]) if around else exchange)
+        return kept
 
     def combined(self, index: int) -> list[PlannedExchange]:
         """The exchanges inside of one cluster: of partial results, and with neighbours."""
         graph, setting, cluster = self.modelled.graph, self.modelled.setting, self.modelled.graph.clusters[index]
         options, found = self.modelled.chosen(self.choices, index), []
         for exchange in cluster_exchanges(cluster, options, setting):
-            found += self.moved(exchange.steps, exchange.tensor, exchange.operator, cluster.times)
+            steps = (self._scattered[exchange.operator],) if exchange.operator in self._scattered else exchange.steps
+            found += self.moved(steps, exchange.tensor, exchange.operator, cluster.times)
         for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
             about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
             name = self.axis_names[axis]
@@ -321,6 +339,12 @@ class Plan:
             ))  # fmt: skip
         return found
 
+    @cached_property
+    def _scattered(self) -> Mapping[int, Step]:
+        graph = self.modelled.graph
+        pairs = [(self.layouts.get(t, self._replicated), to) for t, to in zip(graph.outputs, self.output_layouts, strict=True)]
+        return scattered_sums(self.modelled, self.choices, pairs)
+
     @property
     def _shares(self) -> dict[tuple[int, Step], float]:
         """Of a tensor's bytes, what a step sends: whoever reads most of them decides."""
@@ -332,12 +356,29 @@ class Plan:
                 found[reading.tensor, step] = max(found.get((reading.tensor, step), 0.0), reading.share)
         return found
 
-    def _rematerialised(self, reading: Reading) -> tuple[Any, ...]:
-        """The path of the innermost rematerialised call in which a tensor is read; () for none."""
+    def _seen(self, tensor: int) -> int:
+        """What a view shows as it is; any other tensor itself."""
+        source = self._views.get(tensor, tensor)
+        return source if self.layouts.get(source) == self.layouts.get(tensor) else tensor
+
+    @cached_property
+    def _views(self) -> Mapping[int, int]:
+        return {op.results[0]: op.operands[0] for op in self.modelled.graph.operators if op.name == VIEW}
+
+    def _read_in(self, reading: Reading) -> Path:
+        """The path of what reads a tensor; of the result of a branch, that of the branch: it ends where the next reader is."""
         graph = self.modelled.graph
         members = [graph.operators[member] for member in graph.clusters[reading.reader].members]
-        path = next((op.path for op in members if reading.tensor in op.operands), ())
-        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ())
+        reader = next((op for op in members if reading.tensor in op.operands), None)
+        if reader is None:
+            return ()
+        branch = (*reader.path[:-2], "branch", reader.operands.index(reading.tensor))
+        return branch if reader.name == BOUNDARY and branch in graph.branches else reader.path
+
+    def _rematerialised(self, path: Path) -> Path:
+        """The path of the innermost rematerialised call around one; () for none."""
+        calls = self.modelled.graph.calls
+        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in calls), ())
 
     def moved(
         self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0

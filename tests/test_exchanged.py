@@ -91,6 +91,82 @@ def test_of_branches_for_platforms_that_of_the_meshs_devices_is_paid(platform, p
     assert {op.name for op in graph.operators if op.times and op.name in ("sin", "cos", "tanh")} == {paid}
 
 
+def test_branches_that_count_less_do_not_exchange_for_nothing():
+    """Three branches: the two that are not paid for gathered their weights, which cost nothing."""
+
+    def fn(x, w, which):
+        return jax.lax.switch(which, [lambda x: x @ w, lambda x: jnp.sin(x @ w), lambda x: jnp.sin(jnp.exp(x @ w))], x)
+
+    args = shape(24, 16), shape(16, 32), jax.ShapeDtypeStruct((), jnp.int32)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((8,)), machine=free_links(), pins={"w": P(None, "x")})
+    assert plan.audit().compiled_bytes == plan.audit().predicted_bytes == 0
+
+
+@pytest.mark.parametrize("dearest", [0, 1])
+def test_of_branches_the_one_that_sends_most_is_predicted(dearest):
+    """Whichever branch works most: one sums what it has apart, the other gathers, in a branch of its own, what it sorts."""
+
+    def sums(x, v):
+        return jnp.tanh(x @ v) if dearest == 0 else x[:, :8] * jnp.sum(x * v[None, :, 0], 1, keepdims=True)
+
+    def gathers(x, v):
+        y = jax.lax.cond(x[0, 0] > 0, lambda x: jnp.sort(x, 1)[:, ::-1], lambda x: jnp.sin(x), x)
+        return y[:, :8] if dearest == 0 else y @ jnp.exp(v @ v.T @ v)
+
+    def fn(x, v, first):
+        return jax.lax.cond(first, sums, gathers, x, v)
+
+    args = shape(16, 32), shape(32, 8), jax.ShapeDtypeStruct((), jnp.bool_)
+    pins = {"x": P(None, "x"), "v": P("x")}
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((8,)), machine=free_links(), pins=pins)
+    assert plan.wire_bytes["x"] > 0 and plan.audit().errors == {"x": 0.0}, str(plan.audit())
+
+
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_a_sum_of_which_each_device_keeps_its_part_is_scattered(all_of_it):
+    """A sum within element-wise work is planned to be reduced whole; where its only reader wants a part, it is scattered."""
+
+    def fn(x, y):
+        rows = jnp.sum(jnp.sum(jnp.exp(x), 2, keepdims=True), 2)
+        return jnp.einsum("bk,bkn->bn", rows, y), rows if all_of_it else jnp.float32(0)
+
+    dear = Link(1e-8, 1e-14)
+    machine = replace(PRESETS["cpu"], name="dear links", inner=dear, outer=dear)
+    pins = {"x": P(None, None, "x"), "y": P("x")}
+    plan = jaxplan.make_plan(fn, shape(16, 8, 64), shape(16, 8, 32), mesh=mesh_of((8,)), machine=machine, pins=pins)
+    found = {(e.kind, e.shape): e for e in plan.exchanges}
+    assert ("all_reduce" if all_of_it else "reduce_scatter", (16, 8)) in found
+    assert plan.audit().errors == {"x": 0.0} and plan.audit().largest_unplanned == 0, str(plan.audit())
+
+
+def test_what_a_view_shows_as_it_is_is_moved_once():
+    """Products and the sum of a gradient read it in one layout, the products through a view: one exchange a round."""
+    width, rows = 32, 16
+
+    def loss(p, xs):
+        def cell(carry, x):
+            h, c = carry
+            i, f, g, o = jnp.split(jnp.concatenate([x, h], 1) @ p["k"] + p["b"][None], 4, 1)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+        h = jnp.zeros((rows, width))
+        return jnp.sum(jax.lax.scan(cell, (h, h), xs)[0][0])
+
+    v5e, slow = PRESETS["v5e"], Link(1 / 45e9, 0.0)
+    machine = replace(
+        v5e, name="slow", seconds_per_flop={d: 1e3 * s for d, s in v5e.seconds_per_flop.items()}, inner=slow, outer=slow,
+        matmul_reads={},
+    )  # fmt: skip
+    args = {"k": shape(2 * width, 4 * width), "b": shape(4 * width)}, shape(10, rows, width)
+    plan = jaxplan.make_plan(
+        lambda *args: jax.tree.map(jnp.subtract, args, jax.grad(loss, (0, 1))(*args)), *args, mesh=mesh_of((8,)), machine=machine
+    )
+    assert any(operator.name == "shared view" for operator in plan.modelled.graph.operators)
+    moves = [row for row in plan.audit().exchanges if row.kind == "all-to-all"]
+    assert moves and {row.status for row in moves} == {"matched"}, str(plan.audit())
+
+
 def test_a_diagonal_is_planned_as_the_meshs_devices_take_it():
     """JAX masks and sums on TPUs, and gathers elsewhere: on CPU devices the latter is compiled."""
     links = {"inner": Link(1e-15, 1e-14), "outer": Link(1e-15, 1e-14)}

@@ -17,8 +17,8 @@ from jaxplan.cost.memory import (
     held_buffers,
     local_sizes,
     rounds_of,
-    users_of,
 )
+from jaxplan.cost.transients import users_of
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 
 

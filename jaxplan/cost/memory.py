@@ -37,6 +37,7 @@ from jaxplan.cost.schedule import run_order
 from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
+from jaxplan.cost.transients import to_outputs, transients
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import PARTIAL, Layout, shards
@@ -112,7 +113,7 @@ def memory(
     cut = {t for t in cut_out(modelled, choices) if t in facts.made and in_a_loop(facts.operators[facts.made[t]])}
     held = [buffer for buffer in held if buffer.tensor not in cut]
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
-    buffers = held + _transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
+    buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     for spread in facts.kept.spreads:
         layout = layouts.get(spread.tensor, facts.inner.get(spread.tensor))
         buffers.append(Buffer(spread.tensor, TRANSIENT, local(spread.tensor, layout), spread.first, spread.last, axes_of(layout)))
@@ -121,6 +122,7 @@ def memory(
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
     if machine.materialises:
+        buffers += to_outputs(modelled, facts, layouts, outputs, local)
         heap = outside_outputs(buffers, facts.kept.written_over)
     else:
         looped = {op.operands[0] for op in facts.operators if op.name == BOUNDARY and op.path[-2] == "in"}
@@ -546,50 +548,3 @@ def _far(buffers: Sequence[Buffer], facts: Facts, near_bytes: float) -> list[Buf
         else:
             taken[span] += buffer.nbytes
     return far
-
-
-def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) -> list[int]:
-    """Places at which a cluster reads a tensor in a layout of its own. A stack that a loop slices is brought there whole, before
-    the loop begins; what enters a loop otherwise is a value inside it already."""
-    op = graph.operators[members[-1]]
-    if op.name != BOUNDARY:
-        return [facts.place[m] for m in members if m in facts.place and tensor in graph.operators[m].operands]
-    if op.path[-2] != "in" or graph.tensors[tensor].shape == graph.tensors[op.results[0]].shape:
-        return []
-    loop = op.path[:-2]
-    return [facts.order.begins[loop], facts.order.ends[loop]]
-
-
-def _transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
-    """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
-    graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
-    asked: dict[tuple[int, Layout], list[int]] = {}
-    shares: dict[tuple[int, Layout], float] = {}
-    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
-        ndim, members = len(reading.read.leads), graph.clusters[reading.reader].members
-        if source == wanted or graph.operators[members[-1]].name == VIEW:
-            continue
-        users = users_of(graph, facts, reading.tensor, members)
-        steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
-        if staged(modelled, graph.operators[members[-1]]) or any(step.kind != "slice" for step in steps):
-            asked.setdefault((reading.tensor, wanted), []).extend(users)
-            share = 1.0 if reading.tensor in facts.more.narrow else reading.share
-            shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
-    found = [
-        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), axes_of(layout))
-        for (tensor, layout), users in asked.items() if users
-    ]  # fmt: skip
-    for index, cluster in enumerate(graph.clusters):
-        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
-            if exchange.operator in place:
-                split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
-                size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
-                at = place[exchange.operator]
-                last = facts.more.waits.get(exchange.tensor, at)
-                if any(step.kind == "reduce_scatter" for step in exchange.steps):
-                    last = max(last, facts.more.beside.get(exchange.tensor, at))
-                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
-                parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
-                if parts > 1 and facts.fuses:  # what goes round lies beside the whole
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
-    return found

@@ -16,6 +16,9 @@ from jaxplan.trace import Traced
 WHILE_TRIPS = 10.0
 """How often a `while` loop is assumed to run where the jaxpr does not tell."""
 
+SPARED = 1e-3
+"""Of what a branch takes that is not the one paid for, what is."""
+
 INPUT = "program input"
 BOUNDARY = "loop boundary"
 VIEW = "shared view"
@@ -38,6 +41,7 @@ class Flat:
         self.operators: list[Operator] = []
         self.calls: dict[Path, tuple[int, ...]] = {}
         self.sealed: set[Path] = set()
+        self.branches: dict[Path, float] = {}
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
@@ -374,19 +378,23 @@ def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
         start = len(flat.operators)
         produced.append(flat.call(branch.jaxpr, operands[1:], place.inside(flat.scope(), 1.0, "branch", number)))
         spans.append(range(start, len(flat.operators)))
-    _charge_one(flat, spans, equation.params.get("branches_platforms"))
+    weights = _charge_one(flat, spans, equation.params.get("branches_platforms"))
+    if 0.0 not in weights:
+        flat.branches.update({(*place.path, "branch", number): weight for number, weight in enumerate(weights)})
+    often = tuple([place.times * weight for weight in weights])
     outs = []
     for k, var in enumerate(equation.outvars):
         joined = flat.tensor(var.aval)
         rule = passing_rule(flat.tensors[joined].shape, len(branches), 1)
-        flat.add(BOUNDARY, rule, [outputs[k] for outputs in produced], (joined,), place, ("out", k))
+        flat.add(BOUNDARY, rule, [outputs[k] for outputs in produced], (joined,), place, ("out", k), often)
         outs.append(joined)
     return outs
 
 
-def _charge_one(flat: Flat, spans: Sequence[range], platforms: Sequence[Sequence[str] | None] | None) -> None:
-    """Only one branch is paid for: that of the platform where branches are for `platforms` (None: for any other), else the one
-    with the most work (unsharded). The others still get layouts."""
+def _charge_one(flat: Flat, spans: Sequence[range], platforms: Sequence[Sequence[str] | None] | None) -> list[float]:
+    """One branch is paid for: that of the platform where branches are for `platforms` (None: for any other), else the one with
+    the most work (unsharded). Of the others a small part, so that they do not exchange for nothing; nothing of those for other
+    platforms. Returns the share of each branch that is paid."""
 
     def work(span: range) -> float:
         operators = [flat.operators[i] for i in span]
@@ -395,10 +403,13 @@ def _charge_one(flat: Flat, spans: Sequence[range], platforms: Sequence[Sequence
     alike = {flat.platform, *(("cuda", "rocm") if flat.platform == "gpu" else ())}
     ours = [span for span, names in zip(spans, platforms or (), strict=False) if names is None or alike.intersection(names)]
     paid = ours[0] if ours and flat.platform else max(spans, key=work)
-    for span in spans:
-        if span is not paid:
-            for i in span:
-                flat.operators[i] = flat.operators[i]._replace(times=0.0)
+    weights = [1.0 if span is paid else 0.0 if platforms else SPARED for span in spans]
+    for span, weight in zip(spans, weights, strict=True):
+        for i in span if weight != 1.0 else ():
+            operator = flat.operators[i]
+            read = None if operator.read_times is None else tuple([weight * times for times in operator.read_times])
+            flat.operators[i] = operator._replace(times=weight * operator.times, read_times=read)
+    return weights
 
 
 def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:

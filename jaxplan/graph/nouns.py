@@ -188,7 +188,8 @@ class Graph:
     """`inputs` and `outputs`: tensor per flat input and output of the program (-1: a literal output).
 
     `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
-    `platform`: whose branch is paid for where a program has one per platform. `memo`: see `remembered`.
+    `platform`: whose branch is paid for where a program has one per platform. `branches`: {path of a branch of a conditional: the
+    share of its operators' times that is paid}, but for those for platforms. `memo`: see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -199,6 +200,7 @@ class Graph:
     ties: tuple[tuple[int, int], ...]
     calls: Mapping[Path, tuple[int, ...]]
     platform: str = ""
+    branches: Mapping[Path, float] = field(default_factory=dict)
     memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def remembered(self, what: str, key: Hashable, make: Callable[[], Value], most: int = 8) -> Value:

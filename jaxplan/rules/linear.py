@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxplan._jax import primitives
@@ -35,20 +36,22 @@ def ragged_dot_general(params: Mapping[str, Any], operands: Sequence[Any], resul
     """Rows of the left operand belong to groups of given lengths, each with its own right operand.
 
     Where the groups lie depends on data, so the ragged dimension and the groups stay whole; each row meets
-    one group.
+    one group. Compilers for CPU multiply, for every group, by the left operand with all other rows masked; and where rows are
+    summed over, the right one is masked too.
     """
     numbers = params["ragged_dot_dimension_numbers"]
     contract, batch = numbers.dot_dimension_numbers
     ragged, groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
     build = Builder()
     left, right, result = _product(build, operands, contract, batch, whole=ragged, groups=groups)
-    count = math.prod(operands[1].shape[d] for d in groups)
+    count, masked = math.prod(operands[1].shape[d] for d in groups), 1
     if not groups and len(results[0].shape) > len(result):  # ragged along a contracted dimension: the result has the groups
         result.insert(0, build.factor(results[0].shape[0], Kind.WHOLE, name="g"))
-        count = results[0].shape[0]
+        count, masked = results[0].shape[0], 2
     lengths = ((),) * len(operands[2].shape)
     rest = [((),) * len(a.shape) for a in operands[3:]]
-    return build.rule((left, right, lengths, *rest), (result,), flops=2.0 / max(1, count))
+    rule = build.rule((left, right, lengths, *rest), (result,), flops=2.0 / max(1, count))
+    return replace(rule, masked=(float(count),) * masked + (0.0,) * (len(operands) - masked))
 
 
 def default_precision(params: Mapping[str, Any]) -> bool:

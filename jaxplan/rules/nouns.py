@@ -68,6 +68,7 @@ class Rule:
     `library`: floating-point work that a library of vector kernels does together with a reduction (`cost/library.py`).
     `costly`: 1 for what is not worth computing twice unless its last operand is a constant (a division), 2 for what never is; 3
     for what is not computed inside of its readers' loops at all (padding); else 0.
+    `masked`: per operand, how often a compiler without a kernel for it stores it with all but some of it masked; () for never.
     """
 
     factors: tuple[Factor, ...]
@@ -87,6 +88,7 @@ class Rule:
     adds: bool = False
     linear: bool = False
     scale: int = -1
+    masked: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.factors)

@@ -1,0 +1,93 @@
+"""Sums that are reduced whole of which each device then keeps its part: a compiler makes one reduce-scatter of the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from jaxplan.cost.build import Modelled
+from jaxplan.cost.exchange import Step, reshard_steps
+from jaxplan.cost.price import cluster_exchanges
+from jaxplan.graph import Graph, Operator
+from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.layout import Layout
+
+Kept = set[tuple[int, Layout]]
+"""{(tensor, per axis the dimension along which a device keeps a part of it)}."""
+
+
+def scattered_sums(modelled: Modelled, choices: np.ndarray, outputs: Sequence[tuple[Layout, Layout]]) -> dict[int, Step]:
+    """{operator: the exchange that its partial result really takes}, where that is another than planned. `outputs`: per flat
+    output of the program, the layouts in which it is written and wanted."""
+    found: dict[int, Step] = {}
+    graph, uses = modelled.graph, None
+    for index, cluster in enumerate(graph.clusters):
+        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
+            step = exchange.steps[-1]
+            if len(exchange.steps) == 1 and step.kind == "all_reduce" and graph.tensors[exchange.tensor].shape:
+                uses = uses or _Uses(modelled, choices, outputs)
+                kept = uses.kept(exchange.tensor, frozenset(step.axes))
+                if kept is not None and len(kept) == 1:
+                    found[exchange.operator] = replace(step, kind="reduce_scatter")
+    return found
+
+
+class _Uses:
+    """What becomes of a tensor."""
+
+    def __init__(self, modelled: Modelled, choices: np.ndarray, outputs: Sequence[tuple[Layout, Layout]]) -> None:
+        graph = modelled.graph
+        self.modelled, self.outputs = modelled, outputs
+        self.cluster = {member: index for index, cluster in enumerate(graph.clusters) for member in cluster.members}
+        self.readers: dict[int, list[int]] = {}
+        for number, operator in enumerate(graph.operators):
+            for tensor in set(operator.operands):
+                self.readers.setdefault(tensor, []).append(number)
+        layouts = modelled.layouts_of(choices)
+        self.read: Mapping[tuple[int, int], tuple[Layout, Layout]] = {
+            (reading.tensor, reading.reader): pair for reading, pair in zip(modelled.readings, layouts, strict=True)
+        }
+
+    def kept(self, tensor: int, axes: frozenset[int]) -> Kept | None:
+        """The parts along exactly these axes that all who read it keep, through what changes its shape alone; None where one
+        needs more of it, or other parts."""
+        found: Kept = set()
+        for position, output in enumerate(self.modelled.graph.outputs):
+            if output == tensor and not self._take(found, tensor, *self.outputs[position], axes):
+                return None
+        for number in self.readers.get(tensor, ()):
+            pair = self.read.get((tensor, self.cluster.get(number, -1)), ((), ()))
+            if pair[0] != pair[1]:
+                if not self._take(found, tensor, *pair, axes):
+                    return None
+                continue
+            operator = self.modelled.graph.operators[number]
+            further = self.kept(operator.results[0], axes) if _reshapes(self.modelled.graph, operator) else None
+            if further is None:
+                return None
+            found |= further
+        return found or None
+
+    def _take(self, found: Kept, tensor: int, written: Layout, wanted: Layout, axes: frozenset[int]) -> bool:
+        """Add what is kept on the way from one layout to another; whether anything along just these axes is, in one dimension."""
+        taken = {}
+        ndim = len(self.modelled.graph.tensors[tensor].shape)
+        for step in reshard_steps(written, wanted, ndim, self.modelled.setting.slow_first):
+            if step.kind != "slice":
+                break
+            taken.update({axis: dim for dim, names in enumerate(step.after) for axis in names if axis in step.axes})
+        found.add((tensor, tuple([taken.get(axis, -1) for axis in range(len(written))])))
+        return taken.keys() == axes and len(set(taken.values())) == 1
+
+
+def _reshapes(graph: Graph, operator: Operator) -> bool:
+    """Whether an operator keeps all elements, and only says where they are (a sum over what is alone does no more)."""
+    rule = operator.rule
+    if operator.name == BOUNDARY or len(operator.operands) != 1 or len(operator.results) != 1:
+        return False
+    before, after = (graph.tensors[tensor] for tensor in (*operator.operands, *operator.results))
+    same = math.prod(before.shape) == math.prod(after.shape) and before.dtype == after.dtype
+    return same and ((rule.fusible and not rule.flops) or before.shape != after.shape)
