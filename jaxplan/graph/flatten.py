@@ -405,17 +405,20 @@ def _inline(parameter: str, sealed: bool = False) -> Callable[[Flat, Any, list[i
     return handler
 
 
+_SEALED = (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p)
+SEEN_THROUGH: dict[Any, str] = {
+    _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
+    **dict.fromkeys(_SEALED, "call_jaxpr"),
+}  # fmt: skip
+"""Calls whose operators stand among the others: {primitive: the parameter that holds the body}."""
+
 _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
+    **{call: _inline(parameter, sealed=call in _SEALED) for call, parameter in SEEN_THROUGH.items()},
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,
-    _jax.jit_p: _inline("jaxpr"),
     _jax.remat_p: _remat,
     _jax.shard_map_p: _shard_map,
-    _jax.closed_call_p: _inline("call_jaxpr"),
-    _jax.custom_vmap_p: _inline("call"),
-    _jax.custom_jvp_call_p: _inline("call_jaxpr", sealed=True),
-    _jax.custom_vjp_call_p: _inline("call_jaxpr", sealed=True),
     _jax.linear_solve_p: _linear_solve,
 }
 """Control flow: the primitives whose rule is to recurse."""
