@@ -195,7 +195,8 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     if modelled.numbers.machine.materialises:
         alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
         found = _facts(modelled.graph, True, sinks=not alternates)
-        return modelled.graph.remembered("kept", (id(modelled), choices.tobytes()), lambda: kept_of(modelled, choices, found, modelled.graph.outputs))
+        graph, key = modelled.graph, (id(modelled), choices.tobytes())
+        return graph.remembered("kept", key, lambda: kept_of(modelled, choices, found, graph.outputs))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
     return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))

@@ -13,7 +13,16 @@ from functools import cached_property
 from typing import Any
 
 from jaxplan import _jax
-from jaxplan.cost import Buffer, Piece, cluster_exchanges, compiled_piece_bytes, facts_of, gathered_state, local_sizes, piece_bytes
+from jaxplan.cost import (
+    Buffer,
+    Piece,
+    cluster_exchanges,
+    compiled_piece_bytes,
+    facts_of,
+    gathered_state,
+    local_sizes,
+    piece_bytes,
+)
 from jaxplan.cost.buffers import TRANSIENT
 from jaxplan.graph.flatten import BOUNDARY, SEEN_THROUGH, VIEW, scan_arity
 from jaxplan.pipeline.nouns import Kind
