@@ -392,8 +392,8 @@ def make_plan(
     `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
     taken, if `search` is a name. A number: seconds that an integer program may spend on tightening the bound.
     `pipeline`: "auto" lays a mesh axis along the layers where that is faster, or where nothing else fits the memory (layers that
-    differ run on sub-meshes: a `StagedPlan`); an axis name insists on it, None forbids it. `microbatches`: into how many the batch
-    is then cut; None: as many as are best.
+    differ run on sub-meshes: a `StagedPlan`); an axis name insists on it, None forbids it. `microbatches`: into how many the
+    batch is then cut; None: as many as are best.
     `static_*`, `donate_*`: as in `jax.jit`.
 
     Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -146,18 +146,19 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
         flat.add(INPUT, passing_rule(flat.tensors[tensor].shape, 0, 1), (), (tensor,), place, (INPUT, position))
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
-    flat.operators = share_views(flat)
+    flat.operators = share_views(flat, traced.apart)
     return inputs, outputs
 
 
-def share_views(flat: Flat) -> list[Operator]:
+def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
     """Where several heavy operators of one loop body read one tensor, they read a *view* of it: a layout of its own,
-    reached once and paid for once. What a rematerialised call reads is moved for it alone, so its readers share another view."""
+    reached once and paid for once. What a rematerialised call reads is moved for it alone, so its readers share another view;
+    and so do those of a call that is a program of its own. `apart`: paths of such."""
     readers: dict[tuple[int, int, Path], list[int]] = {}
     for index, operator in enumerate(flat.operators):
         if not operator.rule.fusible and operator.name != BOUNDARY:
             path = operator.path
-            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls), ())
+            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
             for tensor in dict.fromkeys(operator.operands):
                 if tensor >= 0 and flat.tensors[tensor].shape:
                     readers.setdefault((tensor, operator.scope, call), []).append(index)

@@ -1,4 +1,4 @@
-"""Whether stages of unlike layers are had: along an axis that was asked for by name, or where nobody asked and they are faster."""
+"""Whether stages of unlike layers are had: along an axis that was asked for by name, or where they are faster than all else."""
 
 from __future__ import annotations
 
