@@ -127,7 +127,8 @@ class Stagewise:
 @dataclass(frozen=True)
 class Asked:
     """What stages are wanted for. `axis`: of `mesh`; `ties`: (output, input) positions of state that goes round; `link`: as in
-    `Stagewise`; `budget`: bytes per device; `ceiling`: seconds of a call from which on they are of no use."""
+    `Stagewise`; `budget`: bytes per device; `ceiling`: seconds of a call from which on they are of no use;
+    `squeezed`: how many times the budget a stage may take to be planned again within it."""
 
     traced: Traced
     ties: Sequence[tuple[int, int]]
@@ -138,6 +139,7 @@ class Asked:
     budget: float
     planner: Planner
     ceiling: float = math.inf
+    squeezed: float = math.inf
 
     @property
     def stages(self) -> int:
@@ -160,7 +162,7 @@ def stagewise(asked: Asked) -> Stagewise:
             found.append(_cut(asked, micro_of(program, m)))
         except ValueError as error:
             problems.append(error)
-        if found and found[-1][0] >= asked.ceiling:
+        if found and min(seconds for seconds, _, _ in found) >= asked.ceiling:
             break
     if not found:
         raise problems[0]
@@ -212,6 +214,8 @@ def _planned(asked: Asked, micro: Micro, cuts: Sequence[int]) -> Stagewise:
     plans = [asked.planner(program.traced, mesh, math.inf) for program, mesh in zip(programs, meshes, strict=True)]
     found = Stagewise(parts, programs, tuple(plans), asked.link, asked.axis)
     for stage, peak in enumerate(found.peaks):
+        if peak > asked.squeezed * asked.budget:
+            raise _too_large(asked, stage, peak)
         if peak > asked.budget:
             beside = peak - plans[stage].peak_bytes
             try:

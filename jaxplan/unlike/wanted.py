@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ from jaxplan.unlike.choose import Asked, Planner, Stagewise, stagewise
 APART = 0.1
 """By what share of the time of the best other plan stages on sub-meshes have to be faster to be taken where nobody asked for
 them, and memory allows either: they are no single program, and can do less."""
+SQUEEZED = 2.0
+"""How many times the budget a stage may take at first, where nobody asked for it: squeezing it takes many searches."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user asked for, as far as it is about stages. `certify`: whether a bound is wanted, too; `planner`: plans one stage's
-    program."""
+    """What a user asked for, as far as it is about stages. `certify`: whether a bound is wanted, too; `planner`: plans the program
+    of a stage."""
 
     mesh: Any
     pins: Mapping[str, PartitionSpec]
@@ -51,7 +53,7 @@ def insisted(using: Choosing[Any], wanted: Wanted, axis: str, error: PipelineErr
     if wanted.pinned_along(axis):
         raise ValueError(f"pipeline={axis!r}: pins lay inputs along {axis!r} too, which has one device on every stage") from error
     try:
-        return stagewise(_asked(using, wanted, axis, math.inf))
+        return stagewise(_asked(using, wanted, axis))
     except NothingFits:
         raise
     except ValueError as second:
@@ -59,7 +61,7 @@ def insisted(using: Choosing[Any], wanted: Wanted, axis: str, error: PipelineErr
 
 
 def unasked(using: Choosing[Any], wanted: Wanted, best: Plan | None) -> Stagewise | None:
-    """Stages that nobody asked for, where they are faster than the best plan as a single program, by `APART`; None where there are
+    """Stages that nobody asked for, where they are faster by `APART` than the best plan as a single program; None where there are
     none. `best`: that plan, or None where nothing fits.
 
     Looked for where layers are no loop, and a pipeline cannot be had otherwise; along links that are slower than others, unless
@@ -79,7 +81,7 @@ def unasked(using: Choosing[Any], wanted: Wanted, best: Plan | None) -> Stagewis
     found: Stagewise | None = None
     for name in names:
         try:
-            staged = stagewise(_asked(using, wanted, name, ceiling))
+            staged = stagewise(replace(_asked(using, wanted, name), ceiling=ceiling, squeezed=SQUEEZED))
         except ValueError:  # such stages cannot be had; nobody asked for them
             continue
         if staged.seconds < ceiling:
@@ -114,8 +116,8 @@ def _several_processes(mesh: Any) -> bool:
     return isinstance(mesh, Mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
-def _asked(using: Choosing[Any], wanted: Wanted, axis: str, ceiling: float) -> Asked:
+def _asked(using: Choosing[Any], wanted: Wanted, axis: str) -> Asked:
     numbers = using.numbers
     link = numbers.link(numbers.axis_names.index(axis))
     ties: Sequence[tuple[int, int]] = tuple(using.graph.ties)
-    return Asked(using.traced, ties, wanted.mesh, axis, link, wanted.microbatches, using.budget, wanted.planner, ceiling)
+    return Asked(using.traced, ties, wanted.mesh, axis, link, wanted.microbatches, using.budget, wanted.planner)
