@@ -28,8 +28,8 @@ SQUEEZED = 2.0
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user asked for, as far as it is about stages. `certify`: whether a bound is wanted, too; `planner`: plans the program
-    of a stage."""
+    """What a user asked for, as far as it is about stages. `certify`: whether a bound is wanted, too; `planner`: plans the
+    program of a stage."""
 
     mesh: Any
     pins: Mapping[str, PartitionSpec]
