@@ -78,9 +78,10 @@ def jit_statics(jitted: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def user_context(equation: Any) -> AbstractContextManager[Any]:
-    """Whatever is traced inside keeps the equation's source line and name stack."""
+    """Whatever is traced inside keeps the equation's source line and name stack; the line around it where JAX knows none."""
     stack = _source_info.current_name_stack() + equation.source_info.name_stack
-    return _source_info.user_context(equation.source_info.traceback, name_stack=stack)
+    traceback = equation.source_info.traceback
+    return _source_info.user_context(traceback if _source_info.user_frame(traceback) is not None else None, name_stack=stack)
 
 
 def is_transposed(equation: Any) -> bool:

@@ -372,7 +372,7 @@ class Plan:
         """The user's "file.py:line" that wrote an operator; "" for inputs, and where JAX does not know."""
         if operator.equation is None:
             return ""
-        file, line = _jax.source_line(operator.equation)
+        file, line = operator.source()
         return f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
 
     # ---- cost --------------------------------------------------------------------------------------------------

@@ -165,3 +165,14 @@ def _unnamed(graph: Graph, cluster: Cluster) -> object:
         tuple((place[c.operator], what(c.result), c.over, c.scatterable) for c in cluster.combines),
         tuple((place[h.operator], what(h.operand), h.factor, h.width, h.extent) for h in cluster.halos),
     )  # fmt: skip
+
+
+def test_what_jax_traced_before_has_the_line_of_its_call():
+    def twice(x):
+        first = jax.nn.relu(x)
+        return jax.nn.relu(first + 1) + jnp.where(x > 0, first, 0)
+
+    operators = [op for op in graph_of(twice, shape(8, 4)).operators if op.equation is not None]
+    start = twice.__code__.co_firstlineno
+    assert [op.source() for op in operators if op.name == "max"] == [(__file__, start + 1), (__file__, start + 2)]
+    assert not [op.name for op in operators if not op.source()[0]]

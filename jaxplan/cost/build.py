@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxplan import _jax
 from jaxplan.cost.fusing import reads_rounded, rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
@@ -264,7 +263,7 @@ def _asked_pin(graph: Graph, operator: Operator, axis_names: Sequence[str]) -> P
 
 
 def _where(operator: Operator) -> str:
-    file, line = _jax.source_line(operator.equation)
+    file, line = operator.source()
     return f"{operator.name} at {file}:{line}" if file else operator.name
 
 

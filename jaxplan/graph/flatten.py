@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxplan import _jax
-from jaxplan.graph.nouns import Operator, Path, Tensor
+from jaxplan.graph.nouns import Operator, Path, Tensor, Within
 from jaxplan.rules import Factor, Kind, Rule, rule_of
 from jaxplan.trace import Traced
 
@@ -38,6 +38,7 @@ class Flat:
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
+        self.within: Within | None = None
 
     def tensor(self, aval: Any) -> int:
         """A new tensor for an abstract value."""
@@ -68,8 +69,11 @@ class Flat:
         """A new operator at `place` that stands for no equation (or for one side of one)."""
         path = place.path + mark
         self.operators.append(
-            Operator(name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, read_times, asked)
-        )
+            Operator(
+                name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, read_times, asked,
+                self.within,
+            )
+        )  # fmt: skip
 
     def rule(self, equation: Any, operands: Sequence[int], results: Sequence[int]) -> Rule:
         """The rule of an equation, whose operands and results are these tensors (-1: a literal, or a constant)."""
@@ -94,7 +98,9 @@ class Flat:
             operands = [-1 if isinstance(v, _jax.Literal) else env.get(v, -1) for v in equation.invars]
             handler = _CONTROL.get(equation.primitive)
             if handler is not None:
+                outer, self.within = self.within, Within(equation, self.within)
                 outs = handler(self, equation, operands, place.at(number))
+                self.within = outer
                 for var, tensor in zip(equation.outvars, outs, strict=True):
                     env[var] = tensor
                 continue
@@ -111,7 +117,7 @@ class Flat:
             self.operators.append(
                 Operator(
                     equation.primitive.name, rule, tuple(operands), tuple(results),
-                    place.times, place.scope, (*place.path, number), equation,
+                    place.times, place.scope, (*place.path, number), equation, within=self.within,
                 )
             )  # fmt: skip
         return [-1 if isinstance(v, _jax.Literal) else env.get(v, -1) for v in jaxpr.outvars]

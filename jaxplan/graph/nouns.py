@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from jaxplan import _jax
 from jaxplan.layout import PARTIAL
 from jaxplan.rules import Rule
 
@@ -32,6 +33,13 @@ class Tensor:
         return total
 
 
+class Within(NamedTuple):
+    """The equation of a call, loop or branch, and what that stands in."""
+
+    equation: Any
+    outer: Within | None
+
+
 class Operator(NamedTuple):
     """One equation (or loop boundary, or program input) and its rule.
 
@@ -39,6 +47,7 @@ class Operator(NamedTuple):
     runs in one call. `scope`: operators of one loop body (or branch) share a number. `equation`: opaque, for source lines.
     `read_times`: how often each operand is read, where that is not `times` (the far side of a loop's boundary).
     `asked`: per dimension of the result the mesh axes that the program itself asks for, None where it leaves a dimension open.
+    `within`: the call, loop or branch that it stands in, and what that stands in: JAX knows no line of what it traced before.
     """
 
     name: str
@@ -51,6 +60,14 @@ class Operator(NamedTuple):
     equation: Any = None
     read_times: tuple[float, ...] | None = None
     asked: tuple[tuple[str, ...] | None, ...] | None = None
+    within: Within | None = None
+
+    def source(self) -> tuple[str, int]:
+        """The user's (file, line): of the equation, or of the innermost call around it that has one; ("", 0) if none has."""
+        found, around = _jax.source_line(self.equation) if self.equation is not None else ("", 0), self.within
+        while not found[0] and around is not None:
+            found, around = _jax.source_line(around.equation), around.outer
+        return found
 
 
 def constant(operator: Operator, slot: int) -> Hashable:

@@ -110,6 +110,10 @@ class _Table:
         self.scope, self.array, self.used = scope, array, False
 
 
+def _entries(table: _Table) -> int:
+    return table.array.size
+
+
 class _Buckets:
     """One elimination."""
 
@@ -183,22 +187,23 @@ class _Buckets:
             total = tables[0].array + (self.costs[v][:, None] if where == 0 else self.costs[v])
             tables[0].used = True
         else:
+            whole = tuple([sizes[w] for w in scope])
             shape = [1] * len(scope)
             shape[where] = sizes[v]
             total = self.costs[v].reshape(shape)
+            own = False  # whether the sum is ours alone and has all entries: then no more memory is touched than that
             if len(tables) > 2:  # small tables first: fewer large sums
-                tables = sorted(tables, key=lambda table: table.array.size)
-            whole = tuple([sizes[w] for w in scope])
-            for number, table in enumerate(tables):
+                tables = sorted(tables, key=_entries)
+            for table in tables:
                 table.used = True
-                mine = table.scope
-                shape = [sizes[w] if w in mine else 1 for w in scope]
-                part = table.array if len(mine) == len(scope) else table.array.reshape(shape)
-                if number and total.shape == whole:  # a sum of our own: no more memory is touched than that
+                mine, part = table.scope, table.array
+                if len(mine) != len(scope):
+                    part = part.reshape([size if w in mine else 1 for w, size in zip(scope, whole, strict=True)])
+                if own:
                     total += part
                 else:
                     total = total + part
-        self.costs[v] = np.zeros(sizes[v])  # paid once, should there be more groups
+                    own = total.shape == whole
         if len(scope) > 1:
             self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))
         else:
@@ -216,7 +221,11 @@ class _Buckets:
                     break
             else:
                 groups.append((set(table.scope), [table]))
-        return [self._join(v, sorted(union), members) for union, members in groups]
+        joined = []
+        for union, members in groups:
+            joined.append(self._join(v, sorted(union), members))
+            self.costs[v] = np.zeros(self.sizes[v])  # paid once, in the first group
+        return joined
 
     def _condition(self, v: int, option: int) -> None:
         """Fix a variable: its tables lose a dimension."""

@@ -206,14 +206,16 @@ def _sweep(
     pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int,
     alone: bool = False,
 ) -> tuple[np.ndarray, float]:
-    """Re-open one block of axes after the other, given the others, until nothing improves."""
+    """Re-open one block of axes after the other, given the others, until nothing improves; among what nodes may take `alone`
+    until the first that improves nothing, once all were open: what comes next opens the same axes further."""
     choices, tally = choices.copy(), [0] * len(choices)
-    seconds, idle = pricer.price(choices), 0
+    seconds, idle = math.nan, 0
     for turn in range(SWEEPS * len(blocks)):
         tables, rows = pricer.along(blocks[turn % len(blocks)], choices, alone)
         now = np.zeros(len(choices), dtype=np.int64)
         for axis in blocks[turn % len(blocks)]:  # as `all_rows` counts
             now = now * pricer.options[:, axis] + choices[:, axis]
+        seconds = seconds if turn else tables.price(now)
         options, exact = solve(tables, elimination, now, tally, cap)
         improved = tables.price(options)
         if improved < seconds * (1 - 1e-9):
@@ -221,7 +223,7 @@ def _sweep(
             idle = 1 if exact else 0
         else:
             idle += 1
-        if idle >= len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE):
+        if idle >= (1 if alone and turn >= len(blocks) - 1 else len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE)):
             break
     return choices, seconds
 

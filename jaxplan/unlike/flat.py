@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,8 +34,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[
     env.update(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
         values = [read(var, env) for var in equation.invars]
-        known = _jax.source_line(equation)[0]
-        with _jax.user_context(equation) if known else contextlib.nullcontext():
+        with _jax.user_context(equation):
             if equation.primitive in _INLINED:
                 inner = equation.params[_INLINED[equation.primitive]]
                 outs = _evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
