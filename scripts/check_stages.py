@@ -220,7 +220,8 @@ def bubble(width: int, repeat: int) -> None:
         times = f"{plan.seconds * 1e3:.2f} ms | {statistics.median(whole[m] for whole, _ in turns) * 1e3:.1f} ms"
         ratio = statistics.median(whole[m] / whole[last] for whole, _ in turns)
         row = f"{statistics.median(rows[m] for _, rows in turns) * 1e3:.1f} ms" if m in least else ""
-        print(f"| {m} | {(m + STAGES - 1) / m:.2f} | {times} | {plan.seconds / runs[last][0].seconds:.2f} | {ratio:.2f} | {row} |")
+        told = f"{plan.seconds / runs[last][0].seconds:.2f} | {ratio:.2f} | {row}"
+        print(f"| {m} | {(m + STAGES - 1) / m:.2f} | {times} | {told} |")
 
 
 def main() -> None:

@@ -97,8 +97,8 @@ def by_hand(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
     return decoder_train_step(config, constrained(config, mesh, plan))
 
 
-TENSOR, DATA, GROUPS = (1, 2, 4, 8), (1, 2, 4, 8, 16), 8
-"""Degrees in the tables; runs of layers that stages are made of, about."""
+TENSOR, DATA, GROUPS, SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16), 6, (8, 16)
+"""Degrees in the tables; runs of layers that stages are made of, about; rows of a micro-batch."""
 
 
 def passed(config: DecoderConfig, tensor: int, rows: int, machine: jaxplan.Machine) -> tuple[float, float]:
@@ -157,10 +157,10 @@ def tabled(
 
 
 def published(config: DecoderConfig, devices: int, machine: jaxplan.Machine, name: str) -> None:
-    """The rows of `piper` and `alpa`: the fastest of three sizes of micro-batches."""
+    """The rows of `piper` and `alpa`: the fastest of the sizes of micro-batches."""
     met: dict[tuple[int, int], tuple[float, float]] = {}
     start = time.process_time()
-    tables = {rows: tabled(config, rows, machine, met) for rows in (8, 16, 32)}
+    tables = {rows: tabled(config, rows, machine, met) for rows in SIZES}
     planned = time.process_time() - start
     for strategy, search in (("piper", piper), ("alpa", alpa_stages)):
         start, found = time.process_time(), list[tuple[Staged, int]]()
