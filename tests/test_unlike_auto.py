@@ -50,7 +50,7 @@ def planned(node=2, outer=1e9, program=tower, **options):
 def test_taken_across_a_slow_link_where_it_is_faster():
     plan, _, _ = planned()
     other, _, _ = planned(pipeline=None)
-    assert isinstance(plan, StagedPlan) and plan.pipeline.axis == "x"
+    assert isinstance(plan, StagedPlan) and plan.staged.axis == "x"
     assert plan.seconds < 0.9 * other.seconds
 
 
