@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxplan import __version__, files, plan as _plan
+from jaxplan import __version__, _jax, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
 from jaxplan.budget import Limit, NothingFits, budget_bytes
@@ -47,7 +47,7 @@ from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
 from jaxplan.trace import Traced, static_values, trace
-from jaxplan.unlike import Asked, OnStages, on_stages, stagewise
+from jaxplan.unlike import OnStages, Stagewise, Wanted, insisted, on_stages, unasked
 
 Search = str | Callable[[Problem], Assignment]
 
@@ -391,8 +391,9 @@ def make_plan(
     one string per positional argument. `while_trips`: how often a `while` loop is taken to run where the program does not tell.
     `certify`: also prove how far from the optimum the plan can be (`plan.bound`, `plan.gap`); a cheaper plan met on the way is
     taken, if `search` is a name. A number: seconds that an integer program may spend on tightening the bound.
-    `pipeline`: "auto" lays a mesh axis along the layers of a scan where that is faster, or where nothing else fits the memory; an
-    axis name insists on it, None forbids it. `microbatches`: into how many the batch is then cut; None: as many as are best.
+    `pipeline`: "auto" lays a mesh axis along the layers where that is faster, or where nothing else fits the memory (layers that
+    differ run on sub-meshes: a `StagedPlan`); an axis name insists on it, None forbids it. `microbatches`: into how many the
+    batch is then cut; None: as many as are best.
     `static_*`, `donate_*`: as in `jax.jit`.
 
     Raises: whatever JAX raises if `fn` does not trace; ValueError with what, where and what to do otherwise.
@@ -415,7 +416,8 @@ def make_plan(
     with collector_paused():
         graph = build_graph(traced, while_trips, platform_of(mesh))
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
-        return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent)
+        alone = not any(isinstance(leaf, _jax.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent, apart=alone)
 
 
 @contextlib.contextmanager
@@ -430,8 +432,10 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float]) -> Plan:
-    """Model, search, and fit into memory."""
+def _solve(
+    traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float], apart: bool = False
+) -> Plan:
+    """Model, search, and fit into memory. `apart`: whether stages on sub-meshes may be taken where nobody asked for them."""
     start = time.perf_counter()
     machine = find_machine(request.machine, request.mesh)
     budget = budget_bytes(request.memory_budget, machine)
@@ -451,10 +455,20 @@ def _solve(traced: Traced, graph: Graph, request: Request, dims: Dims, stages: M
         return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled)
 
     using = choosing(traced, graph, request, dims, rolled)
+    wanted = _wanted(using, request, dims)
+    own = apart and asked == AUTO
     try:
         plan = choose(using, asked, request.microbatches)
     except PipelineError as error:
-        plan = _on_stages(using, request, dims, error)
+        plan = _on_stages(using, request, insisted(using, wanted, asked or "", error))
+    except NothingFits:
+        found = unasked(using, wanted, None) if own else None
+        if found is None:
+            raise
+        plan = _on_stages(using, request, found)
+    else:
+        found = unasked(using, wanted, plan) if own and plan.pipeline is None else None
+        plan = plan if found is None else _on_stages(using, request, found)
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
@@ -469,32 +483,21 @@ def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, bud
     return Request(mesh, machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
 
 
-def _on_stages(using: Choosing[Plan], request: Request, dims: Dims, error: PipelineError) -> StagedPlan:
-    """A plan with stages on sub-meshes, for an axis that was asked for by name. `error`: why its layers are no loop."""
-    axis, numbers = request.pipeline, using.numbers
-    assert axis is not None
-    if request.certify is not False:
-        raise ValueError(
-            f"certify=True: no bound is known for stages of unlike layers, as pipeline={axis!r} asks for here ({error}); "
-            "plan with pipeline=None, or without certify"
-        ) from error
-    if any(axis in (names if isinstance(names, tuple) else (names,)) for spec in request.pins.values() for names in spec):
-        raise ValueError(f"pipeline={axis!r}: pins lay inputs along {axis!r} too, which has one device on every stage") from error
+def _wanted(using: Choosing[Plan], request: Request, dims: Dims) -> Wanted:
+    """What is asked of stages on sub-meshes."""
 
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
-        asked = stage_request(request, traced, mesh, numbers.machine, budget)
+        asked = stage_request(request, traced, mesh, using.numbers.machine, budget)
         graph = build_graph(traced, request.while_trips, platform_of(mesh))
         return _solve(traced, graph, asked, stage_dims(using.traced, using.graph, dims, traced, graph), {})
 
-    link = numbers.link(numbers.axis_names.index(axis))
-    ties = tuple(using.graph.ties)
-    try:
-        found = stagewise(Asked(using.traced, ties, request.mesh, axis, link, request.microbatches, using.budget, planner))
-    except NothingFits:
-        raise
-    except ValueError as second:
-        raise PipelineError(f"{error}. Nor can it be cut into stages of unlike layers: {second}") from None
-    return on_stages(using.planned(None)[1], StagedPlan, found)
+    return Wanted(request.mesh, request.pins, request.certify is not False, request.microbatches, planner)
+
+
+def _on_stages(using: Choosing[Plan], request: Request, found: Stagewise) -> StagedPlan:
+    """A plan with its stages on sub-meshes; derived again, it asks for these by name."""
+    plan = on_stages(using.planned(None)[1], StagedPlan, found)
+    return replace(plan, request=replace(request, pipeline=found.axis))
 
 
 def _attempts(

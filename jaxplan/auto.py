@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jaxplan import _jax
 from jaxplan.api import Plan, keywords, make_plan, meant
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import check_mesh
@@ -75,7 +76,8 @@ class AutoSharded:
         )
         dynamic = [a for i, a in enumerate(args) if i not in static], {k: v for k, v in kwargs.items() if k not in static}
         leaves, tree = jax.tree.flatten(dynamic)
-        key = (tree, tuple(map(_signature, leaves)), tuple(static.items()))
+        inside = any(isinstance(leaf, _jax.Tracer) for leaf in leaves)  # of another program: what is planned has to be one, too
+        key = (tree, tuple(map(_signature, leaves)), tuple(static.items()), inside)
         known = self._known.get(key)
         if known is None:
             plan = make_plan(self._fn, *args, mesh=self._mesh, **self._options, **kwargs)

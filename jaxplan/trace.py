@@ -27,7 +27,8 @@ class Traced:
     `jaxpr`: the closed jaxpr; its flat inputs and outputs are described by the other fields.
     `in_paths`, `out_paths`: a readable pytree path per flat input ("params/blk/wq") and output.
     `in_avals`, `out_avals`: objects with `shape` and `dtype`. `in_tree`: structure of `(args, kwargs)` without static
-    arguments; `out_tree`: structure of the result. `donated`: per flat input.
+    arguments; `out_tree`: structure of the result. `donated`: per flat input. `apart`: paths of calls that are compiled as
+    programs of their own, so that what is moved for one of them is moved again for another (`graph.flatten`).
     """
 
     jaxpr: Any
@@ -39,6 +40,7 @@ class Traced:
     in_avals: tuple[Any, ...]
     out_avals: tuple[Any, ...]
     donated: tuple[bool, ...]
+    apart: frozenset[tuple[Any, ...]] = frozenset()
 
     def unflatten_inputs(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Flat values, one per input -> (args, kwargs)."""

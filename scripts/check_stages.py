@@ -1,7 +1,7 @@
 """Stages of unlike layers, modelled beside compiled and measured: memory of every stage, exchanges, and the bubble.
 
     python scripts/check_stages.py [--memory] [--exchanges] [--bubble] [--only NAME ...] [--meshes 2x2x2 2x4]
-                                   [--microbatches 1 2 4 8]
+                                   [--microbatches 1 2 4 8] [--width 96]
 
 The programs are those of `tests/unlike_programs.py`, wider than there; stages lie along x. The machine is that of
 `scripts/check_memory.py`: v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
@@ -15,7 +15,10 @@ was. Stages that hold less than 16 KiB (with a single micro-batch the fastest cu
 `--bubble`: a residual network in four stages, cut where 8 micro-batches are fastest, for 1 to 16 of them. Simulated devices share
 the host's cores, and a stage that waits computes nothing, so neither wall time nor processor time shows the bubble. Measured is
 the processor time of every part, run alone; the step is what these parts take in the order in which they are handed out, each as
-soon as its stage is free and what it waits for is there. Handing values on takes no time in it.
+soon as its stage is free and what it waits for is there. Handing values on takes no time in it. All numbers of micro-batches
+are measured in turn, again and again; ratios are medians of those of one turn. `a row each`: the same with as many micro-batches
+of a single row: what parts take that does not shrink with the rows. A part is called from Python, and every kernel of it started;
+the model knows nothing of either.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ WIDER: Mapping[str, Mapping[str, int]] = {
 }
 """The last two were written after the model, to see it fail."""
 SMALL = 16 * 1024
-STAGES, COUNTS = 4, (1, 2, 4, 8, 16)
+STAGES, ROWS, COUNTS = 4, 256, (1, 2, 4, 8, 16)
 
 
 def planned(name: str, shape: Sequence[int], m: int, **options: Any) -> tuple[Any, Any]:
@@ -84,9 +87,8 @@ def pieces(run: StagedRun) -> dict[int, tuple[int, str]]:
     return found
 
 
-def watched(plan: Any, args: Any, watch: Callable[[int, str, Slice, Any, Callable[[], None]], None], times: int = 1) -> None:
-    """Run a plan. `watch(stage, name, piece, values, run)` is called in the place of every piece, and runs it."""
-    function = plan.jit()
+def watched(function: Any, args: Any, watch: Callable[[int, str, Slice, Any, Callable[[], None]], None]) -> None:
+    """Run a planned function. `watch(stage, name, piece, values, run)` is called in the place of every piece, and runs it."""
     run, names, plain = function._run, pieces(function._run), Slice.__call__
     leaves = jax.tree.leaves(args)
 
@@ -94,9 +96,8 @@ def watched(plan: Any, args: Any, watch: Callable[[int, str, Slice, Any, Callabl
         watch(*names[id(piece)], piece, env, lambda: plain(piece, env))
 
     with mock.patch.object(Slice, "__call__", call):
-        for _ in range(times):
-            placed = [jax.device_put(leaf, place) for leaf, place in zip(leaves, function._ins, strict=True)]
-            jax.block_until_ready(run(placed))
+        placed = [jax.device_put(leaf, place) for leaf, place in zip(leaves, function._ins, strict=True)]
+        jax.block_until_ready(run(placed))
 
 
 def lying(device: Any) -> dict[int, int]:
@@ -120,7 +121,7 @@ def held(plan: Any, args: Any) -> dict[int, int]:
         most[stage] = max(most.get(stage, 0), own)
         go()
 
-    watched(plan, args, watch)
+    watched(plan.jit(), args, watch)
     return most
 
 
@@ -177,37 +178,50 @@ def replayed(took: Mapping[tuple[int, str], float], stages: int, m: int) -> floa
     return max(free[stage] + last[stage] for stage in free)
 
 
-def bubble(repeat: int) -> None:
-    """The table of `--bubble`."""
-    step, args = PROGRAMS["residual_network"](width=96, batch=256)
+def staged(width: int, rows: int, m: int, cuts: Sequence[int] | None) -> tuple[Any, Callable[[], float]]:
+    """(a plan of so many stages and micro-batches, what measures the seconds of a call). `cuts`: None for the best."""
+    step, args = PROGRAMS["residual_network"](width=width, batch=rows)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
-    asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x"}
-    first = jaxplan.make_plan(step, *shapes, microbatches=8, **asked)
-    assert isinstance(first, StagedPlan)
-    cuts = first.staged.parts.cuts
-    modelled, measured = {}, {}
-    for m in COUNTS:
-        with mock.patch.object(choose, "_cut", lambda asked, micro: (0.0, micro, cuts)):
-            plan = jaxplan.make_plan(step, *shapes, microbatches=m, **asked)
+    asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x", "microbatches": m}
+    with mock.patch.object(choose, "_cut", choose._cut if cuts is None else lambda asked, micro: (0.0, micro, cuts)):
+        plan = jaxplan.make_plan(step, *shapes, **asked)
+    function = plan.jit()
+
+    def measure() -> float:
         took: dict[tuple[int, str], list[float]] = {}
 
-        def watch(stage: int, name: str, piece: Slice, env: Any, go: Callable[[], None], took: Any = took) -> None:
+        def watch(stage: int, name: str, piece: Slice, env: Any, go: Callable[[], None]) -> None:
             jax.block_until_ready([env[v] for v in piece.reads])
             start = time.process_time()
             go()
             jax.block_until_ready([env[v] for v in piece.leaves])
             took.setdefault((stage, name), []).append(time.process_time() - start)
 
-        watched(plan, args, watch, repeat + 1)
-        once = {key: len(found) // (repeat + 1) for key, found in took.items()}  # the first call compiles
-        modelled[m] = plan.seconds
-        measured[m] = replayed({key: statistics.median(found[once[key] :]) for key, found in took.items()}, STAGES, m)
-    print("| m | (m+k-1)/m | modelled | measured | modelled, to m=16 | measured, to m=16 |\n|---:|---:|---:|---:|---:|---:|")
-    last = COUNTS[-1]
-    for m in COUNTS:
-        times = f"{modelled[m] * 1e3:.2f} ms | {measured[m] * 1e3:.1f} ms"
-        ratios = f"{modelled[m] / modelled[last]:.2f} | {measured[m] / measured[last]:.2f}"
-        print(f"| {m} | {(m + STAGES - 1) / m:.2f} | {times} | {ratios} |")
+        watched(function, args, watch)
+        return replayed({key: statistics.median(found) for key, found in took.items()}, STAGES, m)
+
+    return plan, measure
+
+
+def bubble(width: int, repeat: int) -> None:
+    """The table of `--bubble`."""
+    first, _ = staged(width, ROWS, 8, None)
+    assert isinstance(first, StagedPlan)
+    cuts, last = first.staged.parts.cuts, COUNTS[-1]
+    runs = {m: staged(width, ROWS, m, cuts) for m in COUNTS}
+    least = {m: staged(width, m, m, cuts) for m in COUNTS if m > 1}  # no single row for a batch of one
+    turns = [
+        ({m: measure() for m, (_, measure) in runs.items()}, {m: measure() for m, (_, measure) in least.items()})
+        for _ in range(repeat + 1)
+    ][1:]  # the first one compiles
+    print("| m | (m+k-1)/m | modelled | measured | modelled, to m=16 | measured, to m=16 | a row each |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for m, (plan, _) in runs.items():
+        times = f"{plan.seconds * 1e3:.2f} ms | {statistics.median(whole[m] for whole, _ in turns) * 1e3:.1f} ms"
+        ratio = statistics.median(whole[m] / whole[last] for whole, _ in turns)
+        row = f"{statistics.median(rows[m] for _, rows in turns) * 1e3:.1f} ms" if m in least else ""
+        told = f"{plan.seconds / runs[last][0].seconds:.2f} | {ratio:.2f} | {row}"
+        print(f"| {m} | {(m + STAGES - 1) / m:.2f} | {times} | {told} |")
 
 
 def main() -> None:
@@ -218,6 +232,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(WIDER), choices=list(WIDER))
     parser.add_argument("--meshes", nargs="+", default=["2x2x2", "2x4"])
     parser.add_argument("--microbatches", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--width", type=int, default=96, help="channels, with --bubble")
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     everything = not (options.memory or options.exchanges or options.bubble)
@@ -226,7 +241,7 @@ def main() -> None:
     if options.exchanges or everything:
         exchanges(options)
     if options.bubble or everything:
-        bubble(options.repeat)
+        bubble(options.width, options.repeat)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ devices along the layers. `one level`: `jaxplan.best_mesh` with no pipeline. `hy
 Planning seconds are processor time, of all meshes together. A mark says that a plan does not fit: it is the best without a
 memory limit.
 
+`piper`, `alpa`: the published programs over chains (`jaxplan.search.piper`), on tables of the same cost model (`tabled`), within
+the machine's memory; "3 of 2x4" are three stages of two by four devices, data- by tensor-parallel. How they differ from a
+hybrid of ours is told in docs/hybrid.md.
+
 `--bubble` measures instead: a small decoder in four stages on simulated devices, for 1 to 16 micro-batches, beside the modelled
 step and the bubble alone. What can be measured so is told at `bubble`.
 """
@@ -20,10 +24,12 @@ step and the bubble alone. What can be measured so is told at `bubble`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -41,9 +47,12 @@ import jaxplan
 from jaxplan.examples.adamw import adamw_update
 from jaxplan.examples.by_hand import data_parallel, megatron
 from jaxplan.examples.decoder import FULL, SMALL, DecoderConfig, decoder, decoder_loss, decoder_train_step
-from jaxplan.machine import machine as find_machine
+from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.machine import axis_links, machine as find_machine
 from jaxplan.pipeline import pipeline_of
 from jaxplan.pipeline.nouns import SCHEDULES
+from jaxplan.search.piper import Layer, Staged, alpa_stages, piper
+from jaxplan.unlike.cuts import seconds_by
 
 MODELS = {
     "1.3B": (8, {"layers": 24, "width": 2048, "heads": 32}),
@@ -71,8 +80,8 @@ def config_of(devices: int, sizes: Mapping[str, int], rows: int) -> DecoderConfi
     )  # fmt: skip
 
 
-def by_hand(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
-    """The train step with an expert's layouts written into it."""
+def constrained(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
+    """The hook of the decoder that says an expert's layouts."""
     found = plan(config, mesh)
 
     def constrain(where: str, x: jax.Array) -> jax.Array:
@@ -80,7 +89,93 @@ def by_hand(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
             x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
         return x
 
-    return decoder_train_step(config, constrain)
+    return constrain
+
+
+def by_hand(config: DecoderConfig, mesh: AbstractMesh, plan: Any) -> Any:
+    """The train step with an expert's layouts written into it."""
+    return decoder_train_step(config, constrained(config, mesh, plan))
+
+
+TENSOR, DATA, GROUPS, SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16), 6, (8, 16)
+"""Degrees in the tables; runs of layers that stages are made of, about; rows of a micro-batch."""
+
+
+def passed(config: DecoderConfig, tensor: int, rows: int, machine: jaxplan.Machine) -> tuple[float, float]:
+    """Modelled seconds forward and backward of so many rows on a Megatron group of devices: (of a layer; of embedding, head and
+    loss)."""
+    few = replace(config, layers=2, batch=rows)
+    mesh = AbstractMesh((tensor,), ("tensor",))
+    constrain = constrained(few, mesh, megatron)
+
+    def gradients(params: Any, batch: Any) -> Any:
+        return jax.value_and_grad(decoder_loss)(params, batch, few, constrain)
+
+    params, _, batch = decoder(few).args
+    asked = {"mesh": mesh, "machine": machine, "pins": {"batch": P()}, "pipeline": None, "memory_budget": math.inf}
+    plan = jaxplan.make_plan(gradients, params, batch, **asked)
+    operators, clusters = plan.modelled.graph.operators, plan.modelled.graph.clusters
+    loops = {op.path[:-2] for op in operators if op.name == BOUNDARY}
+    looped = [any(operators[c.members[-1]].path[:n] in loops for n in range(1, 8)) if c.members else False for c in clusters]
+    table = seconds_by(plan, looped.__getitem__)
+    return table.get(True, 0.0) / few.layers, table.get(False, 0.0)
+
+
+def tabled(
+    config: DecoderConfig, rows: int, machine: jaxplan.Machine, met: dict[tuple[int, int], tuple[float, float]]
+) -> list[Layer]:
+    """What `piper` and `alpa_stages` are given, for micro-batches of so many rows: runs of layers, and as the last one embedding
+    and head. `met`: grows by what was planned.
+
+    A layer's seconds are those of a plan by our model, under Megatron's layouts, on a device's share of the rows. State:
+    parameters, gradients and two moments in float32. Kept: the bfloat16 rows that enter a layer; of the head its logits, twice in
+    float32. At the end of a call gradients are added up over the data-parallel degree, and AdamW passes over the state: seven
+    times the parameters' bytes.
+    """
+    run = max(1, config.layers // GROUPS)
+    block = 4 * (4 * config.width * config.width + 2 * config.width * config.mlp_width)
+    ends, act = 4 * config.width * (config.vocabulary + config.sequence), 2 * config.sequence * config.width
+    seconds = [dict[tuple[int, int], float]() for _ in range(2)]
+    synced = [dict[tuple[int, int], float]() for _ in range(2)]
+    kept = [dict[tuple[int, int], float]() for _ in range(2)]
+    for tensor in TENSOR:
+        for data in [d for d in DATA if rows % d == 0 and config.heads % tensor == 0]:
+            pair, own = (data, tensor), (tensor, rows // data)
+            if own not in met:
+                met[own] = passed(config, *own, machine)
+            layer, rest = met[own]
+            link = axis_links(machine, {"data": data, "tensor": tensor})["data"] if data > 1 else None
+            for k, (nbytes, times, one) in enumerate(((block, run, layer), (ends, 1, rest))):
+                seconds[k][pair] = times * one
+                added = 2 * (data - 1) / data * nbytes / tensor * link.seconds_per_byte if link is not None else 0.0
+                synced[k][pair] = times * (added + 7 * nbytes / tensor * machine.seconds_per_byte)
+            kept[0][pair] = run * act * rows / data
+            kept[1][pair] = 8 * config.sequence * config.vocabulary * rows / data / tensor
+    state = [{tensor: 4 * times * nbytes / tensor for tensor in TENSOR} for nbytes, times in ((block, run), (ends, 1))]
+    layer, last = (Layer(*tables) for tables in zip(seconds, state, kept, synced, strict=True))
+    return [layer] * (config.layers // run) + [last]
+
+
+def published(config: DecoderConfig, devices: int, machine: jaxplan.Machine, name: str) -> None:
+    """The rows of `piper` and `alpa`: the fastest of the sizes of micro-batches."""
+    met: dict[tuple[int, int], tuple[float, float]] = {}
+    start = time.process_time()
+    tables = {rows: tabled(config, rows, machine, met) for rows in SIZES}
+    planned = time.process_time() - start
+    for strategy, search in (("piper", piper), ("alpa", alpa_stages)):
+        start, found = time.process_time(), list[tuple[Staged, int]]()
+        for rows, layers in tables.items():
+            m = config.batch // rows
+            with contextlib.suppress(ValueError):  # nothing fits with micro-batches of so many rows
+                found.append((search(layers, devices, m, machine.memory_bytes), m))
+        took = f"{planned + time.process_time() - start:.1f}"
+        if not found:
+            print(STEP.format(name, devices, strategy, "nothing fits", "-", "-", took), flush=True)
+            continue
+        staged, m = min(found, key=lambda one: one[0].seconds)
+        degrees = Counter(f"{stage.data}x{stage.tensor}" for stage in staged.stages)
+        told = f"{' + '.join(f'{n} of {pair}' for pair, n in degrees.items())}, m={m}"
+        print(STEP.format(name, devices, strategy, told, f"{staged.seconds:.3f}", "-", took), flush=True)
 
 
 def pure(name: str, config: DecoderConfig, devices: int, machine: jaxplan.Machine) -> tuple[Any, float]:
@@ -132,6 +227,7 @@ def table(options: argparse.Namespace) -> None:
             over = "" if plan.peak_bytes <= limit else " !"
             cells = (f"{plan.seconds:.3f}", f"{plan.peak_bytes / 1e9:.1f}{over}", f"{took:.1f}")
             print(STEP.format(name, devices, strategy, told(plan), *cells), flush=True)
+        published(config, devices, machine, name)
         program = decoder(config)
         for strategy, pipeline in (("one level", None), ("hybrid", "auto")):
             start = time.process_time()

@@ -203,6 +203,17 @@ def test_layouts_that_the_program_asks_for_itself_are_kept():
         assert_close(x @ w * 2, plan.jit()(x, w))
 
 
+def test_an_axis_of_one_device_may_be_asked_for():
+    mesh = mesh_of((2, 1))
+
+    def step(x, w):
+        return x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P(None, "y")))
+
+    x, w = jnp.ones((8, 4)), jnp.ones((4, 6))
+    plan = jaxplan.make_plan(step, x, w, mesh=mesh)
+    assert_close(x @ w, plan.jit()(x, w))
+
+
 def test_a_layout_asked_for_that_cannot_be_had_is_an_error_with_the_users_line():
     mesh, elsewhere = mesh_of((4, 2)), Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
 

@@ -91,8 +91,21 @@ def kernels_by_gradient():
     return step, (shape(160, 12),)
 
 
+def gradients_of_kernels():
+    """Convolutions want what slides in an order of its own, too, where that is the gradient of an image."""
+
+    def conv(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def loss(p, x):
+        return jnp.mean(conv(jnp.tanh(conv(x, p[0])), p[1]) ** 2)
+
+    return jax.grad(loss), ([shape(3, 3, 8, 16), shape(3, 3, 16, 48)], shape(4, 12, 12, 8))
+
+
 PROGRAMS = [
     all_pairs_in_a_loop, attention_by_broadcasting, radial_functions, edges_of_a_graph, nearest_points, kernels_by_gradient,
+    gradients_of_kernels,
 ]  # fmt: skip
 
 

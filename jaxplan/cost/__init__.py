@@ -5,7 +5,7 @@ from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.lifetimes import waits
 from jaxplan.cost.memory import Buffer, Memory, facts_of, gathered_state, hidden_work, local_sizes, memory, running_order
 from jaxplan.cost.numbers import Numbers
-from jaxplan.cost.pieces import piece_bytes
+from jaxplan.cost.pieces import Piece, compiled_piece_bytes, piece_bytes
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
@@ -19,11 +19,13 @@ __all__ = [
     "Modelled",
     "Numbers",
     "Option",
+    "Piece",
     "Reading",
     "Stages",
     "Staging",
     "Step",
     "cluster_exchanges",
+    "compiled_piece_bytes",
     "facts_of",
     "frugal",
     "gathered_state",

@@ -72,7 +72,8 @@ class Modelled:
         for index, (other, leads) in self.follows.items():
             own = self.graph.clusters[index].writes[0].leads
             for axis, option in enumerate(self.chosen(full, other)):
-                if option.factor >= 0 and option.factor in leads:
+                splits = option.factor >= 0 and self.numbers.sizes[axis] > 1  # a program may ask for an axis of size 1
+                if splits and option.factor in leads:
                     full[index, axis] = self.options[index][axis].index(Option(own[leads.index(option.factor)]))
         return full
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -86,16 +86,15 @@ class _Node:
 
 def kept(
     graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
-    sent: frozenset[tuple[int, int]], partial: frozenset[int],
+    sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Iterable[int],
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
-    another layout to be read; `partial`: operators whose results are combined."""
+    another layout to be read; `partial`: operators whose results are combined; `leaving`: tensors that are read later."""
     values = _Values(graph, order, operators, layouts, sizes)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
-    for tensor in graph.outputs:
-        if tensor >= 0:
-            values.leave(tensor)
+    for tensor in leaving:
+        values.leave(tensor)
     return values.kept()
 
 
@@ -430,7 +429,7 @@ def _order(rule: Rule, slot: int) -> tuple[int, ...] | None:
     for dim in rule.operands[slot]:
         if dim:
             summed, shared = dim[0] not in result, dim[0] in other and dim[0] in result
-            if rule.spatial and dim[0] in rule.spatial:
+            if rule.spatial and (dim[0] in rule.spatial or dim[0] not in other | result):
                 ranks.append(1 - slot)
             elif rule.spatial:
                 ranks.append((2 if summed else 0) if slot == 0 else (1 if summed else 2))

@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -197,14 +197,15 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     if modelled.numbers.machine.materialises:
         alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
         found = _facts(modelled.graph, True, sinks=not alternates)
-        return modelled.graph.remembered("kept", (id(modelled), choices.tobytes()), lambda: _kept_of(modelled, choices, found))
+        graph, key = modelled.graph, (id(modelled), choices.tobytes())
+        return graph.remembered("kept", key, lambda: kept_of(modelled, choices, found, graph.outputs))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
     return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))
 
 
-def _kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Facts:
-    """What a compiler that materialises stores under a plan."""
+def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iterable[int]) -> Facts:
+    """What a compiler that materialises stores under a plan. `leaving`: tensors that leave the operators of `facts`."""
     graph = modelled.graph
     layouts, inner, sent, partial = dict[int, Layout](), dict[int, Layout](), set[tuple[int, int]](), set[int]()
     for index, cluster in enumerate(graph.clusters):
@@ -220,7 +221,7 @@ def _kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Facts:
                 members = graph.clusters[reading.reader].members
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
     known = {**inner, **layouts}
-    found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial))
+    found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial), leaving)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 
@@ -325,11 +326,11 @@ def _facts(
                        frozenset([places[i] for i in totals if i in places]))  # fmt: skip
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)
-    sunk = _sunk(graph, operators, readers) - set(graph.outputs) if sinks else set[int]()
-    return Facts(order, operators, made, readers, frozenset(sunk), places)
+    inside = sunk(graph, operators, readers) - set(graph.outputs) if sinks else set[int]()
+    return Facts(order, operators, made, readers, frozenset(inside), places)
 
 
-def _sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Sequence[int]]) -> set[int]:
+def sunk(graph: Graph, operators: Sequence[Operator], readers: Mapping[int, Sequence[int]]) -> set[int]:
     """Constants that nobody but loops reads, each time whole: they are made inside. (Not in a loop that alternates between
     forward and backward, as seen in the compiled programs.)"""
     found = set[int]()

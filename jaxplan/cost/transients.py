@@ -27,7 +27,7 @@ def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) ->
     if op.path[-2] != "in" or graph.tensors[tensor].shape == graph.tensors[op.results[0]].shape:
         return []
     loop = op.path[:-2]
-    return [facts.order.begins[loop], facts.order.ends[loop]]
+    return [facts.order.begins[loop], facts.order.ends[loop]] if loop in facts.order.begins else []
 
 
 def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -159,18 +159,19 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
         flat.add(INPUT, passing_rule(flat.tensors[tensor].shape, 0, 1), (), (tensor,), place, (INPUT, position))
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
-    flat.operators = share_views(flat)
+    flat.operators = share_views(flat, traced.apart)
     return inputs, outputs
 
 
-def share_views(flat: Flat) -> list[Operator]:
+def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
     """Where several heavy operators of one loop body read one tensor, they read a *view* of it: a layout of its own,
-    reached once and paid for once. What a rematerialised call reads is moved for it alone, so its readers share another view."""
+    reached once and paid for once. What a rematerialised call reads is moved for it alone, so its readers share another view;
+    and so do those of a call that is a program of its own. `apart`: paths of such."""
     readers: dict[tuple[int, int, Path], list[int]] = {}
     for index, operator in enumerate(flat.operators):
         if not operator.rule.fusible and operator.name != BOUNDARY:
             path = operator.path
-            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls), ())
+            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
             for tensor in dict.fromkeys(operator.operands):
                 if tensor >= 0 and flat.tensors[tensor].shape:
                     readers.setdefault((tensor, operator.scope, call), []).append(index)
@@ -450,17 +451,20 @@ def _inline(parameter: str, sealed: bool = False) -> Callable[[Flat, Any, list[i
     return handler
 
 
+_SEALED = (_jax.custom_jvp_call_p, _jax.custom_vjp_call_p)
+SEEN_THROUGH: dict[Any, str] = {
+    _jax.jit_p: "jaxpr", _jax.remat_p: "jaxpr", _jax.closed_call_p: "call_jaxpr", _jax.custom_vmap_p: "call",
+    **dict.fromkeys(_SEALED, "call_jaxpr"),
+}  # fmt: skip
+"""Calls whose operators stand among the others: {primitive: the parameter that holds the body}."""
+
 _CONTROL: dict[Any, Callable[[Flat, Any, list[int], Place], list[int]]] = {
+    **{call: _inline(parameter, sealed=call in _SEALED) for call, parameter in SEEN_THROUGH.items()},
     _jax.scan_p: _scan,
     _jax.while_p: _while,
     _jax.cond_p: _cond,
-    _jax.jit_p: _inline("jaxpr"),
     _jax.remat_p: _remat,
     _jax.shard_map_p: _shard_map,
-    _jax.closed_call_p: _inline("call_jaxpr"),
-    _jax.custom_vmap_p: _inline("call"),
-    _jax.custom_jvp_call_p: _inline("call_jaxpr", sealed=True),
-    _jax.custom_vjp_call_p: _inline("call_jaxpr", sealed=True),
     _jax.linear_solve_p: _linear_solve,
 }
 """Control flow: the primitives whose rule is to recurse."""

@@ -127,7 +127,8 @@ class Stagewise:
 @dataclass(frozen=True)
 class Asked:
     """What stages are wanted for. `axis`: of `mesh`; `ties`: (output, input) positions of state that goes round; `link`: as in
-    `Stagewise`; `budget`: bytes per device."""
+    `Stagewise`; `budget`: bytes per device; `ceiling`: seconds of a call from which on they are of no use;
+    `squeezed`: how many times the budget a stage may take to be planned again within it."""
 
     traced: Traced
     ties: Sequence[tuple[int, int]]
@@ -137,6 +138,8 @@ class Asked:
     microbatches: int | None
     budget: float
     planner: Planner
+    ceiling: float = math.inf
+    squeezed: float = math.inf
 
     @property
     def stages(self) -> int:
@@ -149,7 +152,7 @@ def stagewise(asked: Asked) -> Stagewise:
 
     The uncut program is planned on the devices of one stage, for a few numbers of micro-batches; dynamic programming over what
     its parts then take finds the cuts (`search.chain`); each stage is planned. Raises PipelineError, naming operator and line,
-    where micro-batches cannot be had, and for too few places to cut; NothingFits.
+    where micro-batches cannot be had, for too few places to cut, and where the ceiling is not reached; NothingFits.
     """
     program = flat(asked.traced)
     found: list[tuple[float, Micro, tuple[int, ...]]] = []
@@ -159,9 +162,13 @@ def stagewise(asked: Asked) -> Stagewise:
             found.append(_cut(asked, micro_of(program, m)))
         except ValueError as error:
             problems.append(error)
+        if found and min(seconds for seconds, _, _ in found) >= asked.ceiling:
+            break
     if not found:
         raise problems[0]
-    _, micro, cuts = min(found, key=lambda one: one[0])
+    seconds, micro, cuts = min(found, key=lambda one: one[0])
+    if seconds >= asked.ceiling:
+        raise PipelineError(f"stages along {asked.axis!r} would take {seconds:g} s of at most {asked.ceiling:g}")
     return _planned(asked, micro, cuts)
 
 
@@ -207,6 +214,8 @@ def _planned(asked: Asked, micro: Micro, cuts: Sequence[int]) -> Stagewise:
     plans = [asked.planner(program.traced, mesh, math.inf) for program, mesh in zip(programs, meshes, strict=True)]
     found = Stagewise(parts, programs, tuple(plans), asked.link, asked.axis)
     for stage, peak in enumerate(found.peaks):
+        if peak > asked.squeezed * asked.budget:
+            raise _too_large(asked, stage, peak)
         if peak > asked.budget:
             beside = peak - plans[stage].peak_bytes
             try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxplan.cost import reshard_steps
 from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_seconds
+from jaxplan.graph.flatten import VIEW
 from jaxplan.pipeline.nouns import Kind
 from jaxplan.plan import Plan
 from jaxplan.search.chain import Run
@@ -109,8 +110,11 @@ def place_seconds(micro: Micro, whole: StageProgram, plan: Plan) -> tuple[np.nda
     loop = loop_of(whole)
     graph = plan.modelled.graph
 
+    reader = {tensor: op.path for op in reversed(graph.operators) for tensor in op.operands}
+
     def place(index: int) -> int:
-        path = graph.operators[graph.clusters[index].members[-1]].path if graph.clusters[index].members else ()
+        last = graph.operators[graph.clusters[index].members[-1]] if graph.clusters[index].members else None
+        path = () if last is None else reader.get(last.results[0], ()) if last.name == VIEW else last.path
         return loop.places.get(path[1:3], -1) if path[:1] == (loop.number,) and len(path) > 2 else -1
 
     table = seconds_by(plan, place)

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jax
-
 from jaxplan import _jax
-from jaxplan.cost import Buffer, cluster_exchanges, facts_of, gathered_state, local_sizes, piece_bytes
+from jaxplan.cost import (
+    Buffer,
+    Piece,
+    cluster_exchanges,
+    compiled_piece_bytes,
+    facts_of,
+    gathered_state,
+    local_sizes,
+    piece_bytes,
+)
 from jaxplan.cost.buffers import TRANSIENT
-from jaxplan.graph.flatten import BOUNDARY, scan_arity
+from jaxplan.graph.flatten import BOUNDARY, SEEN_THROUGH, VIEW, scan_arity
 from jaxplan.pipeline.nouns import Kind
 from jaxplan.plan import Plan
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, Micro
@@ -103,8 +110,9 @@ class _Held:
             self._name_results(equation, (*path, number))
 
     def _name_results(self, equation: Any, path: tuple[Any, ...]) -> None:
-        if equation.primitive is _jax.jit_p:
-            inner = equation.params["jaxpr"].jaxpr
+        if equation.primitive in SEEN_THROUGH:
+            body = equation.params[SEEN_THROUGH[equation.primitive]]
+            inner = getattr(body, "jaxpr", body)
             self._alike(inner.invars, equation.invars)
             for number, sub in enumerate(inner.eqns):
                 self._name_results(sub, (*path, number))
@@ -134,12 +142,14 @@ class _Held:
         return sum([self.nbytes(v) for v in dict.fromkeys(some) if not isinstance(v, _jax.Literal)])
 
     def places(self, path: tuple[Any, ...], numbers: Sequence[int]) -> list[int]:
-        """Of the order: those of the equations with these numbers in a jaxpr, loop boundaries apart."""
-        wanted, depth = set(numbers), len(path)
-        return [
-            place for place, op in enumerate(self.facts.operators)
+        """Of the order: those of the equations with these numbers in a jaxpr, loop boundaries apart; views that they read."""
+        wanted, depth, operators = set(numbers), len(path), self.facts.operators
+        own = {
+            place for place, op in enumerate(operators)
             if op.path[:depth] == path and len(op.path) > depth and op.path[depth] in wanted
-        ]  # fmt: skip
+        }  # fmt: skip
+        read = {tensor for place in own for tensor in operators[place].operands}
+        return [place for place, op in enumerate(operators) if place in own or (op.name == VIEW and op.results[0] in read)]
 
     def takes(self, path: tuple[Any, ...], numbers: Sequence[int], reads: Sequence[Any], leaves: Sequence[Any]) -> float:
         """What some equations take besides what they read: results and temporaries."""
@@ -148,32 +158,31 @@ class _Held:
         for k, v in enumerate(dict.fromkeys(leaves)):
             tensor = self.tensors.get(v, -1 - k)
             left[tensor if tensor not in given else -1 - k] = self.nbytes(v), self.facts.made.get(tensor, 0)
-        places = self.places(path, numbers)
-        own = set(places)
-        buffers = list(self.plan.memory.buffers)
-        if self.materialises:
-            combined = self._combined(places)
-            tensors = {buffer.tensor for buffer in combined}
-            buffers = [buffer for buffer in buffers if buffer.tensor not in tensors] + combined
-            buffers += [buffer for buffer in self.reordered if buffer.last in own]
-        return piece_bytes(buffers, places, given, left, self.materialises)
+        piece = Piece(self.places(path, numbers), given, left)
+        if not self.materialises:
+            return piece_bytes(piece, self.plan.memory.buffers)
+        combined = self._combined(piece.places)
+        own = set(piece.places)
+        besides = combined + [buffer for buffer in self.widened if buffer.last in own]
+        return compiled_piece_bytes(
+            self.plan.modelled, self.plan.choices, self.facts, self.plan.layouts, piece, besides, {b.tensor for b in combined}
+        )
 
     @cached_property
-    def reordered(self) -> list[Buffer]:
-        """Copies that the compiler for CPU makes of what products read: of 16-bit floats in 32 bits; of what convolutions have in
-        another order of dimensions than rows first, features last. Each is there from when its source is."""
+    def widened(self) -> list[Buffer]:
+        """Copies in 32 bits that the compiler for CPU makes of what products read of 16-bit floats. Each is there from when its
+        source is."""
         modelled, found = self.plan.modelled, []
         pairs = zip(modelled.readings, modelled.layouts_of(self.plan.choices), strict=True)
         wanted = {(reading.reader, reading.tensor): layout for reading, (_, layout) in pairs}
         cluster = {member: index for index, c in enumerate(self.graph.clusters) for member in c.members}
         for place, (number, op) in enumerate(zip(self.facts.order.sequence, self.facts.operators, strict=True)):
-            slots = _out_of_order(op.equation)
-            for slot, tensor in enumerate(op.operands if op.equation is not None and op.rule.product else ()):
-                widened = _widened(self.graph.tensors[tensor].dtype) if tensor >= 0 else 1.0
-                if tensor >= 0 and (slot in slots or widened > 1):
+            for tensor in op.operands if op.equation is not None and op.rule.product else ():
+                wider = _widened(self.graph.tensors[tensor].dtype) if tensor >= 0 else 1.0
+                if wider > 1:
                     layout = wanted.get((cluster[number], tensor), self.plan.layouts.get(tensor))
                     made = place if layout != self.plan.layouts.get(tensor) else self.facts.made.get(tensor, 0)
-                    found.append(Buffer(tensor, TRANSIENT, widened * self.local(tensor, layout), made, place))
+                    found.append(Buffer(tensor, TRANSIENT, wider * self.local(tensor, layout), made, place))
         return found
 
     def _combined(self, places: Sequence[int]) -> list[Buffer]:
@@ -261,15 +270,3 @@ class _Held:
 def _widened(dtype: str) -> float:
     """How much larger the compiler for CPU keeps what it computes with."""
     return 2.0 if dtype in ("bfloat16", "float16") else 1.0
-
-
-def _out_of_order(equation: Any) -> list[int]:
-    """Which operands of a convolution do not have rows first and features last; of the kernel, features of the input and then of
-    the output last."""
-    if equation is None or equation.primitive is not jax.lax.conv_general_dilated_p:
-        return []
-    dimensions = equation.params["dimension_numbers"]
-    last = len(dimensions.lhs_spec) - 1
-    inner = tuple(range(1, last)), tuple(range(last - 1))
-    plain = (0, last, *inner[0]), (last, last - 1, *inner[1])
-    return [slot for slot, spec in enumerate((dimensions.lhs_spec, dimensions.rhs_spec)) if tuple(spec) != plain[slot]]

@@ -196,7 +196,20 @@ def _traced(parts: Parts, own: Sequence[Part], program: StageProgram) -> Traced:
     return replace(
         found, name=f"{micro.traced.name}, stage {program.stage}", in_paths=tuple(names),
         out_paths=tuple([ends.get(v) or _name(parts, v) for v in program.outcomes]), donated=_donated(micro, program),
+        apart=_calls(found),
     )  # fmt: skip
+
+
+def _calls(program: Traced) -> frozenset[tuple[int, ...]]:
+    """The paths of a stage's parts, each of which runs as a program of its own."""
+    found = set[tuple[int, ...]]()
+    for number, equation in enumerate(program.jaxpr.jaxpr.eqns):
+        if equation.primitive is _jax.scan_p:
+            inside = enumerate(equation.params["jaxpr"].jaxpr.eqns)
+            found.update((number, k) for k, call in inside if call.primitive is _jax.jit_p)
+        elif equation.primitive is _jax.jit_p:
+            found.add((number,))
+    return frozenset(found)
 
 
 def _donated(micro: Micro, program: StageProgram) -> tuple[bool, ...]:
