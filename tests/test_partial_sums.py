@@ -235,6 +235,26 @@ def test_a_carry_that_is_not_only_added_to_goes_round_whole():
         assert not any(op.path[-2:-1] == (TOTAL,) for op in graph.operators)
 
 
+def ruled(fn):
+    """With a derivative of its own."""
+    sealed = jax.custom_jvp(fn)
+    sealed.defjvp(lambda primals, tangents: jax.jvp(fn, primals, tangents))
+    return sealed
+
+
+@pytest.mark.parametrize("seal", [jax.checkpoint, ruled])
+def test_a_total_does_not_leave_a_call_in_parts(seal):
+    """The body of the loop adds inside of a call that is traced anew."""
+
+    def fn(w, rows):
+        return jax.lax.scan(lambda total, x: (seal(lambda t, x: t + x.T @ x)(total, x), None), w, rows)[0]
+
+    args = (normal(16, 16), normal(3, 64, 16))
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((4,)), machine=FAST, pins={"rows": P(None, "x")})
+    assert not left(plan)
+    assert_close(jax.jit(fn)(*args), plan.jit()(*args))
+
+
 def rounds_and_more(w, rows, a, b):
     """A loop's total, which starts from something, is a term itself, and another loop's, in loops."""
 

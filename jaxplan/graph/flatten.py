@@ -277,7 +277,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
             flat.operators[index] = boundary._replace(rule=replace(boundary.rule, free=False))
     for (_, _, close), tensor in zip(loops, produced[:carries], strict=True):
         close(tensor)
-    added = _added_to(flat, inside, [inner for inner, _, _ in loops], produced)
+    added = _added_to(flat, inside, within.scope, [inner for inner, _, _ in loops], produced)
     outs = [_total(flat, final, place, k) if k in added else final for k, (_, final, _) in enumerate(loops)]
     for k in range(carries, len(produced)):
         stacked = flat.tensor(equation.outvars[k].aval)
@@ -287,8 +287,8 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
     return outs
 
 
-def _added_to(flat: Flat, first: int, carried: Sequence[int], produced: Sequence[int]) -> list[int]:
-    """The carries that the body of a loop, the operators from `first` on, does nothing with but add to."""
+def _added_to(flat: Flat, first: int, scope: int, carried: Sequence[int], produced: Sequence[int]) -> list[int]:
+    """The carries that the body of a loop, the operators from `first` on, does nothing with but add to, in its own `scope`."""
     inside = {*carried, *produced}
     readers: dict[int, list[Operator]] = {}
     for operator in flat.operators[first:]:
@@ -298,7 +298,7 @@ def _added_to(flat: Flat, first: int, carried: Sequence[int], produced: Sequence
     for k, (inner, tensor) in enumerate(zip(carried, produced, strict=False)):
         near, after = readers.get(inner, []), readers.get(tensor, [])
         adds = len(near) == 1 and near[0].rule.linear and near[0].rule.scale < 0 and near[0].results == (tensor,)
-        both = adds and len(near[0].operands) == 2 and near[0].operands.count(inner) == 1
+        both = adds and near[0].scope == scope and len(near[0].operands) == 2 and near[0].operands.count(inner) == 1
         if both and len(after) == 1 and produced.count(tensor) == 1:  # by the loop's boundary
             found.append(k)
     return found

@@ -40,10 +40,7 @@ def find_sums(
 
     def below(operator: Operator) -> list[int]:
         """Operands that are made of terms, and that nobody else reads."""
-        return [
-            t for t in operator.operands
-            if t in counts and (t in carried or _together(operators[makers[t]], operator, sealed))
-        ]  # fmt: skip
+        return [t for t in operator.operands if t in counts and _together(operators[makers[t]], operator, sealed, t in carried)]
 
     for index, operator in enumerate(operators):
         rule = operator.rule
@@ -90,9 +87,9 @@ def _carried(operators: Sequence[Operator], readers: Sequence[Sequence[int]]) ->
     }  # fmt: skip
 
 
-def _together(maker: Operator, reader: Operator, sealed: Collection[Path]) -> bool:
-    """Whether a part of a sum gets from one operator to another."""
-    if maker.scope != reader.scope:
+def _together(maker: Operator, reader: Operator, sealed: Collection[Path], carried: bool) -> bool:
+    """Whether a part of a sum gets from one operator to another; `carried`: into a round of a loop."""
+    if maker.scope != reader.scope and not carried:
         return False
     one, other = maker.path[:-1], reader.path[:-1]
     return one == other or {*_within(one, sealed)} == {*_within(other, sealed)}
