@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxplan import _jax
 from jaxplan.agree import check_agreement
-from jaxplan.graph.flatten import TOTAL, scan_arity
+from jaxplan.graph.flatten import scan_arity, total_path
 from jaxplan.layout import Layout, Spec, spec_of
 from jaxplan.partial_sums import Parts, along, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
@@ -197,7 +197,7 @@ class Replay:
     def final(self, value: Any, path: Path, number: int) -> Any:
         """The final value of a carry of the loop at `path`; the total, where it went round in parts."""
         value = self.summed(self.boundary_written(value, (*path, "carry", number), 1))
-        return self.boundary_written(value, (*path, TOTAL, number))
+        return self.boundary_written(value, total_path(path, number))
 
     def in_parts(self, equation: Any, values: list[Any], operator: int) -> Any:
         """The result of an equation that adds partial sums, or leaves one."""

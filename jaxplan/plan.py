@@ -524,7 +524,7 @@ def partition_spec(spec: Spec, axis_names: Sequence[str]) -> PartitionSpec:
 
 def _is_total(operator: Operator) -> bool:
     """Whether it is the total of what a loop adds to a carry."""
-    return operator.name == VIEW and operator.path[-2] == TOTAL
+    return operator.name == VIEW and operator.path[-3] == TOTAL
 
 
 def _writer(graph: Any, cluster: Cluster, tensor: int) -> int:

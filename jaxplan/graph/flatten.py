@@ -26,7 +26,7 @@ MANUAL = "edge of a manual region"
 """Names of operators that stand for no equation; no primitive bears a name with a space."""
 
 TOTAL = "total"
-"""Where the view of a loop's total stands: `(*path of the loop, TOTAL, number of the carry)`."""
+"""Where the view of a loop's total stands, which is outside of it: see `total_path`."""
 
 
 _ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
@@ -306,9 +306,14 @@ def _added_to(flat: Flat, first: int, scope: int, carried: Sequence[int], produc
 
 def _total(flat: Flat, final: int, place: Place, number: int) -> int:
     """The final value of a carry that is only added to: a layout of its own, as it may be combined after the loop."""
-    view = flat.like(final)
-    flat.add(VIEW, passing_rule(flat.tensors[final].shape, 1, 1), (final,), (view,), place, (TOTAL, number))
+    view, rule = flat.like(final), passing_rule(flat.tensors[final].shape, 1, 1)
+    flat.operators.append(Operator(VIEW, rule, (final,), (view,), place.times, place.scope, total_path(place.path, number)))
     return view
+
+
+def total_path(loop: Path, number: int) -> Path:
+    """Where the view of the total of a loop's carry stands; `loop`: the path of its equation."""
+    return (*loop[:-1], TOTAL, loop[-1], number)
 
 
 def _updates(rule: Rule) -> bool:
