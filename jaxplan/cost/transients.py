@@ -62,7 +62,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                     last = max(last, facts.more.beside.get(exchange.tensor, at))
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
                 parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
-                if parts > 1 and not facts.fuses:  # all is reduced, and sliced where it is read
+                if parts > 1 and not facts.fuses and not cluster.adds:  # all is reduced (a sum's terms make room), then sliced
                     wide = [r for r in facts.readers.get(exchange.tensor, ()) if _computes(facts.operators[r])]
                     found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max([at, *wide]), split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
@@ -104,7 +104,8 @@ def _on_the_way(
     found, arguments = dict[tuple[int, Layout], Buffer](), set(modelled.graph.inputs)
     for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
         tensor, users = reading.tensor, asked.get((reading.tensor, wanted), ())
-        if users and source != wanted:
+        reader = modelled.graph.operators[modelled.graph.clusters[reading.reader].members[-1]]
+        if users and source != wanted and not staged(modelled, reader):
             at, ndim = min(users), len(reading.read.leads)
             steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
             stays = tensor in arguments or max(facts.readers.get(tensor, (0,))) > at
