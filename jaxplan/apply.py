@@ -120,8 +120,8 @@ class Replay:
     ) -> list[Any]:
         """A closed jaxpr. `carries`: of its first so many outputs, those that go round a loop in parts are so."""
         outs = self.evaluate(closed.jaxpr, closed.consts, inputs, path, moved)
-        parts = [self.carried(out, (*path, "carry", k)) for k, out in enumerate(outs[:carries])]
-        outs = parts + [whole(self.summed(out)) for out in outs[carries:]]
+        parts = [self.parted((*path, "carry", k)) if k < carries else () for k in range(len(outs))]
+        outs = [whole(self.summed(out, axes)) for out, axes in zip(outs, parts, strict=True)]
         return outs if self.rows is None else self.rows.edited(outs, (*path, OUTS))
 
     def evaluate(
@@ -191,8 +191,12 @@ class Replay:
 
     def carried(self, value: Any, path: Path) -> Any:
         """A value that goes round in a loop, in parts where the plan says so; `path`: of the carry."""
-        sums = self.found.sums.get(self.found.at.get(path, -1))
-        return whole(self.summed(value)) if sums is None else along(value, sums[0], self.mesh)
+        axes = self.parted(path)
+        return along(value, axes, self.mesh) if axes else value
+
+    def parted(self, path: Path) -> tuple[int, ...]:
+        """The mesh axes along which a carry goes round in parts; `path`: of the carry."""
+        return self.found.sums.get(self.found.at.get(path, -1), ((),))[0]
 
     def final(self, value: Any, path: Path, number: int) -> Any:
         """The final value of a carry of the loop at `path`; the total, where it went round in parts."""
@@ -286,7 +290,10 @@ def _body(replay: Replay, equation: Any, consts: Sequence[Any], path: Path) -> C
         inner = [replay.boundary_written(v, (*path, *m)) for v, m in zip((*consts, *carry, *x), _marks(equation), strict=True)]
         moved: Moved = {}
         outs = replay.run(equation.params["jaxpr"], inner, path, moved, carries)
-        state = [replay.leaving(v, (*path, "carry", k), 1, moved) for k, v in enumerate(outs[:carries])]
+        state = [
+            replay.carried(replay.leaving(v, mark, 1, moved), mark)
+            for v, mark in zip(outs, [(*path, "carry", k) for k in range(carries)], strict=False)
+        ]  # fmt: skip
         ys = [replay.leaving(v, (*path, "out", carries + k), 0, moved) for k, v in enumerate(outs[carries:])]
         return tuple(state), tuple(ys)
 
