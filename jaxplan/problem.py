@@ -133,7 +133,6 @@ class Problem:
         if self.alike and len(self.alike) != len(self.axes):
             raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
 
-
     def within(
         self, limit: float, usages: tuple[Usage, ...], reserved: tuple[float, ...] = (), starts: tuple[np.ndarray, ...] = ()
     ) -> Problem:

@@ -14,6 +14,7 @@ from jaxplan.rules.nouns import Dim, Rule
 from jaxplan.rules.table import register, whole_rule
 
 Avals = Sequence[Any]
+"""What an equation reads, or what it makes: things with `.shape` and `.dtype`."""
 
 
 def _together(operands: Avals, results: Avals) -> tuple[bool, int]:
@@ -42,7 +43,6 @@ def _widened(operands: Avals, results: Avals) -> tuple[bool, int]:
         return False, -1
     few, many = jax.numpy.finfo(before), jax.numpy.finfo(after)
     return bool(few.nmant <= many.nmant and few.maxexp <= many.maxexp), -1
-
 
 
 def elementwise(

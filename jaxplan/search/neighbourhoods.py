@@ -333,7 +333,6 @@ def _improved(
     return best
 
 
-
 def _repaired(written: Written, state: _State, multipliers: np.ndarray, allowed: float, most: int) -> _State:
     """Where a way leads on which exceeding the limit becomes ever dearer: within the limit, if it gets there."""
     rng = np.random.default_rng(SEED)
