@@ -130,11 +130,15 @@ class Plan:
         return self._remembered("layouts", self._layouts)
 
     def _layouts(self) -> dict[int, Layout]:
+        known: dict[Hashable, Layout] = {}
         found = {}
-        for index, cluster in enumerate(self.modelled.graph.clusters):
-            options = self.modelled.chosen(self.choices, index)
+        rows = self.choices.tolist()
+        for index, (cluster, options) in enumerate(zip(self.modelled.graph.clusters, self.modelled.options, strict=True)):
             for write in cluster.writes:
-                found[write.tensor] = write_layout(write.leads, options)
+                key = (id(options), *rows[index], write.leads)
+                if key not in known:
+                    known[key] = write_layout(write.leads, self.modelled.chosen(self.choices, index))
+                found[write.tensor] = known[key]
         return found
 
     @cached_property

@@ -8,7 +8,7 @@ for the choices that a search asks about, so the product over axes is never writ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -186,21 +186,57 @@ def edge_prices(asked: Sequence[Asked]) -> list[np.ndarray]:
 
 
 def evaluate(problem: Problem, choices: np.ndarray) -> float:
-    """The price in seconds of one assignment, (nodes, axes). Nodes or edges that share a price function ask it once."""
-    rows = [tuple(row) for row in choices.tolist()]
-    total = 0.0
-    known: dict[tuple[int, tuple[int, ...]], float] = {}
-    for node, row, options in zip(problem.nodes, rows, choices, strict=True):
-        key = (id(node.price), row)
-        seconds = known.get(key)
-        if seconds is None:
-            seconds = known[key] = float(node.price(options[None])[0])
-        total += node.times * seconds if np.isfinite(seconds) else np.inf
-    keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in problem.edges]
-    asked = dict(zip(keys, problem.edges, strict=True))
-    matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
-    prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
-    return total + sum([edge.times * prices[key] for key, edge in zip(keys, problem.edges, strict=True) if edge.times])
+    """The price in seconds of one assignment, (nodes, axes). Equal choices of nodes, or edges, of one kind are asked for once."""
+    who = problem.structure.get("kinds")
+    if who is None:
+        who = problem.structure["kinds"] = _Kinds.of(problem)
+    states = choices @ np.cumprod([1, *(choices.max(axis=0, initial=0)[:-1] + 1).tolist()])
+    states = np.unique(states, return_inverse=True)[1]
+    first, owner = _first_of(who.nodes * len(states) + states)
+    prices = np.array([float(problem.nodes[n].price(choices[n][None])[0]) for n in first.tolist()])
+    if not np.isfinite(prices).all():
+        return math.inf
+    total = float((who.times * prices[owner]).sum())
+    first, owner = _first_of((who.edges * len(states) + states[who.tails]) * len(states) + states[who.heads])
+    edges = [problem.edges[who.paid[n]] for n in first.tolist()]
+    matrices = edge_prices([(edge.price, choices[edge.tail][None], choices[edge.head][None]) for edge in edges])
+    return total + float((who.edge_times * np.array([float(matrix[0, 0]) for matrix in matrices])[owner]).sum())
+
+
+class _Kinds(NamedTuple):
+    """Who is of one kind, as numbers, and how often each is paid; of edges those that are paid at all, which are `paid`."""
+
+    nodes: np.ndarray
+    times: np.ndarray
+    paid: list[int]
+    edges: np.ndarray
+    tails: np.ndarray
+    heads: np.ndarray
+    edge_times: np.ndarray
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Kinds:
+        def numbered(kinds: Iterable[Hashable]) -> np.ndarray:
+            known: dict[Hashable, int] = {}
+            return np.array([known.setdefault(kind, len(known)) for kind in kinds], dtype=np.int64)
+
+        paid = [number for number, edge in enumerate(problem.edges) if edge.times]
+        edges = [problem.edges[number] for number in paid]
+        return cls(
+            numbered([n.kind if n.kind is not None else ("node", i) for i, n in enumerate(problem.nodes)]),
+            np.array([n.times for n in problem.nodes]),
+            paid,
+            numbered([e.kind if e.kind is not None else ("edge", i) for i, e in enumerate(edges)]),
+            np.array([e.tail for e in edges], dtype=np.int64),
+            np.array([e.head for e in edges], dtype=np.int64),
+            np.array([e.times for e in edges]),
+        )
+
+
+def _first_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where each key first stands, for every key which of those it equals)."""
+    _, first, owner = np.unique(keys, return_index=True, return_inverse=True)
+    return first, owner
 
 
 def peak(problem: Problem, choices: np.ndarray) -> Peak:

@@ -130,12 +130,13 @@ class Pricer:
 
     def __init__(self, problem: Problem, known: Pricer | None = None) -> None:
         self.problem = problem
-        self._vectors: dict[Hashable, np.ndarray] = known._vectors if known else {}
+        self._vectors: dict[Hashable, tuple[np.ndarray, np.ndarray | None]] = known._vectors if known else {}
         self._matrices: dict[Hashable, np.ndarray] = known._matrices if known else {}
         self.options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
         self._strides = np.cumprod(self.options, axis=1) // self.options
         self._kinds = [node.kind if node.kind is not None else ("node", id(node.price)) for node in problem.nodes]
         self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", id(edge.price)) for edge in problem.edges]
+        self._ends = [(edge.tail, edge.head) for edge in problem.edges]
 
     def along(
         self, axes: tuple[int, ...], choices: np.ndarray, alone: bool = False
@@ -185,14 +186,14 @@ class Pricer:
         costs = []
         for i, (node, kind) in enumerate(zip(nodes, self._kinds, strict=True)):
             key = (kind, fixed[i])
-            vector = self._vectors.get(key)
-            if vector is None:
-                vector = self._vectors[key] = node.price(rows[i])
-            legal = vector < ILLEGAL
-            costs.append(node.times * vector if legal.all() else np.where(legal, node.times * _finite(vector), ILLEGAL))
-        keys = [
-            (kind, fixed[edge.tail], fixed[edge.head]) for kind, edge in zip(self._edge_kinds, edges, strict=True)
-        ]
+            asked = self._vectors.get(key)
+            if asked is None:
+                vector = node.price(rows[i])
+                legal = vector < ILLEGAL
+                asked = self._vectors[key] = (_finite(vector), None if legal.all() else legal)
+            vector, some = asked
+            costs.append(node.times * vector if some is None else np.where(some, node.times * vector, ILLEGAL))
+        keys = [(kind, fixed[tail], fixed[head]) for kind, (tail, head) in zip(self._edge_kinds, self._ends, strict=True)]
         missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in self._matrices}
         found = edge_prices([(edge.price, rows[edge.tail], rows[edge.head]) for edge in missing.values()])
         self._matrices.update(zip(missing, map(_finite, found), strict=True))

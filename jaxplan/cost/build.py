@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxplan.cost.fusing import reads_rounded, rounded
+from jaxplan.cost.fusing import rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
 from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
@@ -288,7 +288,8 @@ def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> 
                     options += [Option(k, PARTIAL) for k in summed if combine.left]
                 elif combine.left and PARTIAL in combine.over:
                     options.append(Option(PARTIAL, PARTIAL))
-        per_axis.append(tuple(options))
+        found = tuple(options)
+        per_axis.append(next((other for other in per_axis if other == found), found))  # equal ones are one object
     return tuple(per_axis)
 
 
@@ -321,15 +322,14 @@ def _pinned_options(cluster: Cluster, numbers: Numbers, axis: int, dims: Sequenc
 
 def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: Machine) -> list[Reading]:
     readings = []
-    known = rounded(graph) if machine.matmul_reads else frozenset[int]()
+    rounding = rounded(graph)[1] if machine.matmul_reads else (False,) * len(graph.operators)
     for index, cluster in enumerate(graph.clusters):
+        exact = {t for m in cluster.members if not rounding[m] for t in graph.operators[m].operands}
         for read, times in zip(cluster.reads, cluster.read_times, strict=True):
             source = writers.get(read.tensor)
             if source is None or source[0] == index or not _sized(graph, read.tensor):
                 continue
-            users = [graph.operators[m] for m in cluster.members if read.tensor in graph.operators[m].operands]
-            rounds = all(reads_rounded(user, known) for user in users)
-            share = machine.rounded_share(graph.tensors[read.tensor].dtype) if rounds else 1.0
+            share = 1.0 if read.tensor in exact else machine.rounded_share(graph.tensors[read.tensor].dtype)
             sent = 1.0 if machine.sends_rounded is False else share
             readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share, sent))
     for output, position in graph.ties:

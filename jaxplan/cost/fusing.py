@@ -331,33 +331,38 @@ def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
 
 def _narrow(graph: Graph, kernels: _Kernels) -> frozenset[int]:
     """Sums of a value are taken where it is made, before it is rounded."""
-    known, bound = rounded(graph), {*graph.inputs, *graph.outputs}
+    _, rounding = rounded(graph)
+    bound = {*graph.inputs, *graph.outputs}
     narrow, operators = set(), kernels.operators
     for operator in operators:
         for tensor in operator.results:
             others = kernels.others.get(tensor, ())
-            if others and tensor not in bound and all(reads_rounded(operators[r], known) for r in others):
+            if others and tensor not in bound and all(rounding[r] for r in others):
                 narrow.add(tensor)
     return frozenset(narrow)
 
 
-def rounded(graph: Graph) -> frozenset[int]:
-    """Tensors that only products of default precision read, be it through moves: a machine may round them before it moves or
-    stores them."""
-    near: dict[int, list[Operator]] = {}
-    for operator in graph.operators:
-        for tensor in operator.operands:
-            if tensor >= 0:
-                near.setdefault(tensor, []).append(operator)
-    leaving, known = set(graph.outputs), set[int]()
+def rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:
+    """(tensors that only products of default precision read, be it through moves: a machine may round them before it moves or
+    stores them; per operator, whether it reads what it reads as a product does)."""
+    return graph.remembered("rounded", (), lambda: _rounded(graph))
+
+
+def _rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:
+    leaving, read, known, exact = set(graph.outputs), set[int](), set[int](), set[int]()
+    rounding = []
     for operator in reversed(graph.operators):
         for tensor in operator.results:
-            if tensor not in leaving and tensor in near and all(reads_rounded(one, known) for one in near[tensor]):
+            if tensor in read and tensor not in leaving and tensor not in exact:
                 known.add(tensor)
-    return frozenset(known)
+        read.update(operator.operands)
+        rounding.append(_reads_rounded(operator, known))
+        if not rounding[-1]:
+            exact.update(operator.operands)
+    return frozenset(known), tuple(rounding[::-1])
 
 
-def reads_rounded(operator: Operator, known: set[int] | frozenset[int]) -> bool:
+def _reads_rounded(operator: Operator, known: set[int]) -> bool:
     """Whether an operator reads what it reads as a product does, or hands it on to nothing else."""
     if operator.rule.rounds:
         return True

@@ -112,15 +112,17 @@ class ClusterPrice:
         carried = [piece.factors for piece in cluster.work] + [terminal.leads for terminal in terminals]
         split = np.ones((len(carried), len(rows)))
         given = np.ones((len(cluster.units), len(rows)), dtype=np.int64)
+        before: tuple[object, int] = (None, 1)
         for axis, (options, size) in enumerate(zip(self.options, numbers.sizes, strict=True)):
             if size == 1:
                 continue
-            column = rows[:, axis]
-            splits = [[size if o.factor >= 0 and o.factor in factors else 1 for o in options] for factors in carried]
-            gives = [[size if f in (o.factor, o.scatter) else 1 for o in options] for f in range(len(cluster.units))]
-            for table, factors in ((split, splits), (given, gives)):
-                if factors:
-                    table *= np.array(factors)[:, column]
+            if before[0] is not options or before[1] != size:
+                before = options, size
+                splits = [[size if o.factor >= 0 and o.factor in factors else 1 for o in options] for factors in carried]
+                gives = [[size if f in (o.factor, o.scatter) else 1 for o in options] for f in range(len(cluster.units))]
+                tables = [(table, np.array(by)) for table, by in ((split, splits), (given, gives)) if by]
+            for table, factors in tables:
+                table *= factors[:, rows[:, axis]]
         pieces = len(cluster.work)
         rates = [numbers.flops(piece) * numbers.seconds_per_flop(piece.dtype) for piece in cluster.work]
         shares = (*cluster.read_shares, *cluster.write_shares) if terminals else ()
@@ -142,13 +144,13 @@ class ClusterPrice:
             for nbytes, table in self._parts:
                 parts = tuple([axis[i] for axis, i in zip(table, row, strict=True)])
                 value += self.combines.seconds(parts, nbytes)
-            options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
-            if self.cluster.halos:
+            if self.cluster.halos or self.cluster.handed:
+                options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
                 for _, axis, slab in halo_bytes(self.cluster, options, self.combines.setting, self.numbers):
                     value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
-            for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
-                often, rounds = handed_times(handed, self.numbers)
-                value += often * sent_seconds({axis: slab}, {axis: rounds}, self.numbers)
+                for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
+                    often, rounds = handed_times(handed, self.numbers)
+                    value += often * sent_seconds({axis: slab}, {axis: rounds}, self.numbers)
             self._exchanged[row] = value
         return value
 

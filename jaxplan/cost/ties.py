@@ -64,8 +64,10 @@ def _improved(
     problem = modelled.problem
     around: dict[int, list[int]] = {node: [] for node in inputs}
     for number, edge in enumerate(problem.edges):
-        for node in {edge.tail, edge.head} & around.keys():
-            around[node].append(number)
+        if edge.tail in around:
+            around[edge.tail].append(number)
+        if edge.head in around and edge.head != edge.tail:
+            around[edge.head].append(number)
     rows_of = [tuple(row) for row in choices.tolist()]
     kinds: dict[Hashable, list[int]] = {}
     for node in inputs:

@@ -167,10 +167,10 @@ def spent(modelled: Modelled, choices: np.ndarray, inside: Collection[int]) -> S
             sent[axis] += cluster.times * value
         for axis in axes:
             (split if options[axis].factor >= 0 else unsplit)[axis] += cluster.times * work
-    for reading in modelled.readings:
-        if reading.writer in inside or reading.reader in inside:
-            steps = reshard_steps(*modelled.edge_layouts(choices, reading), setting.slow_first)
-            more, rounds = steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes) if steps else ({}, {})
+    for reading, (written, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        if written != wanted and (reading.writer in inside or reading.reader in inside):
+            steps = reshard_steps(written, wanted, len(reading.read.leads), setting.slow_first)
+            more, rounds = steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes)
             for axis, value in more.items():
                 sent[axis] += reading.times * sent_seconds({axis: value}, rounds, numbers)
     return Spent(tuple(split), tuple(unsplit), tuple(sent))

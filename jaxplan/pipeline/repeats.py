@@ -65,21 +65,26 @@ def _repeats(graph: Graph) -> Repeats | None:
 def _apart(block: Sequence[Operator], rows: dict[int, Rows]) -> bool:
     """Whether no operator of a layer makes pairs of rows, nor a row from a sum over them, as far as they can be followed."""
     known = -1
+    met: list[tuple[int, set[int]]] = [(-1, set())] * len(block)  # per operator: tensors whose rows were known, and their factors
     while known < len(rows):
         known = len(rows)
-        for operators in (block, block[::-1]):
+        for numbers in (range(len(block)), range(len(block) - 1, -1, -1)):
             summed: set[int] = set()
-            for op in operators:
-                factors = set(walked(op, rows))
-                if len(factors) > 1:
-                    return False
-                if factors:
-                    follow(op, rows)
-                mixed = operators is block and not summed.isdisjoint(op.operands)
+            for number in numbers:
+                op = block[number]
+                count = sum([t in rows for t in (*op.operands, *op.results)])
+                if count != met[number][0]:
+                    met[number] = count, set(walked(op, rows))
+                    if len(met[number][1]) > 1:
+                        return False
+                    if met[number][1]:
+                        follow(op, rows)
+                factors = met[number][1]
+                mixed = numbers.step > 0 and not summed.isdisjoint(op.operands)
                 if mixed and not rows.keys().isdisjoint(op.results):
                     return False
                 if factors or mixed:
-                    summed.update(t for t in op.results if t not in rows)
+                    summed.update([t for t in op.results if t not in rows])
     return True
 
 

@@ -173,6 +173,8 @@ def follow(op: Operator, rows: dict[int, Rows]) -> None:
 
 def walked(op: Operator, rows: dict[int, Rows]) -> Iterator[tuple[int, int]]:
     """Per tensor of an operator whose rows are known, the factor that walks them, and elements of it between two rows."""
+    if rows.keys().isdisjoint(op.operands) and rows.keys().isdisjoint(op.results):
+        return
     for tensor, dims in _terminals(op):
         if tensor in rows and (found := _factor(op.rule, dims, rows[tensor])) is not None:
             yield found

@@ -60,17 +60,25 @@ def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> 
         gone[v] = True
         order.append(v)
         around = near[v]
-        for w in around:
+        touched = set(around)
+        for a in around if s else ():
+            for b in around - near[a]:
+                if a == b:
+                    continue
+                shared, product = near[a] & near[b], weights[a] * weights[b]
+                for w in shared:
+                    score[w] -= product
+                score[a] += weights[b] * sum([weights[u] for u in near[a] - near[b]])
+                score[b] += weights[a] * sum([weights[u] for u in near[b] - near[a]])
+                near[a].add(b)
+                near[b].add(a)
+                touched |= shared
+        for w in around:  # all of them neighbours now: what they lose is what is missing between the one and their others
             near[w].discard(v)
-            if s:
-                near[w] |= around
-                near[w].discard(w)
-        for w in around if not s else around.union(*(near[w] for w in around)):
+            score[w] -= weights[v] * sum([weights[u] for u in near[w] - around])
+        for w in touched:
             if not gone[w]:
-                now = fill(w)
-                if now != score[w]:
-                    score[w] = now
-                    heapq.heappush(heap, (now, w))
+                heapq.heappush(heap, (score[w], w))
     return order
 
 

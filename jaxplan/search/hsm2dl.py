@@ -33,11 +33,12 @@ def hsm2dl(problem: Problem) -> Assignment:
     """Recursion over mesh axes: O(operators x axes x sweeps) on the folded graph.
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
-    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods, re-opening one axis
-    at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
-    Then nodes may take one option along all axes at once: a sum that is partial along two axes is scattered over both or not at
-    all. On small problems two axes may change places in parts of the program, and joint moves (`moves.py`) end the search; on
-    larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods. First nodes may take one
+    option along all axes at once: a sum that is partial along two axes is scattered over both or not at all. Then one axis is
+    re-opened at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
+    Then nodes may again take one option along all axes, or exchange what two axes do. On small problems two axes may change
+    places more freely, and joint moves (`moves.py`) end the search; on larger ones these take longer than all the rest, and
+    `search="joint"` makes them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
@@ -59,7 +60,7 @@ def hsm2dl(problem: Problem) -> Assignment:
     best, seconds = _settled(pricer, elimination, best, axes)
     small = len(folded.nodes) <= SMALL
     if len(axes) > 1:
-        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes), axes if small else ())
+        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes, exchanged=True), axes)
     if small:
         for opened, follows in permutations(axes, 2):
             best, seconds = _taken(pricer, elimination, best, seconds, _turned(pricer, best, opened, follows), axes)
@@ -116,11 +117,13 @@ def _recursions(pricer: Pricer, elimination: list[int], axes: list[int]) -> list
 
 
 def _settled(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: list[int]) -> tuple[np.ndarray, float]:
-    """Re-open one axis at a time until nothing improves, then several at once where writing out their joint choices is cheap."""
-    single = [(axis,) for axis in axes]
-    if any(node.alone is not None for node in pricer.problem.nodes):
-        best, _ = _sweep(pricer, elimination, best, single, CAP, alone=True)
-    best, seconds = _sweep(pricer, elimination, best, single, CAP)
+    """Nodes may take one option along all axes; then one axis is re-opened at a time until nothing improves, then several at once
+    where writing out their joint choices is cheap."""
+    if len(axes) > 1:
+        candidates = _tied(pricer, best, axes)
+        options, _ = solve(pricer.among(candidates), elimination, np.zeros(len(best), dtype=np.int64))
+        best = _picked(candidates, options)
+    best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
     for size in range(2, len(axes) + 1):
         blocks = [block for block in combinations(axes, size) if _entries(pricer.problem, block) <= BLOCK_LIMIT]
         if blocks:
@@ -147,17 +150,32 @@ def _taken(
     now = tables.price(options)
     if now >= seconds * (1 - 1e-9):
         return choices, seconds
-    found = np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
-    return _sweep(pricer, elimination, found, [(axis,) for axis in axes], CAP) if axes else (found, now)
+    return _sweep(pricer, elimination, _picked(candidates, options), [(axis,) for axis in axes], CAP)
 
 
-def _tied(pricer: Pricer, choices: np.ndarray, axes: Sequence[int]) -> list[np.ndarray]:
-    """Per node its choice, and each option along all axes at once: what no single axis improves may lie there."""
-    candidates = []
-    for row, counts in zip(choices, pricer.options[:, list(axes)].min(1).tolist(), strict=True):
-        rows = np.tile(row, (counts + 1, 1))
-        rows[1:, list(axes)] = np.arange(counts)[:, None]
-        candidates.append(rows)
+def _picked(candidates: Sequence[np.ndarray], options: np.ndarray) -> np.ndarray:
+    """(nodes, axes) choices, from the number of one candidate per node."""
+    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+
+
+def _tied(pricer: Pricer, choices: np.ndarray, axes: Sequence[int], exchanged: bool = False) -> list[np.ndarray]:
+    """Per node its choice, and each option along all axes at once: what no single axis improves may lie there. `exchanged`: and
+    its choice with what two axes do exchanged."""
+    candidates, pairs = [], list(combinations(axes, 2)) if exchanged else []
+    fewest = pricer.options[:, list(axes)].min(1).tolist()
+    for row, counts, few in zip(choices.tolist(), pricer.options.tolist(), fewest, strict=True):
+        rows = {tuple(row): None}
+        for option in range(few):
+            every = row[:]
+            for axis in axes:
+                every[axis] = option
+            rows[tuple(every)] = None
+        for one, other in pairs:
+            if row[one] < counts[other] and row[other] < counts[one]:
+                turned = row[:]
+                turned[one], turned[other] = row[other], row[one]
+                rows[tuple(turned)] = None
+        candidates.append(np.array(list(rows)))
     return candidates
 
 
@@ -203,15 +221,13 @@ def _swaps(axes: list[int], alike: Sequence[Hashable], count: int) -> list[list[
 
 
 def _sweep(
-    pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int,
-    alone: bool = False,
+    pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int
 ) -> tuple[np.ndarray, float]:
-    """Re-open one block of axes after the other, given the others, until nothing improves; among what nodes may take `alone`
-    until the first that improves nothing, once all were open: what comes next opens the same axes further."""
+    """Re-open one block of axes after the other, given the others, until nothing improves."""
     choices, tally = choices.copy(), [0] * len(choices)
     seconds, idle = math.nan, 0
     for turn in range(SWEEPS * len(blocks)):
-        tables, rows = pricer.along(blocks[turn % len(blocks)], choices, alone)
+        tables, rows = pricer.along(blocks[turn % len(blocks)], choices)
         now = np.zeros(len(choices), dtype=np.int64)
         for axis in blocks[turn % len(blocks)]:  # as `all_rows` counts
             now = now * pricer.options[:, axis] + choices[:, axis]
@@ -219,11 +235,11 @@ def _sweep(
         options, exact = solve(tables, elimination, now, tally, cap)
         improved = tables.price(options)
         if improved < seconds * (1 - 1e-9):
-            choices, seconds = np.stack([row[option] for row, option in zip(rows, options, strict=True)]), improved
+            choices, seconds = _picked(rows, options), improved
             idle = 1 if exact else 0
         else:
             idle += 1
-        if idle >= (1 if alone and turn >= len(blocks) - 1 else len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE)):
+        if idle >= len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE):
             break
     return choices, seconds
 

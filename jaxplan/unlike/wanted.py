@@ -71,7 +71,7 @@ def unasked(using: Choosing[Any], wanted: Wanted, best: Plan | None) -> Stagewis
     numbers, sizes = using.numbers, using.numbers.sizes
     ceiling = math.inf if best is None else (1 - APART) * best.seconds
     axes = slow_axes(numbers) if best is not None else [axis for axis, size in enumerate(sizes) if size > 1]
-    if best is not None:
+    if best is not None and axes:
         ideal = shared_seconds(best)
         axes = [axis for axis in axes if ideal * _stretch(sizes[axis], wanted.microbatches) < ceiling]
     names = [numbers.axis_names[axis] for axis in axes]
