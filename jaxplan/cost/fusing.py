@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -331,13 +331,12 @@ def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
 
 def _narrow(graph: Graph, kernels: _Kernels) -> frozenset[int]:
     """Sums of a value are taken where it is made, before it is rounded."""
-    _, rounding = rounded(graph)
-    bound = {*graph.inputs, *graph.outputs}
+    known, bound = rounded(graph)[0], {*graph.inputs, *graph.outputs}
     narrow, operators = set(), kernels.operators
     for operator in operators:
         for tensor in operator.results:
             others = kernels.others.get(tensor, ())
-            if others and tensor not in bound and all(rounding[r] for r in others):
+            if others and tensor not in bound and all(_reads_rounded(operators[r], known) for r in others):
                 narrow.add(tensor)
     return frozenset(narrow)
 
@@ -362,7 +361,7 @@ def _rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:
     return frozenset(known), tuple(rounding[::-1])
 
 
-def _reads_rounded(operator: Operator, known: set[int]) -> bool:
+def _reads_rounded(operator: Operator, known: Set[int]) -> bool:
     """Whether an operator reads what it reads as a product does, or hands it on to nothing else."""
     if operator.rule.rounds:
         return True

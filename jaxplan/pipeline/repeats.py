@@ -65,7 +65,7 @@ def _repeats(graph: Graph) -> Repeats | None:
 def _apart(block: Sequence[Operator], rows: dict[int, Rows]) -> bool:
     """Whether no operator of a layer makes pairs of rows, nor a row from a sum over them, as far as they can be followed."""
     known = -1
-    met: list[tuple[int, set[int]]] = [(-1, set())] * len(block)  # per operator: tensors whose rows were known, and their factors
+    met: list[tuple[int, set[tuple[int, int]]]] = [(-1, set())] * len(block)
     while known < len(rows):
         known = len(rows)
         for numbers in (range(len(block)), range(len(block) - 1, -1, -1)):
