@@ -17,6 +17,7 @@ from jaxplan.budget import Attempt, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
 from jaxplan.cost.formulas import all_to_all_bytes, pipeline_ticks
 from jaxplan.graph import Graph
+from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.pipeline import (
     SCHEDULES,
     Chain,
@@ -30,6 +31,7 @@ from jaxplan.pipeline import (
     scans,
     turns,
 )  # fmt: skip
+from jaxplan.pipeline.nouns import Kind
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
 from jaxplan.pipeline.repeats import repeats, splits
 from jaxplan.plan import Plan
@@ -118,7 +120,7 @@ def slow_axes(numbers: Numbers) -> list[int]:
 def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Chain]] | None = None) -> bool:
     """Whether a plan without a pipeline spends so little on what one would save that none needs to be looked for: on no axis does
     it exchange more inside of loops than the smallest bubble would cost. Not where a link is slow. `groups`: the chains, where
-    they are known: how large their batch is says how small the bubble can be."""
+    they are known: how large their batch is, and which axes split it, says how small the bubble can be."""
     modelled, numbers = plan.modelled, plan.modelled.numbers
     inside = scanned(modelled.graph)
     if not inside or groups == []:
@@ -126,13 +128,35 @@ def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Cha
     if slow_axes(numbers):
         return False
     used = spent(modelled, plan.choices, inside)
-    rows = max([math.gcd(*[chain.rows for chain in chains]) for chains in groups], default=0) if groups else 0
     for axis, size in enumerate(numbers.sizes):
-        most = microbatches or min(MOST_MICROBATCHES * size, rows or MOST_MICROBATCHES * size)
-        stretch = pipeline_ticks(most, size) / most
-        if size > 1 and used.stretched(axis, size, stretch) < (HOPEFUL - 1) * plan.seconds:
+        if size == 1:
+            continue
+        if groups is None:
+            most = microbatches or MOST_MICROBATCHES * size
+            stretches = [pipeline_ticks(most, size) / most]
+        else:
+            stretches = [s for chains in groups for s in _stretches(plan, chains, axis, microbatches)]
+        if stretches and used.stretched(axis, size, min(stretches)) < (HOPEFUL - 1) * plan.seconds:
             return False
     return True
+
+
+def _stretches(plan: Plan, chains: Sequence[Chain], axis: int, microbatches: int | None) -> list[float]:
+    """How many times as long stages along an axis would take, for every number of micro-batches that the axes which split the
+    batch in a plan without a pipeline leave large enough."""
+    sizes, operators = plan.modelled.numbers.sizes, plan.modelled.graph.operators
+    carried = {op.path: op.results[0] for op in operators if op.name == BOUNDARY and "carry" in op.path[-2:-1]}
+    cuts = [
+        (plan.layouts.get(carried.get((*chain.path, "carry", k), -1), ()), role.dim)
+        for chain in chains for k, role in enumerate(chain.carries) if role.kind is Kind.CUT
+    ]  # fmt: skip
+    others = math.prod([size for a, size in enumerate(sizes) if a != axis and any(cut and cut[a] == dim for cut, dim in cuts)])
+    size, found = sizes[axis], counts(math.gcd(*[chain.rows for chain in chains]), sizes[axis], microbatches)
+    longest = max(-(-chain.length // size) / chain.length for chain in chains)
+    return [
+        pipeline_ticks(m, size) / m * longest * size
+        for m in found if not any(chain.rows // m % others for chain in chains)
+    ]  # fmt: skip
 
 
 def _unrolled_may_pay(plan: Plan, microbatches: int | None) -> bool:

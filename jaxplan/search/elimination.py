@@ -173,19 +173,18 @@ class _Buckets:
                 self._condition(hub, options[hub])
                 scope.discard(hub)
                 entries //= sizes[hub]
+                tables = self._open(v)
             if v in fixed:
                 continue
             if entries > self.cap and len(scope) > 1:
                 exact = False
                 trail.append((v, self._split(v, tables)))
             else:
-                trail.append((v, [self._join(v, sorted(scope), self._open(v))]))
+                trail.append((v, [self._join(v, sorted(scope), tables)]))
         everything = slice(None)
         for v, groups in reversed(trail):
-            total = np.zeros(1)
-            for table in groups:
-                total = total + table.array[tuple([everything if w == v else options[w] for w in table.scope])]
-            options[v] = int(total.argmin())
+            parts = [table.array[tuple([everything if w == v else options[w] for w in table.scope])] for table in groups]
+            options[v] = int((parts[0] if len(parts) == 1 else sum(parts)).argmin())
         return np.array(options, dtype=np.int64), exact
 
     def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:
