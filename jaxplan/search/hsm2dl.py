@@ -25,6 +25,9 @@ POLISHINGS = 2
 """Times that all pairs of axes are polished, as long as that improves: one pair may open the way for an earlier one."""
 RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
+MANY = 64
+"""Devices from which on forests are re-opened on large problems too: exchanges are so much of a step then that a few hundredths
+of a second of search are worth it."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -37,8 +40,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     option along all axes at once: a sum that is partial along two axes is scattered over both or not at all. Then one axis is
     re-opened at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
     Then nodes may again take one option along all axes, or exchange what two axes do. On small problems two axes may change
-    places more freely, and joint moves (`moves.py`) end the search; on larger ones these take longer than all the rest, and
-    `search="joint"` makes them. Deterministic.
+    places more freely, and joint moves (`moves.py`) end the search; on larger ones these take longer than all the rest: only
+    forests are re-opened there, and only on `MANY` devices; `search="joint"` makes all of them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
@@ -69,6 +72,11 @@ def hsm2dl(problem: Problem) -> Assignment:
             best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
             if seconds >= before * (1 - 1e-9):
                 break
+    elif len(axes) > 1 and math.prod([problem.sizes[axis] for axis in axes] if problem.sizes else [1]) >= MANY:
+        before = seconds
+        best, seconds = polished(pricer, elimination, best, axes, rounds=0)
+        if seconds < before * (1 - 1e-9):
+            best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 

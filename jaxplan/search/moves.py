@@ -42,7 +42,8 @@ def polished(
 ) -> tuple[np.ndarray, float]:
     """An assignment (nodes, axes) at least as good, and its price: joint choices of every two axes are re-opened.
 
-    Pairs of axes whose joint prices are too many to write out are left as they are.
+    `rounds`: proposals by messages; 0: forests alone. Pairs of axes whose joint prices are too many to write out are left as they
+    are.
     """
     problem = pricer.problem
     seconds = evaluate(problem, choices)
@@ -64,6 +65,8 @@ def _polished_along(
     relaxation = Relaxation(pricer.problem, seconds, axes, choices)
     grove, rng = Grove(relaxation), np.random.default_rng(SEED)
     best = relaxation.choices(grove.grown(grove.numbered(choices), rng, FORESTS))
+    if not rounds:
+        return best
     for _ in range(rounds):
         for turn in range(SWEEPS):
             relaxation.sweep(turn % 2 == 0, math.inf)
