@@ -96,8 +96,6 @@ class Problem:
     `alike`: a label per axis; axes of one label may change places in any assignment without changing its price by more than
     the order in which they share a dimension does (a hint too); () where nothing is known.
     `starts`: assignments, (nodes, axes), that are known already (a hint for searches within a limit).
-    `sizes`: devices along each axis (a hint: the more there are, the more is lost by a choice that is not the best); () where
-    nothing is known.
     """
 
     axes: tuple[str, ...]
@@ -109,7 +107,6 @@ class Problem:
     limit: float = math.inf
     reserved: tuple[float, ...] = ()
     starts: tuple[np.ndarray, ...] = field(default=(), compare=False)
-    sizes: tuple[int, ...] = ()
     structure: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What was worked out from who is connected to whom, in how many options and of which kinds; prices apart."""
 
@@ -133,9 +130,8 @@ class Problem:
             raise ValueError(f"every start must have the shape {(len(self.nodes), len(self.axes))}")
         if self.axis_order and sorted(self.axis_order) != list(range(len(self.axes))):
             raise ValueError(f"axis_order {self.axis_order} is not a permutation of the {len(self.axes)} axes")
-        for what, hint in (("alike", self.alike), ("sizes", self.sizes)):
-            if hint and len(hint) != len(self.axes):
-                raise ValueError(f"{what} {hint} must have an entry for each of the {len(self.axes)} axes")
+        if self.alike and len(self.alike) != len(self.axes):
+            raise ValueError(f"alike {self.alike} must have a label for each of the {len(self.axes)} axes")
 
     def within(
         self, limit: float, usages: tuple[Usage, ...], reserved: tuple[float, ...] = (), starts: tuple[np.ndarray, ...] = ()

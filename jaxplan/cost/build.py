@@ -183,7 +183,7 @@ def _modelled(
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
     alike = _alike(numbers, stages) if not pins else ()
-    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike, sizes=numbers.sizes)
+    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
     return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages, kin)
 

@@ -68,6 +68,8 @@ class Combines:
 
 def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
     """(seconds per byte, fixed seconds) of steps."""
+    if not steps:
+        return 0.0, 0.0
     sent, rounds = steps_terms(steps, 1.0, numbers.sizes)
     return sent_seconds(sent, {}, numbers), sent_seconds(dict.fromkeys(sent, 0.0), rounds, numbers)
 
@@ -263,6 +265,9 @@ class Reshards:
     def _tabulate(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
         self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
+
+    def _share(self, source: int, target: int) -> None:
+        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
         share = 1 / shards(self._layouts[target], self.numbers.sizes)
         kinds = {step.kind for step in steps}
         made = (source != target, bool(kinds - {"slice"}), "all_gather" in kinds)
@@ -282,7 +287,7 @@ class Reshards:
             if missing.any():
                 rows, columns = np.nonzero(missing)
                 for pair in set(zip(source[rows].tolist(), target[columns].tolist(), strict=True)):
-                    self._tabulate(*pair)
+                    self._share(*pair)
             found.append(self._shares[make][place])
         return found
 

@@ -184,7 +184,7 @@ class _Buckets:
         everything = slice(None)
         for v, groups in reversed(trail):
             parts = [table.array[tuple([everything if w == v else options[w] for w in table.scope])] for table in groups]
-            options[v] = int((parts[0] if len(parts) == 1 else sum(parts)).argmin())
+            options[v] = int((parts[0] if len(parts) == 1 else np.sum(parts, axis=0)).argmin())
         return np.array(options, dtype=np.int64), exact
 
     def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:

@@ -12,7 +12,7 @@ from jaxplan.problem import Assignment, Problem
 from jaxplan.reduce import ChargedPricer, Pricer, Undo, fold
 from jaxplan.search.elimination import CAP, min_fill_order, option_weights, solve
 from jaxplan.search.limited import limited
-from jaxplan.search.moves import ROUNDS, SMALL, finest, fused, polished
+from jaxplan.search.moves import ROUNDS, SMALL, crossed, finest, fused, polished
 
 SWEEPS = 6
 PATIENCE = 2
@@ -25,9 +25,6 @@ POLISHINGS = 2
 """Times that all pairs of axes are polished, as long as that improves: one pair may open the way for an earlier one."""
 RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
-MANY = 64
-"""Devices from which on forests are re-opened on large problems too: exchanges are so much of a step then that a few hundredths
-of a second of search are worth it."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
 
@@ -36,12 +33,12 @@ def hsm2dl(problem: Problem) -> Assignment:
     """Recursion over mesh axes: O(operators x axes x sweeps) on the folded graph.
 
     Every order of the axes is tried on the coarsely folded problem (equal kinds decide alike), starting from "no axis
-    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods. First nodes may take one
-    option along all axes at once: a sum that is partial along two axes is scattered over both or not at all. Then one axis is
-    re-opened at a time until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once.
-    Then nodes may again take one option along all axes, or exchange what two axes do. On small problems two axes may change
-    places more freely, and joint moves (`moves.py`) end the search; on larger ones these take longer than all the rest: only
-    forests are re-opened there, and only on `MANY` devices; `search="joint"` makes all of them. Deterministic.
+    used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods. On small problems nodes
+    may first take one option along all axes at once (a sum that is partial along two axes is scattered over both or not at all);
+    larger ones are crossed once with what messages over joint choices propose (`moves.py`). Then one axis is re-opened at a time
+    until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. Then nodes may take one
+    option along all axes, or exchange what two axes do. On small problems two axes may change places more freely, and joint moves
+    end the search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
@@ -60,8 +57,11 @@ def hsm2dl(problem: Problem) -> Assignment:
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    best, seconds = _settled(pricer, elimination, best, axes)
     small = len(folded.nodes) <= SMALL
+    if small:
+        best, seconds = _settled(pricer, elimination, best, axes)
+    else:
+        best, seconds = _swept(pricer, elimination, crossed(pricer, elimination, best, axes), axes)
     if len(axes) > 1:
         best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes, exchanged=True), axes)
     if small:
@@ -72,11 +72,6 @@ def hsm2dl(problem: Problem) -> Assignment:
             best, seconds = polished(pricer, elimination, best, axes, ROUNDS // max(1, math.comb(len(axes), 2)))
             if seconds >= before * (1 - 1e-9):
                 break
-    elif len(axes) > 1 and math.prod([problem.sizes[axis] for axis in axes] if problem.sizes else [1]) >= MANY:
-        before = seconds
-        best, seconds = polished(pricer, elimination, best, axes, rounds=0)
-        if seconds < before * (1 - 1e-9):
-            best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
     notes: dict[str, object] = {"variables": (len(problem.nodes), coarse, len(folded.nodes))}
     return Assignment(expand(best), seconds, None, notes)
 
@@ -125,12 +120,16 @@ def _recursions(pricer: Pricer, elimination: list[int], axes: list[int]) -> list
 
 
 def _settled(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: list[int]) -> tuple[np.ndarray, float]:
-    """Nodes may take one option along all axes; then one axis is re-opened at a time until nothing improves, then several at once
-    where writing out their joint choices is cheap."""
+    """Nodes may take one option along all axes; then sweeps."""
     if len(axes) > 1:
         candidates = _tied(pricer, best, axes)
         options, _ = solve(pricer.among(candidates), elimination, np.zeros(len(best), dtype=np.int64))
         best = _picked(candidates, options)
+    return _swept(pricer, elimination, best, axes)
+
+
+def _swept(pricer: Pricer, elimination: list[int], best: np.ndarray, axes: list[int]) -> tuple[np.ndarray, float]:
+    """Re-open one axis at a time until nothing improves, then several at once where writing out their joint choices is cheap."""
     best, seconds = _sweep(pricer, elimination, best, [(axis,) for axis in axes], CAP)
     for size in range(2, len(axes) + 1):
         blocks = [block for block in combinations(axes, size) if _entries(pricer.problem, block) <= BLOCK_LIMIT]

@@ -32,6 +32,8 @@ SWEEPS = 4
 """Sweeps of messages between two proposals."""
 POLISHED = 2
 """Forests re-opened in a proposal before it is fused."""
+FEW_SWEEPS, FEW_FORESTS = 2, 4
+"""What of these a large problem is given before single axes are swept."""
 SEED = 0
 BETTER = 1e-9
 """What counts as an improvement, as a fraction."""
@@ -42,8 +44,7 @@ def polished(
 ) -> tuple[np.ndarray, float]:
     """An assignment (nodes, axes) at least as good, and its price: joint choices of every two axes are re-opened.
 
-    `rounds`: proposals by messages; 0: forests alone. Pairs of axes whose joint prices are too many to write out are left as they
-    are.
+    `rounds`: proposals by messages. Pairs of axes whose joint prices are too many to write out are left as they are.
     """
     problem = pricer.problem
     seconds = evaluate(problem, choices)
@@ -65,16 +66,39 @@ def _polished_along(
     relaxation = Relaxation(pricer.problem, seconds, axes, choices)
     grove, rng = Grove(relaxation), np.random.default_rng(SEED)
     best = relaxation.choices(grove.grown(grove.numbered(choices), rng, FORESTS))
-    if not rounds:
-        return best
     for _ in range(rounds):
-        for turn in range(SWEEPS):
-            relaxation.sweep(turn % 2 == 0, math.inf)
-        proposed = grove.numbered(relaxation.decoded(forward=True))
-        for _ in range(POLISHED):
-            proposed = grove.moved(proposed, rng)
-        best = fused(pricer, elimination, [best, relaxation.choices(proposed)])
+        best = _proposed(pricer, elimination, relaxation, grove, best, SWEEPS, rng)
     return relaxation.choices(grove.grown(grove.numbered(best), rng, FORESTS))
+
+
+def _proposed(
+    pricer: Pricer, elimination: list[int], relaxation: Relaxation, grove: Grove, best: np.ndarray, sweeps: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """An assignment crossed with what messages propose after some more sweeps of them."""
+    for turn in range(sweeps):
+        relaxation.sweep(turn % 2 == 0, math.inf)
+    proposed = grove.numbered(relaxation.decoded(forward=True))
+    for _ in range(POLISHED):
+        proposed = grove.moved(proposed, rng)
+    return fused(pricer, elimination, [best, relaxation.choices(proposed)])
+
+
+def crossed(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """An assignment (nodes, axes) at least as good, by little work: for every two axes it is crossed once with what messages
+    propose, and a few forests are re-opened. Pairs of axes whose joint prices are too many to write out are left as they are."""
+    for pair in combinations(axes, 2):
+        try:
+            relaxation = Relaxation(pricer.problem, evaluate(pricer.problem, choices), pair, choices)
+        except TooLarge:
+            continue
+        grove, rng = Grove(relaxation), np.random.default_rng(SEED)
+        choices = _proposed(pricer, elimination, relaxation, grove, choices, FEW_SWEEPS, rng)
+        options = grove.numbered(choices)
+        for _ in range(FEW_FORESTS):
+            options = grove.moved(options, rng)
+        choices = relaxation.choices(options)
+    return choices
 
 
 def finest(problem: Problem) -> tuple[Problem, Undo]:
