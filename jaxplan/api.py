@@ -34,7 +34,7 @@ from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
-from jaxplan.pipeline import Pipeline, PipelineError, rerolled
+from jaxplan.pipeline import Pipeline, PipelineError, left_out, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.plots import plot_memory
@@ -103,7 +103,8 @@ class Plan(_plan.Plan):
     """
 
     def __str__(self) -> str:
-        return describe(self, notes=[str(padding) for padding in self.paddings])
+        apart = left_out(self.traced.jaxpr.jaxpr, self.pipeline) if self.pipeline is not None else []
+        return describe(self, notes=[*[f"not in stages   {why}" for why in apart], *[str(padding) for padding in self.paddings]])
 
     def jit(self, donate_argnums: int | Sequence[int] | None = None) -> PlannedFunction:
         """The planned function: callable, places its arguments, has `.lower(*args)`.

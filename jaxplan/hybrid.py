@@ -32,6 +32,7 @@ from jaxplan.pipeline import (
 )  # fmt: skip
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
 from jaxplan.pipeline.repeats import repeats, splits
+from jaxplan.pipeline.rowwise import told
 from jaxplan.plan import Plan
 from jaxplan.trace import Traced
 
@@ -371,13 +372,15 @@ def forced_groups(
         except ValueError as error:
             raise PipelineError(
                 f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers, or along layers that are "
-                "written out and repeat operator by operator; each hands rows of a batch to the next"
+                "written out and repeat operator by operator; each hands rows of a batch to the next. Take what mixes rows out of "
+                "the layers, or plan with pipeline=None"
             ) from None
-    longest = max(min(chain.length for chain in chains) for chains in groups)
-    if size > longest:
+    longest = max([min(chains, key=lambda chain: chain.length) for chains in groups], key=lambda chain: chain.length)
+    if size > longest.length:
+        where = told(scan_at(staged.traced.jaxpr.jaxpr, longest.path))
         raise PipelineError(
-            f"pipeline={axis!r}: {size} stages, and only {longest} layers: every stage needs at least one; take an axis of at "
-            f"most {longest}"
+            f"pipeline={axis!r}: {size} stages, and only {longest.length} layers ({where}): every stage needs at least one; take "
+            f"an axis of at most {longest.length}"
         )
     check_microbatches(groups, microbatches)
     return staged, groups

@@ -1,5 +1,6 @@
 """Pipelines as plans: what they cost, when one is chosen, what is refused; and that they run as planned."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -298,3 +299,32 @@ def test_a_batch_that_two_does_not_divide(rows, written_out):
             jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s")
     else:
         assert rows % jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s").pipeline.microbatches == 0
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs_is_named_by_its_line():
+    def fn(ws, x, count):
+        return jax.lax.fori_loop(0, count, lambda i, y: jnp.tanh(y @ ws[i]), x)
+
+    args = (jax.ShapeDtypeStruct(s, d) for s, d in (((4, 8, 8), jnp.float32), ((16, 8), jnp.float32), ((), jnp.int32)))
+    with pytest.raises(ValueError, match=r"while at \S*test_pipeline_plan\.py:\d+ runs as often as it finds out.*jax\.lax\.scan"):
+        jaxplan.make_plan(fn, *args, mesh=AbstractMesh((2,), ("s",)), pipeline="s")
+
+
+def test_layers_with_effects_are_not_laid_in_stages_and_the_plan_says_so():
+    """What is printed would be printed at every tick, those of the bubble too. The backward scan prints nothing."""
+
+    def layer(x, w):
+        jax.debug.print("{}", w[0, 0])
+        return jnp.tanh(x @ w), None
+
+    def loss(ws, x):
+        return jnp.sum(jax.lax.scan(layer, x, ws)[0])
+
+    args = jax.ShapeDtypeStruct((4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    asked = {"mesh": AbstractMesh((2,), ("s",)), "pipeline": "s", "microbatches": 4}
+    where = r"scan at \S*test_pipeline_plan\.py:\d+ cannot run in stages.*debug_\w+ at \S*test_pipeline_plan\.py:\d+ has an effect"
+    with pytest.raises(ValueError, match=where):
+        jaxplan.make_plan(loss, *args, **asked)
+    plan = jaxplan.make_plan(jax.grad(loss), *args, **asked)
+    assert [chain.reverse for chain in plan.pipeline.chains] == [True]
+    assert re.search("not in stages   " + where, str(plan)), str(plan)

@@ -62,12 +62,13 @@ def rerolled(traced: Traced) -> Traced:
 
     Its inputs and outputs are those of `traced`. Values differ by nothing but the order in which XLA adds up.
     """
-    loops = find_loops(traced.jaxpr.jaxpr)
+    closed = traced.jaxpr
+    jaxpr, picks = picked_first(closed.jaxpr)
+    loops = find_loops(jaxpr)
     if not loops:
         return traced
-    closed = traced.jaxpr
-    spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
-    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(closed, loops, inputs))(*spec))
+    spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
+    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, closed.consts, loops, inputs))(*spec))
 
 
 # ---- found -------------------------------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ class Numbering:
     def equation(self, equation: Any) -> int:
         """The number of an equation, whatever its operands are called."""
         ins = tuple([(v.aval, _literal(v)) if isinstance(v, _jax.Literal) else v.aval for v in equation.invars])
-        dropped = callable if equation.primitive in _DERIVED else lambda _: False
-        params = tuple([(name, self._value(v)) for name, v in equation.params.items() if not dropped(v)])
+        derived = equation.primitive in _DERIVED
+        params = tuple([(name, self._value(v)) for name, v in equation.params.items() if not derived or _computed(v)])
         return self._number((equation.primitive, params, ins, tuple([v.aval for v in equation.outvars])))
 
     def jaxpr(self, jaxpr: Any) -> int:
@@ -162,6 +163,11 @@ class Numbering:
 
 _DERIVED = frozenset({_jax.custom_jvp_call_p, _jax.custom_vjp_call_p})
 """Calls whose functions among the parameters are made anew at each, and say how to differentiate, not what is computed."""
+
+
+def _computed(parameter: Any) -> bool:
+    """Whether a parameter of such a call says what is computed: its jaxpr and plain values do."""
+    return hasattr(parameter, "jaxpr") or hasattr(parameter, "eqns") or isinstance(parameter, (bool, int, str, tuple))
 
 
 def _literal(literal: Any) -> Any:
@@ -289,6 +295,59 @@ def _source(
     return ("x", xs.setdefault(tuple(variables), len(xs)))
 
 
+# ---- what blocks pick for themselves ----
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A jaxpr's equations in another order in which they can run."""
+
+    constvars: Sequence[Any]
+    invars: Sequence[Any]
+    eqns: Sequence[Any]
+    outvars: Sequence[Any]
+
+
+Picks = Mapping[Any, tuple[Any, int]]
+"""{variable: (a stack, the number of the one that it is)}."""
+
+
+def picked_first(jaxpr: Any) -> tuple[Ordered, Picks]:
+    """A jaxpr in which all that blocks pick for themselves is picked before the first of them: one of a stack of parameters or keys,
+    a key folded with the number of the layer. That number stands in the equation, so that no block that picks is like another;
+    and what is picked of the program's inputs, and keys, depend on no layer.
+    """
+    early = {*jaxpr.constvars, *jaxpr.invars}
+    first, rest, slices, picks = list[Any](), list[Any](), dict[Any, tuple[Any, int]](), dict[Any, tuple[Any, int]]()
+    for equation in jaxpr.eqns:
+        reads = [v for v in equation.invars if not isinstance(v, _jax.Literal)]
+        if equation.effects or not reads or not early.issuperset(reads) or not _picks(equation, slices):
+            rest.append(equation)
+            continue
+        first.append(equation)
+        early.update(equation.outvars)
+        if equation.primitive is _SLICE:
+            slices[equation.outvars[0]] = reads[0], equation.params["start_indices"][0]
+        elif equation.primitive is _SQUEEZE and reads[0] in slices:
+            picks[equation.outvars[0]] = slices[reads[0]]
+    return Ordered(jaxpr.constvars, jaxpr.invars, [*first, *rest], jaxpr.outvars), picks
+
+
+_SLICE, _SQUEEZE = _jax.primitives("slice squeeze")
+_KEY_WORDS = frozenset(_jax.primitives("random_unwrap"))
+
+
+def _picks(equation: Any, slices: Collection[Any]) -> bool:
+    """Whether an equation, which reads nothing that a layer makes, takes the first dimension's elements one by one, or makes keys
+    of keys."""
+    operand, out = equation.invars[0].aval, equation.outvars[0].aval
+    if equation.primitive is _SLICE:
+        return len(out.shape) > 0 and out.shape == (1, *operand.shape[1:])
+    if equation.primitive is _SQUEEZE:
+        return equation.invars[0] in slices and equation.params["dimensions"] == (0,)
+    return equation.primitive in _KEY_WORDS or all(_jax.is_key(v.aval.dtype) for v in equation.outvars)
+
+
 # ---- traced again ------------------------------------------------------------------------------------------------
 
 
@@ -297,13 +356,13 @@ Stacks = dict[tuple[int, ...], tuple[Any, Sequence[Any]]]
 one stacked, or left stacked."""
 
 
-def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
-    """A jaxpr's outputs, its loops as scans."""
-    jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+def _evaluate(jaxpr: Ordered, picks: Picks, consts: Sequence[Any], loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
+    """A jaxpr's outputs, its loops as scans. Where the layers of a loop pick all of a stack, that is what the scan goes over."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
     at = {loop.run.start: loop for loop in loops}
     stacks: Stacks = {}
+    wholes: dict[Any, list[_Layer]] = {}
     number = 0
     while number < len(jaxpr.eqns):
         loop = at.get(number)
@@ -312,6 +371,16 @@ def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list
             number = loop.run.stop
             continue
         equation = jaxpr.eqns[number]
+        source, index = picks.get(equation.outvars[0], (None, 0)) if equation.outvars else (None, 0)
+        if source is not None:
+            layers = wholes.get(source)
+            if layers is None:
+                stack = _Stack(_read(source, env), source.aval.shape[0])
+                layers = wholes[source] = [_Layer(stack, n) for n in range(source.aval.shape[0])]
+                stacks[tuple(map(id, layers))] = _read(source, env), layers
+            env[equation.outvars[0]] = layers[index]
+            number += 1
+            continue
         with _jax.user_context(equation):
             env.update(zip(equation.outvars, _jax.bind(equation, [_read(v, env) for v in equation.invars], 1), strict=True))
         number += 1
@@ -326,8 +395,11 @@ class _Stack:
 
     def part(self, number: int) -> Any:
         if not self._parts:
-            layers = jax.lax.split(self._value, (1,) * self._count)
-            self._parts = [jax.lax.squeeze(layer, (0,)) for layer in layers]
+            if _jax.is_key(self._value.dtype):
+                self._parts = [self._value[n] for n in range(self._count)]
+            else:
+                layers = jax.lax.split(self._value, (1,) * self._count)
+                self._parts = [jax.lax.squeeze(layer, (0,)) for layer in layers]
         return self._parts[number]
 
 
