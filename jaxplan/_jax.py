@@ -360,6 +360,11 @@ def is_key(dtype: Any) -> bool:
     return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def generator(dtype: Any) -> str:
+    """The name of the generator that keys of this dtype are for, "threefry2x32" say; "" where it holds none."""
+    return dtype._impl.name if is_key(dtype) else ""
+
+
 def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
     """Zeros; of keys, those whose words are zero."""
     if not is_key(dtype):
