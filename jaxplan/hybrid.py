@@ -372,8 +372,8 @@ def forced_groups(
         except ValueError as error:
             raise PipelineError(
                 f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers, or along layers that are "
-                "written out and repeat operator by operator; each hands rows of a batch to the next. Take what mixes rows out of "
-                "the layers, or plan with pipeline=None"
+                "written out and repeat operator by operator; each hands rows of a batch to the next. Take what mixes rows out "
+                "of the layers, or plan with pipeline=None"
             ) from None
     longest = max([min(chains, key=lambda chain: chain.length) for chains in groups], key=lambda chain: chain.length)
     if size > longest.length:

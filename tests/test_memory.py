@@ -188,7 +188,8 @@ def test_random_numbers_are_made_in_rounds_that_are_stored(mesh, draw):
     """Four words per element, whatever becomes of them."""
 
     def fn(key, x):
-        return jnp.where(draw(key, x.shape) > 0, x, jnp.float32(0))
+        drawn = draw(key, x.shape)
+        return jnp.where(drawn if drawn.dtype == bool else drawn > 0, x, jnp.float32(0))
 
     args = jax.random.key(0), jnp.ones((256, 64), jnp.float32)
     plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)

@@ -322,7 +322,8 @@ def test_layers_with_effects_are_not_laid_in_stages_and_the_plan_says_so():
 
     args = jax.ShapeDtypeStruct((4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
     asked = {"mesh": AbstractMesh((2,), ("s",)), "pipeline": "s", "microbatches": 4}
-    where = r"scan at \S*test_pipeline_plan\.py:\d+ cannot run in stages.*debug_\w+ at \S*test_pipeline_plan\.py:\d+ has an effect"
+    line = r"at \S*test_pipeline_plan\.py:\d+"
+    where = rf"scan {line} cannot run in stages.*debug_\w+ {line} has an effect"
     with pytest.raises(ValueError, match=where):
         jaxplan.make_plan(loss, *args, **asked)
     plan = jaxplan.make_plan(jax.grad(loss), *args, **asked)

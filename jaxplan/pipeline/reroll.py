@@ -313,9 +313,9 @@ Picks = Mapping[Any, tuple[Any, int]]
 
 
 def picked_first(jaxpr: Any) -> tuple[Ordered, Picks]:
-    """A jaxpr in which all that blocks pick for themselves is picked before the first of them: one of a stack of parameters or keys,
-    a key folded with the number of the layer. That number stands in the equation, so that no block that picks is like another;
-    and what is picked of the program's inputs, and keys, depend on no layer.
+    """A jaxpr in which all that blocks pick for themselves is picked before the first of them: one of a stack of parameters or
+    keys, a key folded with the number of the layer. That number stands in the equation, so that no block that picks is like
+    another; and what is picked of the program's inputs, and keys, depend on no layer.
     """
     early = {*jaxpr.constvars, *jaxpr.invars}
     first, rest, slices, picks = list[Any](), list[Any](), dict[Any, tuple[Any, int]](), dict[Any, tuple[Any, int]]()

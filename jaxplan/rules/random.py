@@ -13,7 +13,6 @@ from jaxplan.rules.build import Builder
 from jaxplan.rules.nouns import Dim, Kind, Rule
 from jaxplan.rules.table import register, whole_rule
 
-
 _BITS = primitives("random_bits")
 IN_ROUNDS = {"threefry2x32": 4}
 """Words of 32 bits per element that a generator's rounds store: two go in, and two come out (measured with XLA for CPU, for all

@@ -194,8 +194,8 @@ def _cut(asked: Asked, micro: Micro) -> tuple[float, Micro, tuple[int, ...]]:
     if len(ends) < asked.stages - 1:
         places = f"{len(ends)} place" + ("s" if len(ends) != 1 else "")
         raise PipelineError(
-            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {places} only; take an axis of "
-            f"at most {len(ends) + 1}"
+            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {places} only; take an axis "
+            f"of at most {len(ends) + 1}"
         )
     whole = stage_program(parts_of(micro, (), asked.ties), 0)
     plan = asked.planner(whole.traced, stage_mesh(asked.mesh, asked.axis, 0), math.inf)
