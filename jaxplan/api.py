@@ -346,8 +346,9 @@ class Plan(_plan.Plan):
 class StagedPlan(OnStages, Plan):
     """A plan whose stages lie on sub-meshes of their own: what `make_plan` gives where an axis is laid along layers that differ.
 
-    It runs as other plans do (`jit`, `auto_shard`, `init`, `check`); `stage_plans` has the plan of each stage. It is no single
-    program, so that it cannot be lowered, or called inside of another jitted function (ValueError).
+    It runs as other plans do (`jit`, `auto_shard`, `init`, `check`), is lowered, compiled and audited part by part, and saved;
+    `stage_plans` has the plan of each stage. It is no single program, so that it cannot be called inside of another jitted
+    function, drawn, or taken apart in symbols of its memory (ValueError); of `export`'s forms it has "orbax".
     """
 
     def explain(self, path_or_line: str) -> Explanation:
