@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, _jax, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
+from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline
 from jaxplan.budget import Limit, NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
@@ -42,7 +42,7 @@ from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
-from jaxplan.resize import Origin, resize
+from jaxplan.resize import CannotResize, Origin, input_shapes, resize
 from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -295,7 +295,7 @@ class Plan(_plan.Plan):
         `microbatches`, or with other `sizes` of its dimensions; no retrace.
 
         `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
-        is what `make_plan` gives for arguments of such shapes (pipelines apart: none is looked for), but cannot be run or saved.
+        is what `make_plan` gives for arguments of such shapes (stages of unlike layers apart), but cannot be run or saved.
         Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
         decided by looking at a shape stays decided.
         """
@@ -314,7 +314,6 @@ class Plan(_plan.Plan):
                 origin = self.origin
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
                 differ = {} if graph is origin.graph else {**request.sizes, **sizes}
-                check_resized(request.pipeline, bool(differ))
                 request = replace(request, sizes=differ, origin=origin if differ else None)
             return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
 
@@ -441,20 +440,30 @@ def _solve(
     start = time.perf_counter()
     machine = find_machine(request.machine, request.mesh)
     budget = budget_bytes(request.memory_budget, machine)
-    asked = None if request.sizes else request.pipeline
+    asked = request.pipeline
 
     def rolled() -> Choosing[Plan] | None:
-        again = traced if request.sizes else rerolled(traced)
-        if again is traced:
+        origin = request.origin if request.sizes else None
+        written = origin.traced if origin is not None else traced
+        again = rerolled(written)
+        if again is written:
             return None
         loops = build_graph(again, request.while_trips, graph.platform)
+        called = renamed(dims, graph, loops)
+        if origin is not None:
+            try:
+                again, loops = _loops_resized(origin, again, loops, called, request)
+            except CannotResize:
+                if asked == AUTO:
+                    return None
+                raise
         marked = replace(request, unrolled=(traced, graph))
-        return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
+        return choosing(again, loops, marked, called, lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine)
         attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
-        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled)
+        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled, bool(request.sizes))
 
     using = choosing(traced, graph, request, dims, rolled)
     wanted = _wanted(using, request, dims)
@@ -462,6 +471,8 @@ def _solve(
     try:
         plan = choose(using, asked, request.microbatches)
     except PipelineError as error:
+        if request.sizes:
+            raise ValueError(f"{error}. At other sizes than traced: call make_plan with arguments of these shapes") from error
         plan = _on_stages(using, request, insisted(using, wanted, asked or "", error))
     except NothingFits:
         found = unasked(using, wanted, None) if own else None
@@ -477,6 +488,19 @@ def _solve(
         plan = _certified(plan, request, budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
+
+
+def _loops_resized(origin: Origin, traced: Traced, graph: Graph, dims: Dims, request: Request) -> tuple[Traced, Graph]:
+    """A program with its unrolled layers in loops, at the sizes of a request. `origin`: the program as it was traced. Raises
+    CannotResize, also where dimensions have other names than there."""
+    loops = Origin(traced, graph, _plan.dimension_names_of(traced, graph, dims), origin.while_trips)
+    try:
+        same = input_shapes(origin, request.sizes) == input_shapes(loops, request.sizes)
+    except ValueError as error:
+        raise CannotResize(f"layers that are written out, at other sizes: {error}") from error
+    if not same:
+        raise CannotResize("layers that are written out have other dimensions as a loop. Name them with dims=, or trace anew")
+    return resize(loops, request.sizes)
 
 
 def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, budget: float = math.inf) -> Request:

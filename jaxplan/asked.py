@@ -40,9 +40,3 @@ def check_pipeline(asked: Any, count: Any) -> None:
         raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
     if count is not None and asked is None:
         raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
-
-
-def check_resized(asked: str | None, resized: bool) -> None:
-    """Raise ValueError for a pipeline that is insisted on at other sizes than the program was traced for: none is looked for."""
-    if resized and asked not in (None, AUTO):
-        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
