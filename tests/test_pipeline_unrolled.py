@@ -111,6 +111,31 @@ def test_layers_that_pick_their_keys_run_in_stages_there_and_back(how):
     assert_close(jax.jit(fn)(*args), plan.jit()(*args))
 
 
+def test_layers_that_all_read_the_encoders_result_are_found_on_the_way_back():
+    """The last layer starts the sum of what all give back to it, with an equation less than the others."""
+    weights = [[jax.random.normal(jax.random.key(7 * n + k), (8, 8)) / 3 for k in range(3)] for n in range(9)]
+    source, target = (jax.random.normal(jax.random.key(k), (16, 8)) for k in (100, 101))
+
+    def loss(params, source, target):
+        (first, *_), encoder, decoder = params[0], params[1:5], params[5:]
+        memory, y = source @ first, target @ params[0][1]
+        for a, b, _ in encoder:
+            memory = memory + jnp.tanh(jnp.tanh(memory @ a) @ b)
+        for a, b, c in decoder:
+            y = y + jnp.tanh(jnp.tanh(y @ a) * (memory @ b)) @ c
+        return jnp.mean(jnp.square(y))
+
+    def step(params, source, target):
+        return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, jax.grad(loss)(params, source, target))
+
+    args = weights, source, target
+    found = [(s.length, s.equation.params["reverse"]) for s in scans(rerolled(trace(step, args, {})).jaxpr.jaxpr)]
+    assert found == [(4, False), (4, False), (4, True), (4, True)]
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), machine=SLOW_WORK, pipeline="x", microbatches=4)
+    assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2)] * 4
+    assert_close(jax.jit(step)(*args), plan.jit()(*args))
+
+
 def test_layers_that_pick_from_a_stack_are_a_scan_over_it():
     """Parameters are stacked already: they are not taken apart to be stacked again."""
 

@@ -253,8 +253,6 @@ def layered(written_out):
     """A step down the gradient of layers, stacked or one after another; shapes of parameters, rows."""
 
     def step(params, x):
-        first, layers = params
-
         def loss(params):
             first, layers = params
             h = x @ first
@@ -305,8 +303,6 @@ def test_other_numbers_of_layers_are_other_stages():
 
 def test_unlike_stages_at_other_sizes_are_refused():
     def step(params, x):
-        wide, narrow, last = params
-
         def loss(params):
             wide, narrow, last = params
             return jnp.mean((jnp.tanh(jax.nn.gelu(x @ wide) @ narrow) @ last) ** 2)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxplan import _jax
+from jaxplan.pipeline.ordered import ADDS, Ordered, Picks, picked_first, with_first_terms
 from jaxplan.rules import Kind, rule_of
 from jaxplan.trace import Traced
 
@@ -67,8 +68,26 @@ def rerolled(traced: Traced) -> Traced:
     loops = find_loops(jaxpr)
     if not loops:
         return traced
+    short = [loop for loop in loops if any(other.run.count == loop.run.count + 1 for other in loops)]
+    more = with_first_terms(jaxpr, [_sums(jaxpr, loop) for loop in short])
+    if more is not jaxpr:
+        found = find_loops(more)
+        if sum([loop.run.count for loop in found]) > sum([loop.run.count for loop in loops]):
+            jaxpr, loops = more, found
     spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
-    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, closed.consts, loops, inputs))(*spec))
+    consts = [*closed.consts, *jaxpr.zeros()]
+    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, consts, loops, inputs))(*spec))
+
+
+def _sums(jaxpr: Any, loop: Loop) -> tuple[int, int, list[Any]]:
+    """(start, period, first values) of a loop before whose first block there may be one that starts sums: what each block adds to
+    what the one before has added up, and nothing else."""
+    firsts = []
+    for number, (first, e, _) in enumerate(loop.carries):
+        adds = jaxpr.eqns[loop.run.start + e].primitive in ADDS
+        if adds and loop.sources[e][0] == ("carry", number):
+            firsts.append(first)
+    return loop.run.start, loop.run.period, firsts
 
 
 # ---- found -------------------------------------------------------------------------------------------------------
@@ -293,59 +312,6 @@ def _source(
     if all(v is variables[0] for v in variables):
         return ("const", consts.setdefault(variables[0], len(consts)))
     return ("x", xs.setdefault(tuple(variables), len(xs)))
-
-
-# ---- what blocks pick for themselves ----
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """A jaxpr's equations in another order in which they can run."""
-
-    constvars: Sequence[Any]
-    invars: Sequence[Any]
-    eqns: Sequence[Any]
-    outvars: Sequence[Any]
-
-
-Picks = Mapping[Any, tuple[Any, int]]
-"""{variable: (a stack, the number of the one that it is)}."""
-
-
-def picked_first(jaxpr: Any) -> tuple[Ordered, Picks]:
-    """A jaxpr in which all that blocks pick for themselves is picked before the first of them: one of a stack of parameters or
-    keys, a key folded with the number of the layer. That number stands in the equation, so that no block that picks is like
-    another; and what is picked of the program's inputs, and keys, depend on no layer.
-    """
-    early = {*jaxpr.constvars, *jaxpr.invars}
-    first, rest, slices, picks = list[Any](), list[Any](), dict[Any, tuple[Any, int]](), dict[Any, tuple[Any, int]]()
-    for equation in jaxpr.eqns:
-        reads = [v for v in equation.invars if not isinstance(v, _jax.Literal)]
-        if equation.effects or not reads or not early.issuperset(reads) or not _picks(equation, slices):
-            rest.append(equation)
-            continue
-        first.append(equation)
-        early.update(equation.outvars)
-        if equation.primitive is _SLICE:
-            slices[equation.outvars[0]] = reads[0], equation.params["start_indices"][0]
-        elif equation.primitive is _SQUEEZE and reads[0] in slices:
-            picks[equation.outvars[0]] = slices[reads[0]]
-    return Ordered(jaxpr.constvars, jaxpr.invars, [*first, *rest], jaxpr.outvars), picks
-
-
-_SLICE, _SQUEEZE = _jax.primitives("slice squeeze")
-_KEY_WORDS = frozenset(_jax.primitives("random_unwrap"))
-
-
-def _picks(equation: Any, slices: Collection[Any]) -> bool:
-    """Whether an equation, which reads nothing that a layer makes, takes the first dimension's elements one by one, or makes keys
-    of keys."""
-    operand, out = equation.invars[0].aval, equation.outvars[0].aval
-    if equation.primitive is _SLICE:
-        return len(out.shape) > 0 and out.shape == (1, *operand.shape[1:])
-    if equation.primitive is _SQUEEZE:
-        return equation.invars[0] in slices and equation.params["dimensions"] == (0,)
-    return equation.primitive in _KEY_WORDS or all(_jax.is_key(v.aval.dtype) for v in equation.outvars)
 
 
 # ---- traced again ------------------------------------------------------------------------------------------------

@@ -156,9 +156,8 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
 
 
 def at_extents(graph: Graph, chain: Chain) -> Chain | None:
-    """A chain as it is in a graph at other extents than it was traced for: its length, and the rows of its batch. Layers are those
-    of a single stage. None where rows are merged with another dimension, whose extent a role has, or where a role's dimension is
-    not found."""
+    """A chain as it is in a graph at other extents than it was traced for: its length, and the rows of its batch; its layers are
+    those of a single stage. None where rows are merged with another dimension, since roles have its extent."""
     roles = (*chain.consts, *chain.carries, *chain.xs, *chain.ys)
     cut = [role for role in roles if role.kind is Kind.CUT]
     edges = _edges(graph, chain)
