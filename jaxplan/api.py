@@ -42,7 +42,7 @@ from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
-from jaxplan.resize import CannotResize, Origin, input_shapes, resize
+from jaxplan.resize import CannotResize, Origin, resize, resize_loops
 from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -452,7 +452,8 @@ def _solve(
         called = renamed(dims, graph, loops)
         if origin is not None:
             try:
-                again, loops = _loops_resized(origin, again, loops, called, request)
+                names = _plan.dimension_names_of(again, loops, called)
+                again, loops = resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
             except CannotResize:
                 if asked == AUTO:
                     return None
@@ -488,19 +489,6 @@ def _solve(
         plan = _certified(plan, request, budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
-
-
-def _loops_resized(origin: Origin, traced: Traced, graph: Graph, dims: Dims, request: Request) -> tuple[Traced, Graph]:
-    """A program with its unrolled layers in loops, at the sizes of a request. `origin`: the program as it was traced. Raises
-    CannotResize, also where dimensions have other names than there."""
-    loops = Origin(traced, graph, _plan.dimension_names_of(traced, graph, dims), origin.while_trips)
-    try:
-        same = input_shapes(origin, request.sizes) == input_shapes(loops, request.sizes)
-    except ValueError as error:
-        raise CannotResize(f"layers that are written out, at other sizes: {error}") from error
-    if not same:
-        raise CannotResize("layers that are written out have other dimensions as a loop. Name them with dims=, or trace anew")
-    return resize(loops, request.sizes)
 
 
 def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, budget: float = math.inf) -> Request:
