@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, _jax, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline
+from jaxplan.asked import AUTO, check_certify, check_keywords, check_mesh, check_pipeline
 from jaxplan.budget import Limit, NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
@@ -403,7 +403,7 @@ def make_plan(
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     check_certify(certify)
     check_mesh(mesh)
-    _check_keywords(fn, kwargs)
+    check_keywords(fn, kwargs, meant)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
@@ -592,19 +592,6 @@ def meant(name: str) -> str:
     """What a keyword that nobody takes may have been meant to be."""
     near = difflib.get_close_matches(name, keywords(), 1)
     return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
-
-
-def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in kwargs:
-        if name not in parameters:
-            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _request_pins(plan: Plan) -> dict[int, Layout]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,3 +42,16 @@ def check_pipeline(asked: Any, count: Any) -> None:
         raise ValueError(f"microbatches must be a whole number of at least 1, or None, got {count!r}")
     if count is not None and asked is None:
         raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
+
+
+def check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any], meant: Callable[[str], str]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's. `meant`: what to do about one."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
