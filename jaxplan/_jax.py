@@ -355,13 +355,19 @@ def rebind_remat(equation: Any, body: Any, values: list[Any]) -> list[Any]:
 # --- keys, which few operations take as they are ---
 
 
-def _is_key(dtype: Any) -> bool:
+def is_key(dtype: Any) -> bool:
+    """Whether an array of this dtype holds random keys."""
     return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def generator(dtype: Any) -> str:
+    """The name of the generator that keys of this dtype are for, "threefry2x32" say; "" where it holds none."""
+    return dtype._impl.name if is_key(dtype) else ""
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
     """Zeros; of keys, those whose words are zero."""
-    if not _is_key(dtype):
+    if not is_key(dtype):
         return jax.numpy.zeros(shape, dtype)
     implementation = dtype._impl
     return jax.random.wrap_key_data(jax.numpy.zeros((*shape, *implementation.key_shape), np.uint32), impl=implementation)
@@ -369,6 +375,6 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def on_key_data(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of an array; of keys, of their words."""
-    if not _is_key(value.dtype):
+    if not is_key(value.dtype):
         return function(value)
     return jax.random.wrap_key_data(function(jax.random.key_data(value)), impl=value.dtype._impl)

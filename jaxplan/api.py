@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jaxplan import __version__, _jax, files, plan as _plan
 from jaxplan.apply import PlannedFunction
-from jaxplan.asked import AUTO, check_certify, check_mesh, check_pipeline, check_resized
+from jaxplan.asked import AUTO, check_certify, check_keywords, check_mesh, check_pipeline
 from jaxplan.budget import Limit, NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
 from jaxplan.cost import Modelled, Numbers, frugal, model
@@ -34,7 +34,7 @@ from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
-from jaxplan.pipeline import Pipeline, PipelineError, rerolled
+from jaxplan.pipeline import Pipeline, PipelineError, left_out, rerolled
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
 from jaxplan.plots import plot_memory
@@ -42,7 +42,7 @@ from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
-from jaxplan.resize import Origin, resize
+from jaxplan.resize import CannotResize, Origin, resize, resize_loops
 from jaxplan.search import certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
@@ -103,7 +103,8 @@ class Plan(_plan.Plan):
     """
 
     def __str__(self) -> str:
-        return describe(self, notes=[str(padding) for padding in self.paddings])
+        apart = left_out(self.traced.jaxpr.jaxpr, self.pipeline) if self.pipeline is not None else []
+        return describe(self, notes=[*[f"not in stages   {why}" for why in apart], *[str(padding) for padding in self.paddings]])
 
     def jit(self, donate_argnums: int | Sequence[int] | None = None) -> PlannedFunction:
         """The planned function: callable, places its arguments, has `.lower(*args)`.
@@ -294,7 +295,7 @@ class Plan(_plan.Plan):
         `microbatches`, or with other `sizes` of its dimensions; no retrace.
 
         `sizes`: {"B": 512}: extents by the names that the plan prints, or that `dims` gave; the others stay as they are. The plan
-        is what `make_plan` gives for arguments of such shapes (pipelines apart: none is looked for), but cannot be run or saved.
+        is what `make_plan` gives for arguments of such shapes (stages of unlike layers apart), but cannot be run or saved.
         Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
         decided by looking at a shape stays decided.
         """
@@ -313,7 +314,6 @@ class Plan(_plan.Plan):
                 origin = self.origin
                 traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
                 differ = {} if graph is origin.graph else {**request.sizes, **sizes}
-                check_resized(request.pipeline, bool(differ))
                 request = replace(request, sizes=differ, origin=origin if differ else None)
             return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
 
@@ -345,8 +345,9 @@ class Plan(_plan.Plan):
 class StagedPlan(OnStages, Plan):
     """A plan whose stages lie on sub-meshes of their own: what `make_plan` gives where an axis is laid along layers that differ.
 
-    It runs as other plans do (`jit`, `auto_shard`, `init`, `check`); `stage_plans` has the plan of each stage. It is no single
-    program, so that it cannot be lowered, or called inside of another jitted function (ValueError).
+    It runs as other plans do (`jit`, `auto_shard`, `init`, `check`), is lowered, compiled and audited part by part, and saved;
+    `stage_plans` has the plan of each stage. It is no single program, so that it cannot be called inside of another jitted
+    function, drawn, or taken apart in symbols of its memory (ValueError); of `export`'s forms it has "orbax".
     """
 
     def explain(self, path_or_line: str) -> Explanation:
@@ -402,7 +403,7 @@ def make_plan(
         raise ValueError(f"while_trips must be a number of rounds, got {while_trips}")
     check_certify(certify)
     check_mesh(mesh)
-    _check_keywords(fn, kwargs)
+    check_keywords(fn, kwargs, meant)
     start = time.perf_counter()
     traced = trace(
         fn, args, kwargs, static_argnums=static_argnums, static_argnames=static_argnames,
@@ -439,20 +440,31 @@ def _solve(
     start = time.perf_counter()
     machine = find_machine(request.machine, request.mesh)
     budget = budget_bytes(request.memory_budget, machine)
-    asked = None if request.sizes else request.pipeline
+    asked = request.pipeline
 
     def rolled() -> Choosing[Plan] | None:
-        again = traced if request.sizes else rerolled(traced)
-        if again is traced:
+        origin = request.origin if request.sizes else None
+        written = origin.traced if origin is not None else traced
+        again = rerolled(written)
+        if again is written:
             return None
         loops = build_graph(again, request.while_trips, graph.platform)
+        called = renamed(dims, graph, loops)
+        if origin is not None:
+            try:
+                names = _plan.dimension_names_of(again, loops, called)
+                again, loops = resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
+            except CannotResize:
+                if asked == AUTO:
+                    return None
+                raise
         marked = replace(request, unrolled=(traced, graph))
-        return choosing(again, loops, marked, renamed(dims, graph, loops), lambda: None)
+        return choosing(again, loops, marked, called, lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine)
         attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
-        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled)
+        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled, bool(request.sizes))
 
     using = choosing(traced, graph, request, dims, rolled)
     wanted = _wanted(using, request, dims)
@@ -460,6 +472,8 @@ def _solve(
     try:
         plan = choose(using, asked, request.microbatches)
     except PipelineError as error:
+        if request.sizes:
+            raise ValueError(f"{error}. At other sizes than traced: call make_plan with arguments of these shapes") from error
         plan = _on_stages(using, request, insisted(using, wanted, asked or "", error))
     except NothingFits:
         found = unasked(using, wanted, None) if own else None
@@ -578,19 +592,6 @@ def meant(name: str) -> str:
     """What a keyword that nobody takes may have been meant to be."""
     near = difflib.get_close_matches(name, keywords(), 1)
     return f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(keywords())}"
-
-
-def _check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's."""
-    try:
-        parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):
-        return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in kwargs:
-        if name not in parameters:
-            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")
 
 
 def _request_pins(plan: Plan) -> dict[int, Layout]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +44,14 @@ def check_pipeline(asked: Any, count: Any) -> None:
         raise ValueError(f"microbatches={count} without a pipeline: give pipeline='auto', or the axis to lay along the layers")
 
 
-def check_resized(asked: str | None, resized: bool) -> None:
-    """Raise ValueError for a pipeline that is insisted on at other sizes than the program was traced for: none is looked for."""
-    if resized and asked not in (None, AUTO):
-        raise ValueError(f"pipeline={asked!r} at other sizes than traced: call make_plan with arguments of these shapes")
+def check_keywords(fn: Callable[..., Any], kwargs: Mapping[str, Any], meant: Callable[[str], str]) -> None:
+    """Raise TypeError for a keyword that is neither `make_plan`'s nor the function's. `meant`: what to do about one."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            raise TypeError(f"make_plan does not take {name!r}, and neither does {getattr(fn, '__name__', fn)!r}; {meant(name)}")

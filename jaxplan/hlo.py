@@ -493,6 +493,11 @@ def audit(
         compiled = fn.compile()
     elif hasattr(fn, "lower"):
         compiled = fn.lower(*args, **kwargs).compile()
+        if not hasattr(compiled, "input_shardings"):
+            raise TypeError(
+                f"audit reads one compiled program, and {getattr(fn, '__name__', fn)!r} runs as several, on sub-meshes: "
+                "plan.audit() reads all of them; fn.lower(...).compile().stages[number].parts has each one's `program`"
+            )
     else:
         raise TypeError(f"audit reads compiled programs, and {fn!r} is not jitted: pass jax.jit(fn) instead")
     if mesh is None:

@@ -34,6 +34,8 @@ from jaxplan.pipeline import (
 from jaxplan.pipeline.nouns import Kind
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
 from jaxplan.pipeline.repeats import repeats, splits
+from jaxplan.pipeline.rowwise import told
+from jaxplan.pipeline.staging import at_extents
 from jaxplan.plan import Plan
 from jaxplan.trace import Traced
 
@@ -76,16 +78,19 @@ def counts(rows: int, stages: int, microbatches: int | None = None) -> list[int]
     return sorted({min(found, key=lambda m: abs(math.log2(m / power))) for power in powers}) if found else []
 
 
-def chain_groups(traced: Traced) -> list[tuple[Chain, ...]]:
+def chain_groups(traced: Traced, resized: Graph | None = None) -> list[tuple[Chain, ...]]:
     """Chains of layers that may be laid along an axis together: those of one length (the forward and the backward pass of a
-    model), and all of them. None where the program has no scan that hands rows of a batch from layer to layer."""
+    model), and all of them. None where the program has no scan that hands rows of a batch from layer to layer. `resized`: the
+    graph at other extents than the program was traced for, if it is to have those."""
     found: list[Chain] = []
     for scan in scans(traced.jaxpr.jaxpr):
         if scan.length > 1 and not any(scan.path[: len(chain.path)] == chain.path for chain in found):
             try:
-                found.append(chain_of(scan.equation, scan.path, even_layers(scan.length, 2), 1))
+                chain = chain_of(scan.equation, scan.path, even_layers(scan.length, 2), 1)
             except PipelineError:
                 continue
+            other = at_extents(resized, chain) if resized is not None else chain
+            found += [other] if other is not None and other.length > 1 else []
     lengths = list(dict.fromkeys(chain.length for chain in found))
     groups = [tuple([chain for chain in found if chain.length == length]) for length in lengths]
     return groups + ([tuple(found)] if len(lengths) > 1 else [])
@@ -206,7 +211,7 @@ def hopeful(plan: Plan, found: Sequence[Candidate], seconds: float) -> list[Cand
 class Choosing(Generic[SomePlan]):
     """What it takes to plan: the program, its graph on a mesh, `attempts` (from a pipeline, or None, to what bytes are charged to
     the best plan), and `budget` in bytes per device. `rolled`: gives the same of the program with its unrolled layers put into
-    loops, or None where it has none."""
+    loops, or None where it has none. `resized`: whether the graph is at other extents than the program was traced for."""
 
     traced: Traced
     graph: Graph
@@ -215,6 +220,7 @@ class Choosing(Generic[SomePlan]):
     budget: float
     wider: Wider[SomePlan]
     rolled: Callable[[], Choosing[SomePlan] | None]
+    resized: bool = False
 
     def fits(self, plan: SomePlan) -> bool:
         """Whether a plan stays within the budget. Its peak is not asked for where there is none."""
@@ -235,13 +241,18 @@ class Choosing(Generic[SomePlan]):
             self._plans[pipeline] = attempt, attempt(None)
         return self._plans[pipeline]
 
+    @property
+    def chains(self) -> list[tuple[Chain, ...]]:
+        """Those of the program as it is."""
+        return self.graph.remembered("chains", None, lambda: chain_groups(self.traced, self.graph if self.resized else None))
+
     @cached_property
     def layered(self) -> tuple[Choosing[SomePlan], list[tuple[Chain, ...]]]:
         """The program that may run in stages, and its chains: this one, or the one with its unrolled layers in loops, if that has
         some and this has none."""
-        groups = self.graph.remembered("chains", None, lambda: chain_groups(self.traced))
+        groups = self.chains
         rolled = self.rolled() if not groups else None
-        return (self, groups) if rolled is None else (rolled, chain_groups(rolled.traced))
+        return (self, groups) if rolled is None else (rolled, rolled.chains)
 
 
 def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | None) -> SomePlan:
@@ -334,7 +345,7 @@ def _searched(
             if schedule != SCHEDULE and not turns(one.pipeline.chains):
                 continue
             try:
-                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule))
+                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule), using.resized)
             except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
                 refused.append(error)
                 continue
@@ -366,9 +377,18 @@ def _squeezed(
     return best
 
 
-def confirmed(traced: Traced, pipeline: Pipeline) -> Pipeline:
-    """The pipeline once more, from the program for so many micro-batches. Raises PipelineError where they cannot run."""
+def confirmed(traced: Traced, pipeline: Pipeline, resized: bool = False) -> Pipeline:
+    """The pipeline once more, from the program for so many micro-batches. Raises PipelineError where they cannot run. `resized`:
+    it is at other extents than the program was traced for, which is asked for as few micro-batches as divide its own batch."""
     chains = []
+    if resized:
+        before = [scan_at(traced.jaxpr.jaxpr, chain.path) for chain in pipeline.chains]
+        for equation, chain in zip(before, pipeline.chains, strict=True):
+            chains.append(chain_of(equation, chain.path, even_layers(equation.params["length"], 2), 1))
+        rows = math.gcd(*[chain.rows for chain in chains])
+        least = next((m for m in range(2, rows + 1) if rows % m == 0), 1)
+        asked = replace(pipeline, stages=2, microbatches=least, chains=tuple(chains))
+        return replace(pipeline, middle=confirmed(traced, asked).middle)
     for chain in pipeline.chains:
         equation = scan_at(traced.jaxpr.jaxpr, chain.path)
         chains.append(chain_of(equation, chain.path, chain.layers, pipeline.microbatches))
@@ -395,13 +415,15 @@ def forced_groups(
         except ValueError as error:
             raise PipelineError(
                 f"pipeline={axis!r}: {error}. A pipeline lies along a jax.lax.scan over stacked layers, or along layers that are "
-                "written out and repeat operator by operator; each hands rows of a batch to the next"
+                "written out and repeat operator by operator; each hands rows of a batch to the next. Take what mixes rows out "
+                "of the layers, or plan with pipeline=None"
             ) from None
-    longest = max(min(chain.length for chain in chains) for chains in groups)
-    if size > longest:
+    longest = max([min(chains, key=lambda chain: chain.length) for chains in groups], key=lambda chain: chain.length)
+    if size > longest.length:
+        where = told(scan_at(staged.traced.jaxpr.jaxpr, longest.path))
         raise PipelineError(
-            f"pipeline={axis!r}: {size} stages, and only {longest} layers: every stage needs at least one; take an axis of at "
-            f"most {longest}"
+            f"pipeline={axis!r}: {size} stages, and only {longest.length} layers ({where}): every stage needs at least one; take "
+            f"an axis of at most {longest.length}"
         )
     check_microbatches(groups, microbatches)
     return staged, groups

@@ -119,8 +119,13 @@ class WhyNot:
 
     @cached_property
     def causes(self) -> list[Charge]:
-        """What costs more, largest first."""
-        return growth(self.plan, self.other)
+        """What costs more, largest first. Of plans in stages on sub-meshes, of each stage; nothing if they are cut otherwise."""
+        stages = getattr(self.plan, "stage_plans", ())
+        if not stages:
+            return growth(self.plan, self.other)
+        alike = self.plan.pipeline == self.other.pipeline
+        found = [c for a, b in zip(stages, self.other.stage_plans, strict=True) for c in growth(a, b)] if alike else []
+        return sorted(found, key=lambda charge: -charge.seconds)
 
     @cached_property
     def changed(self) -> dict[str, tuple[PartitionSpec, PartitionSpec]]:
@@ -500,7 +505,7 @@ def _dimension(plan: Plan, cluster: Any, factor: int) -> str:
 
 
 def _input_specs(plan: Plan) -> list[PartitionSpec]:
-    return [_spec(plan, layout, len(aval.shape)) for layout, aval in zip(plan.input_layouts, plan.traced.in_avals, strict=True)]
+    return [plan.partition_spec_of(position) for position in range(len(plan.traced.in_avals))]
 
 
 def _spec(plan: Plan, layout: Layout, ndim: int) -> PartitionSpec:

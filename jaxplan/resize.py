@@ -146,6 +146,18 @@ def resize(origin: Origin, sizes: Mapping[str, int]) -> tuple[Traced, Graph]:
     return traced, graph
 
 
+def resize_loops(origin: Origin, loops: Origin, sizes: Mapping[str, int]) -> tuple[Traced, Graph]:
+    """A program with its unrolled layers in loops (`loops`), at other extents. `origin`: the program as it was traced. Raises
+    CannotResize, also where dimensions have other names than there."""
+    try:
+        same = input_shapes(origin, sizes) == input_shapes(loops, sizes)
+    except ValueError as error:
+        raise CannotResize(f"layers that are written out, at other sizes: {error}") from error
+    if not same:
+        raise CannotResize("layers that are written out have other dimensions as a loop. Name them with dims=, or trace anew")
+    return resize(loops, sizes)
+
+
 def suspicious(number: int, extents: Iterable[int]) -> bool:
     """Whether a number written out may well be reckoned from an extent: the same, one more or less, its multiple or part."""
     return number > 1 and any(abs(number - e) <= 1 or number % e == 0 or e % number == 0 for e in extents)

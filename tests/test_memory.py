@@ -180,3 +180,17 @@ def test_a_stack_that_a_loop_slices_is_gathered_whole_or_round_by_round_and_the_
     for budget in (0.9, 0.75):
         plan = roomy.replan(memory_budget=int(budget * roomy.peak_bytes))
         assert 1 / WORST <= plan.peak_bytes / plan.audit().compiled_peak_bytes <= WORST
+
+
+@pytest.mark.parametrize("mesh", [(1,), (2, 4)])
+@pytest.mark.parametrize("draw", [jax.random.normal, jax.random.gumbel, lambda key, shape: jax.random.bernoulli(key, 0.5, shape)])
+def test_random_numbers_are_made_in_rounds_that_are_stored(mesh, draw):
+    """Four words per element, whatever becomes of them."""
+
+    def fn(key, x):
+        drawn = draw(key, x.shape)
+        return jnp.where(drawn if drawn.dtype == bool else drawn > 0, x, jnp.float32(0))
+
+    args = jax.random.key(0), jnp.ones((256, 64), jnp.float32)
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.05)

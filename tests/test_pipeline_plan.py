@@ -1,5 +1,6 @@
 """Pipelines as plans: what they cost, when one is chosen, what is refused; and that they run as planned."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -22,7 +23,8 @@ from jaxplan.trace import trace
 SLOW_WORK = jaxplan.Machine("slow", {"float32": 1e-8}, 1e-9, 1e12, jaxplan.Link(1e-10, 0.0), jaxplan.Link(1e-10, 0.0), 1 << 20)
 """So slow that it is worth splitting even the smallest of programs."""
 DECODER = decoder(replace(SMALL, sequence=8, width=32), "scan")
-LARGE = decoder(replace(SMALL, layers=8, batch=16, sequence=64, width=2048, mlp_width=8192, vocabulary=1024), "scan")
+LARGE_SIZES = replace(SMALL, layers=8, batch=16, sequence=64, width=2048, mlp_width=8192, vocabulary=1024)
+LARGE = decoder(LARGE_SIZES, "scan")
 MESH = AbstractMesh((2, 2, 2), ("s", "d", "t"))
 
 
@@ -159,6 +161,17 @@ def test_across_a_slow_link_a_model_too_large_for_one_group_is_laid_in_stages():
     assert plan.seconds < none.bound, "no plan without a pipeline is faster, not even one that need not fit"
 
 
+def test_at_another_size_a_pipeline_is_taken_where_a_trace_of_that_size_takes_one():
+    fast = machine("a100").inner
+    groups = machine("a100").with_axis("s", fast.slower(20)).with_axis("d", fast)
+    asked = {"mesh": AbstractMesh((2, 4), ("s", "d")), "machine": groups, "memory_budget": np.inf, **STATE}
+    small, dims = decoder(replace(LARGE_SIZES, batch=8), "scan"), {"batch/tokens": "B S", "batch/targets": "B S"}
+    plan = jaxplan.make_plan(small.fn, *small.args, dims=dims, **asked).replan(sizes={"B": 16})
+    fresh = jaxplan.make_plan(LARGE.fn, *LARGE.args, **asked)
+    assert plan.pipeline is not None and plan.pipeline == fresh.pipeline
+    assert plan.seconds == pytest.approx(fresh.seconds, rel=1e-12) and plan.peak_bytes == fresh.peak_bytes
+
+
 def test_where_nothing_else_fits_a_pipeline_is_taken():
     wide = decoder(replace(SMALL, layers=8, batch=2, sequence=8, width=24, heads=3, mlp_width=27, vocabulary=25), "scan")
     mesh = AbstractMesh((4,), ("s",))
@@ -268,7 +281,7 @@ def test_a_loop_of_unknown_length_is_no_chain():
     def until(x, w):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 1.0, lambda x: x @ w[0], x)
 
-    with pytest.raises(ValueError, match=r"it has none.*jax\.lax\.scan over stacked layers"):
+    with pytest.raises(ValueError, match=r"while at \S*test_pipeline_plan\.py:\d+ runs as often.*jax\.lax\.scan over stacked"):
         jaxplan.make_plan(until, *shapes(), mesh=AbstractMesh((2,), ("s",)), machine="v4", pipeline="s")
 
 
@@ -298,3 +311,33 @@ def test_a_batch_that_two_does_not_divide(rows, written_out):
             jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s")
     else:
         assert rows % jaxplan.make_plan(step, *args, mesh=mesh, machine=slow, pipeline="s").pipeline.microbatches == 0
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs_is_named_by_its_line():
+    def fn(ws, x, count):
+        return jax.lax.fori_loop(0, count, lambda i, y: jnp.tanh(y @ ws[i]), x)
+
+    args = (jax.ShapeDtypeStruct(s, d) for s, d in (((4, 8, 8), jnp.float32), ((16, 8), jnp.float32), ((), jnp.int32)))
+    with pytest.raises(ValueError, match=r"while at \S*test_pipeline_plan\.py:\d+ runs as often as it finds out.*jax\.lax\.scan"):
+        jaxplan.make_plan(fn, *args, mesh=AbstractMesh((2,), ("s",)), pipeline="s")
+
+
+def test_layers_with_effects_are_not_laid_in_stages_and_the_plan_says_so():
+    """What is printed would be printed at every tick, those of the bubble too. The backward scan prints nothing."""
+
+    def layer(x, w):
+        jax.debug.print("{}", w[0, 0])
+        return jnp.tanh(x @ w), None
+
+    def loss(ws, x):
+        return jnp.sum(jax.lax.scan(layer, x, ws)[0])
+
+    args = jax.ShapeDtypeStruct((4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    asked = {"mesh": AbstractMesh((2,), ("s",)), "pipeline": "s", "microbatches": 4}
+    line = r"at \S*test_pipeline_plan\.py:\d+"
+    where = rf"scan {line} cannot run in stages.*debug_\w+ {line} has an effect"
+    with pytest.raises(ValueError, match=where):
+        jaxplan.make_plan(loss, *args, **asked)
+    plan = jaxplan.make_plan(jax.grad(loss), *args, **asked)
+    assert [chain.reverse for chain in plan.pipeline.chains] == [True]
+    assert re.search("not in stages   " + where, str(plan)), str(plan)

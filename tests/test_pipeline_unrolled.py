@@ -1,6 +1,7 @@
 """Pipelines over layers that are written out one after another: found, planned, run, and refused."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,82 @@ def test_the_program_as_traced_is_what_other_plans_are_derived_from(tmp_path):
     larger = jax.ShapeDtypeStruct((64, 8), jnp.float32), *args[1:]
     want = jaxplan.make_plan(tower, *larger, mesh=mesh, machine=SLOW_WORK, pipeline=None)
     assert plan.replan(sizes={"B": 64}, pipeline=None, microbatches=None).seconds == pytest.approx(want.seconds, rel=1e-12)
+
+
+def dropped(params, x, key, pick):
+    """A step down the gradient of written-out layers that JAX differentiates by a rule of its own (`relu`), with dropout; each
+    layer picks its key by its number."""
+
+    def loss(params):
+        first, *layers = params
+        h, keys = x @ first, jax.random.split(key, len(layers))
+        for number, w in enumerate(layers):
+            kept = jax.random.bernoulli(pick(key, keys, number), 0.75, h.shape)
+            h = h + jnp.where(kept, jax.nn.relu(h @ w) / jnp.float32(0.75), jnp.float32(0))
+        return jnp.mean(jnp.square(h))
+
+    return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, jax.grad(loss)(params))
+
+
+PICKS = {
+    "one of many": lambda key, keys, number: keys[number],
+    "folded": lambda key, keys, number: jax.random.fold_in(key, number),
+    "words": lambda key, keys, number: jax.random.wrap_key_data(jax.random.key_data(keys)[number]),
+}
+
+
+@pytest.mark.parametrize("how", PICKS)
+def test_layers_that_pick_their_keys_run_in_stages_there_and_back(how):
+    """The numbers of the layers are in the equations that pick: without these, blocks are alike."""
+    x, params, _ = tower_args()
+    args = [params["first"], *[w for w, _ in params["layers"]]], x, jax.random.key(3)
+    fn = partial(dropped, pick=PICKS[how])
+    found = [(s.length, s.equation.params["reverse"]) for s in scans(rerolled(trace(fn, args, {})).jaxpr.jaxpr)]
+    assert found == [(4, False), (4, True)]
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of((2, 2)), machine=SLOW_WORK, pipeline="x", microbatches=4)
+    assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2), (2, 2)]
+    assert_close(jax.jit(fn)(*args), plan.jit()(*args))
+
+
+def test_layers_that_all_read_the_encoders_result_are_found_on_the_way_back():
+    """The last layer starts the sum of what all give back to it, with an equation less than the others."""
+    weights = [[jax.random.normal(jax.random.key(7 * n + k), (8, 8)) / 3 for k in range(3)] for n in range(9)]
+    source, target = (jax.random.normal(jax.random.key(k), (16, 8)) for k in (100, 101))
+
+    def loss(params, source, target):
+        (first, *_), encoder, decoder = params[0], params[1:5], params[5:]
+        memory, y = source @ first, target @ params[0][1]
+        for a, b, _ in encoder:
+            memory = memory + jnp.tanh(jnp.tanh(memory @ a) @ b)
+        for a, b, c in decoder:
+            y = y + jnp.tanh(jnp.tanh(y @ a) * (memory @ b)) @ c
+        return jnp.mean(jnp.square(y))
+
+    def step(params, source, target):
+        return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, jax.grad(loss)(params, source, target))
+
+    args = weights, source, target
+    found = [(s.length, s.equation.params["reverse"]) for s in scans(rerolled(trace(step, args, {})).jaxpr.jaxpr)]
+    assert found == [(4, False), (4, False), (4, True), (4, True)]
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), machine=SLOW_WORK, pipeline="x", microbatches=4)
+    assert [chain.layers for chain in plan.pipeline.chains] == [(2, 2)] * 4
+    assert_close(jax.jit(step)(*args), plan.jit()(*args))
+
+
+def test_layers_that_pick_from_a_stack_are_a_scan_over_it():
+    """Parameters are stacked already: they are not taken apart to be stacked again."""
+
+    def forward(stack, x):
+        for number in range(4):
+            x = jnp.tanh(x @ stack[number])
+        return x, stack[1]
+
+    x, params, _ = tower_args()
+    args = jnp.stack([w for w, _ in params["layers"]]), x
+    again = rerolled(trace(forward, args, {}))
+    (scan,) = scans(again.jaxpr.jaxpr)
+    assert scan.equation.invars[-1] is again.jaxpr.jaxpr.invars[0] and scan.length == 4
+    assert_close(forward(*args), jax.extend.core.jaxpr_as_fun(again.jaxpr)(*args))
 
 
 @pytest.mark.slow

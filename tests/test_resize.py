@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.examples import programs
+from jaxplan.machine import machine
 from jaxplan.resize import CannotResize, suspicious
 
 MESH = AbstractMesh((4, 2), ("x", "y"))
@@ -248,12 +249,68 @@ def test_numbers_that_may_be_reckoned_from_an_extent():
     assert not any(suspicious(n, [16]) for n in (1, 0, 10, 18, 24, 100))
 
 
-def test_a_pipeline_that_is_insisted_on_is_not_dropped_silently():
-    def step(layers, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+def layered(written_out):
+    """A step down the gradient of layers, stacked or one after another; shapes of parameters, rows."""
 
-    plan = jaxplan.make_plan(step, f32(4, 16, 16), f32(32, 16), mesh=MESH, machine="v4", pipeline="y", dims=("L _ _", "B _"))
-    with pytest.raises(ValueError, match="pipeline='y' at other sizes than traced: call make_plan"):
+    def step(params, x):
+        def loss(params):
+            first, layers = params
+            h = x @ first
+            if written_out:
+                for w in layers:
+                    h = jnp.tanh(h @ w)
+            else:
+                h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, layers)[0]
+            return jnp.mean(jnp.square(h))
+
+        return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, jax.grad(loss)(params))
+
+    return step, lambda rows, width: (
+        (f32(24, width), [f32(width, width)] * 4 if written_out else f32(4, width, width)), f32(rows, 24)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_pipelines_are_looked_for_at_other_sizes(written_out):
+    """And are those of a trace of these sizes: also in a number of micro-batches that does not divide the batch as it was traced,
+    and where nobody insists on one."""
+    step, shapes = layered(written_out)
+    slow = machine("a100").with_axis("y", machine("a100").inner.slower(50))
+    asked = {"mesh": MESH, "machine": slow, "dims": {"params/0": "K D", "x": "B K"}}
+    plan = jaxplan.make_plan(step, *shapes(32, 16), **asked, pipeline="y")
+    for rows, width, options in ((64, 16, {}), (36, 16, {"microbatches": 12}), (64, 16, {"pipeline": "auto"})):
+        there = plan.replan(sizes={"B": rows, "D": width}, **options)
+        fresh = jaxplan.make_plan(step, *shapes(rows, width), **{**asked, "pipeline": "y", **options})
+        assert (there.pipeline is None) == (fresh.pipeline is None) == ("pipeline" in options)
+        if fresh.pipeline is not None:
+            same = [(p.microbatches, p.schedule, p.middle, p.chains) for p in (there.pipeline, fresh.pipeline)]
+            assert same[0] == same[1]
+        assert there.seconds == pytest.approx(fresh.seconds, rel=1e-12) and there.in_specs == fresh.in_specs
+        assert (there.peak_bytes, there.wire_bytes) == (fresh.peak_bytes, fresh.wire_bytes)
+    with pytest.raises(ValueError, match="does not divide the batch of 36 rows"):
+        plan.replan(sizes={"B": 36}, microbatches=8)
+
+
+def test_other_numbers_of_layers_are_other_stages():
+    step, shapes = layered(False)
+    asked = {"mesh": MESH, "machine": "v4", "pipeline": "y", "microbatches": 4, "dims": {"params/1": "L _ _"}}
+    (first, layers), x = shapes(32, 16)
+    plan = jaxplan.make_plan(step, (first, layers), x, **asked).replan(sizes={"L": 7})
+    fresh = jaxplan.make_plan(step, (first, f32(7, 16, 16)), x, **asked)
+    assert plan.pipeline.chains[0].layers == fresh.pipeline.chains[0].layers and sum(plan.pipeline.chains[0].layers) == 7
+    assert plan.seconds == pytest.approx(fresh.seconds, rel=1e-12) and plan.peak_bytes == fresh.peak_bytes
+
+
+def test_unlike_stages_at_other_sizes_are_refused():
+    def step(params, x):
+        def loss(params):
+            wide, narrow, last = params
+            return jnp.mean((jnp.tanh(jax.nn.gelu(x @ wide) @ narrow) @ last) ** 2)
+
+        return jax.tree.map(lambda w, g: w - jnp.float32(0.1) * g, params, jax.grad(loss)(params))
+
+    args = (f32(8, 32), f32(32, 16), f32(16, 8)), f32(16, 8)
+    plan = jaxplan.make_plan(step, *args, mesh=MESH, machine="v4", pipeline="y", microbatches=4, dims=[None, "B _"])
+    assert isinstance(plan, jaxplan.api.StagedPlan)
+    with pytest.raises(ValueError, match="At other sizes than traced: call make_plan with arguments of these shapes"):
         plan.replan(sizes={"B": 64})
-    assert plan.replan(sizes={"B": 64}, pipeline=None).in_specs is not None
-    assert plan.replan(sizes={"B": 32}).pipeline == plan.pipeline

@@ -223,11 +223,13 @@ def test_what_cannot_be_asked_of_a_plan_on_sub_meshes():
     step, args = unet()
     mesh = mesh_of((2, 2))
     plan = jaxplan.make_plan(step, *args, mesh=mesh, pipeline="x", microbatches=4)
-    for ask in (plan.to_html, lambda: plan.export("flax"), lambda: plan.why_not({}), lambda: plan.memory, lambda: plan.peak):
+    for ask in (plan.to_html, lambda: plan.export("flax"), lambda: plan.regimes("B"), lambda: plan.memory, lambda: plan.peak):
         with pytest.raises(ValueError, match="programs of their own"):
             ask()
-    with pytest.raises(ValueError, match="no single program, and cannot be lowered"):
-        plan.jit().lower(*args)
+    with pytest.raises(TypeError, match=r"runs as several, on sub-meshes: plan\.audit"):
+        jaxplan.audit(plan.jit(), *args)
+    with pytest.raises(ValueError, match="planned with shape"):
+        plan.jit().lower(args[0], args[1][:4], args[2])
     with pytest.raises(ValueError, match="traced inside of another function"):
         jax.jit(plan.jit())(*args)
     with pytest.raises(ValueError, match="has no devices to run on"):

@@ -1,5 +1,6 @@
 """What a plan of stages on sub-meshes can do beside running: audited, saved and loaded, explained; and what its stages hold."""
 
+import importlib.util
 import json
 import os
 import runpy
@@ -138,6 +139,42 @@ def test_another_process_finds_the_same_stages(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(plan.in_specs)
     assert Path(path + ".again").read_bytes() == Path(path).read_bytes()
+
+
+def test_every_part_is_lowered_and_compiled():
+    step, args = unet()
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x", microbatches=4)
+    lowered = plan.jit().lower(*args)
+    assert lowered.as_text().count("module @jit_stage_") == sum(len(stage.parts) for stage in lowered.stages)
+    compiled = lowered.compile()
+    assert "HloModule jit_stage_1_backward" in compiled.as_text() and "stage 0, forward: 4 times in a call" in compiled.as_text()
+    assert max(compiled.peak_bytes) == plan.audit().compiled_peak_bytes and len(compiled.peak_bytes) == 2
+
+
+def test_another_layout_is_compared_stage_by_stage():
+    step, args = unet()
+    plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), pipeline="x", microbatches=4)
+    path = "state/0/deep"
+    other = plan.why_not({path: PartitionSpec(None, None, None, "y")})
+    assert other.other.pipeline is not None and other.extra >= 0 and list(other.changed) and path in other.changed
+    assert other.plan.pipeline == other.other.pipeline and other.causes and "moves" in str(other)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="orbax not installed: pip install 'jaxplan[export]'")
+def test_a_checkpoint_is_restored_to_the_stages(tmp_path):
+    import orbax.checkpoint
+
+    step, (state, *batch) = unet()
+    plan = jaxplan.make_plan(step, state, *batch, mesh=mesh_of((2, 2)), pipeline="x", microbatches=4)
+    made = plan.init(lambda: state)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", made)
+    found = plan.restore(tmp_path / "state", of="state")
+    plan.check(found)
+    assert_close(state, found)
+    assert len({frozenset(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)}) == 2
+    with pytest.raises(jaxplan.ExportError, match="'flax' lays all arrays on one mesh: of such a plan there are orbax"):
+        plan.export("flax")
 
 
 def test_an_input_is_explained_by_the_stage_where_it_lies():

@@ -11,7 +11,7 @@ import numpy as np
 from jaxplan.cost.buffers import TRANSIENT, Buffer, Facts, Local, axes_of
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.price import cluster_exchanges
+from jaxplan.cost.price import cluster_exchanges, write_layout
 from jaxplan.cost.stage_memory import staged
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
@@ -51,6 +51,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
     ]  # fmt: skip
     if not facts.fuses:
         found += _on_the_way(modelled, choices, facts, local, asked) + _masked(modelled, choices, facts, local)
+        found += _in_rounds(modelled, choices, facts, local)
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             if exchange.operator in place:
@@ -67,6 +68,24 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                     found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max([at, *wide]), split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
+    return found
+
+
+def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
+    """What is stored between the rounds in which operators make their results; the result of the last is stored in its place."""
+    graph, found = modelled.graph, list[Buffer]()
+    drawn = [(at, op) for at, op in enumerate(facts.operators) if op.rule.rounds_words and op.results[0] >= 0]
+    if not drawn:
+        return found
+    layouts = dict(facts.inner)
+    for index, cluster in enumerate(graph.clusters):
+        options = modelled.chosen(choices, index)
+        layouts.update({write.tensor: write_layout(write.leads, options) for write in cluster.writes})
+    for at, op in drawn:
+        tensor, layout = op.results[0], layouts.get(op.results[0])
+        words = op.rule.rounds_words - (tensor not in facts.fused)
+        word = local(tensor, layout) / graph.tensors[tensor].itemsize * 4
+        found += [Buffer(tensor, TRANSIENT, word, at, at, axes_of(layout)) for _ in range(words)]
     return found
 
 

@@ -38,6 +38,13 @@ EXPORTERS: dict[str, Exporter] = {
 def export_plan(plan: Plan, form: str, of: Any, options: dict[str, Any], planner: Callable[..., Plan]) -> Any:
     """What `plan.export` gives. `planner`: `make_plan`, for layouts of what the plan does not know."""
     exporter = _exporter(form)
+    if getattr(plan, "stage_plans", ()) and not exporter.apart:
+        can = ", ".join(name for name, other in EXPORTERS.items() if other.apart)
+        raise ExportError(
+            f"the stages of this plan lie on sub-meshes, as programs of their own, and {form!r} lays all arrays on one mesh: of "
+            f"such a plan there are {can}; plan.in_shardings has a sharding per array, plan.stage_plans[number].export({form!r}) "
+            "is of one stage, and a plan made with pipeline=None has all forms"
+        )
     if exporter is OPTAX:
         options = {**options, "planner": planner}
     unknown = options.keys() - inspect.signature(exporter.build).parameters.keys()

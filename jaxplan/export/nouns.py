@@ -64,8 +64,10 @@ class Exporter:
 
     `gives`: what it makes, for help and errors. `build`: the target's own objects from a selection; its keywords are the
     exporter's options. `write`: the same as a file, from a saved plan and the paths wanted; None where there is no such file.
+    `apart`: whether it can say on which devices an array lies, as arrays of stages on sub-meshes lie on some of them only.
     """
 
     gives: str
     build: Callable[..., Any]
     write: Callable[[SavedPlan, str | None], Written] | None = None
+    apart: bool = False

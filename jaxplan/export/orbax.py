@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxplan.export.libraries import library
 from jaxplan.export.nouns import Exporter, ExportError, Selection
@@ -35,7 +35,7 @@ def build(selection: Selection) -> Any:
 
     def target(number: int) -> jax.ShapeDtypeStruct:
         aval = plan.traced.in_avals[number]
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=NamedSharding(plan.mesh, selection.spec(number)))
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=plan.input_sharding(number))
 
     return jax.tree.map(target, selection.tree)
 
@@ -121,4 +121,4 @@ def _name(key: tuple[str, ...]) -> str:
     return "/".join(map(str, key)) or "it"
 
 
-ORBAX = Exporter("abstract arrays with shardings, to restore into with Orbax", build)
+ORBAX = Exporter("abstract arrays with shardings, to restore into with Orbax", build, apart=True)

@@ -10,6 +10,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxplan.export.nouns import ExportError, Item, Selection
 from jaxplan.files import SavedPlan, input_leaves
+from jaxplan.files.derive import entries_of
+from jaxplan.files.fold import unique_paths
 from jaxplan.plan import Plan
 from jaxplan.state import planned_inputs
 
@@ -17,10 +19,7 @@ from jaxplan.state import planned_inputs
 def select(plan: Plan, of: Any = None) -> Selection:
     """`of`: None for all arguments, as `plan.in_specs` has them; a path ("params", "state/params"), or a pytree of paths; or
     a pytree of arrays or shapes that are structured as some of the arguments."""
-    items = {
-        number: Item(path, leaf.shape, leaf.dtype, leaf.dims, leaf.spec)
-        for number, (path, leaf) in enumerate(input_leaves(plan).items())
-    }
+    items = _items(plan)
     args, kwargs = plan.traced.unflatten_inputs(range(len(items)))
     leaves = jax.tree.leaves(of)
     if of is None:
@@ -31,6 +30,18 @@ def select(plan: Plan, of: Any = None) -> Selection:
         shapes = jax.tree.map(_abstract, of)
         tree = jax.tree.structure(shapes).unflatten(planned_inputs(plan, shapes, "what is to be exported"))
     return Selection(plan, tree, items, of)
+
+
+def _items(plan: Plan) -> dict[int, Item]:
+    """Per flat input. Of a plan in stages on sub-meshes, specs are those on the sub-mesh where an array lies."""
+    if getattr(plan, "stage_plans", ()):
+        pairs = zip(unique_paths(plan.traced.in_paths), plan.traced.in_avals, strict=True)
+        return {
+            number: Item(path, tuple(aval.shape), str(aval.dtype), (), entries_of(plan.partition_spec_of(number)))
+            for number, (path, aval) in enumerate(pairs)
+        }
+    leaves = input_leaves(plan).items()
+    return {number: Item(path, leaf.shape, leaf.dtype, leaf.dims, leaf.spec) for number, (path, leaf) in enumerate(leaves)}
 
 
 def items_of(selection: Selection) -> list[Item]:

@@ -39,6 +39,16 @@ def scans(jaxpr: Any, path: Path = (), times: int = 1) -> Iterator[Scan]:
             yield from scans(getattr(inner, "jaxpr", inner), here, times)
 
 
+def endless(jaxpr: Any) -> Iterator[Any]:
+    """The loops of a jaxpr, outside of others, of which it does not say how often they run."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is _jax.while_p:
+            yield equation
+        elif equation.primitive in CALLS:
+            inner = equation.params[CALLS[equation.primitive]]
+            yield from endless(getattr(inner, "jaxpr", inner))
+
+
 def scan_at(jaxpr: Any, path: Path) -> Any:
     """The scan equation at a path. Raises PipelineError where there is none."""
     for scan in scans(jaxpr):
@@ -174,6 +184,20 @@ def edits_of(equation: Any, chain: Chain, microbatches: int) -> Mapping[Path, Ed
     return walk.edits
 
 
+def left_out(jaxpr: Any, pipeline: Pipeline) -> list[str]:
+    """Of the outermost scans that a pipeline does not lay in stages, why they cannot be; those that could be are not named."""
+    found, taken = list[str](), [chain.path for chain in pipeline.chains]
+    for scan in scans(jaxpr):
+        if scan.length < 2 or any(path[: len(scan.path)] == scan.path or scan.path[: len(path)] == path for path in taken):
+            continue
+        taken.append(scan.path)
+        try:
+            chain_of(scan.equation, scan.path, even_layers(scan.length, 2), 1)
+        except PipelineError as error:
+            found.append(str(error).split("; ")[0].replace(" on 1 micro-batches", ""))
+    return found
+
+
 def pipeline_of(
     jaxpr: Any,
     axis: str,
@@ -205,5 +229,10 @@ def pipeline_of(
                 raise
             problems.append(str(error))
     if not chains:
+        problems += [
+            f"{told(loop)} runs as often as it finds out while it runs: of layers, the program has to say how many there are "
+            "(jax.lax.scan over stacked layers, or fori_loop between numbers)"
+            for loop in endless(jaxpr)
+        ]
         raise PipelineError("no scan of the program can run in stages: " + ("; ".join(problems) or "it has none"))
     return alternating(jaxpr, Pipeline(axis, stages, microbatches, schedule, tuple(chains)))

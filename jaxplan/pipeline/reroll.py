@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxplan import _jax
+from jaxplan.pipeline.ordered import ADDS, Ordered, Picks, picked_first, with_first_terms
 from jaxplan.rules import Kind, rule_of
 from jaxplan.trace import Traced
 
@@ -62,12 +63,31 @@ def rerolled(traced: Traced) -> Traced:
 
     Its inputs and outputs are those of `traced`. Values differ by nothing but the order in which XLA adds up.
     """
-    loops = find_loops(traced.jaxpr.jaxpr)
+    closed = traced.jaxpr
+    jaxpr, picks = picked_first(closed.jaxpr)
+    loops = find_loops(jaxpr)
     if not loops:
         return traced
-    closed = traced.jaxpr
-    spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
-    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(closed, loops, inputs))(*spec))
+    short = [loop for loop in loops if any(other.run.count == loop.run.count + 1 for other in loops)]
+    more = with_first_terms(jaxpr, [_sums(jaxpr, loop) for loop in short])
+    if more is not jaxpr:
+        found = find_loops(more)
+        if sum([loop.run.count for loop in found]) > sum([loop.run.count for loop in loops]):
+            jaxpr, loops = more, found
+    spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
+    consts = [*closed.consts, *jaxpr.zeros()]
+    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, consts, loops, inputs))(*spec))
+
+
+def _sums(jaxpr: Any, loop: Loop) -> tuple[int, int, list[Any]]:
+    """(start, period, first values) of a loop before whose first block there may be one that starts sums: what each block adds to
+    what the one before has added up, and nothing else."""
+    firsts = []
+    for number, (first, e, _) in enumerate(loop.carries):
+        adds = jaxpr.eqns[loop.run.start + e].primitive in ADDS
+        if adds and loop.sources[e][0] == ("carry", number):
+            firsts.append(first)
+    return loop.run.start, loop.run.period, firsts
 
 
 # ---- found -------------------------------------------------------------------------------------------------------
@@ -121,8 +141,8 @@ class Numbering:
     def equation(self, equation: Any) -> int:
         """The number of an equation, whatever its operands are called."""
         ins = tuple([(v.aval, _literal(v)) if isinstance(v, _jax.Literal) else v.aval for v in equation.invars])
-        dropped = callable if equation.primitive in _DERIVED else lambda _: False
-        params = tuple([(name, self._value(v)) for name, v in equation.params.items() if not dropped(v)])
+        derived = equation.primitive in _DERIVED
+        params = tuple([(name, self._value(v)) for name, v in equation.params.items() if not derived or _computed(v)])
         return self._number((equation.primitive, params, ins, tuple([v.aval for v in equation.outvars])))
 
     def jaxpr(self, jaxpr: Any) -> int:
@@ -162,6 +182,11 @@ class Numbering:
 
 _DERIVED = frozenset({_jax.custom_jvp_call_p, _jax.custom_vjp_call_p})
 """Calls whose functions among the parameters are made anew at each, and say how to differentiate, not what is computed."""
+
+
+def _computed(parameter: Any) -> bool:
+    """Whether a parameter of such a call says what is computed: its jaxpr and plain values do."""
+    return hasattr(parameter, "jaxpr") or hasattr(parameter, "eqns") or isinstance(parameter, (bool, int, str, tuple))
 
 
 def _literal(literal: Any) -> Any:
@@ -297,13 +322,13 @@ Stacks = dict[tuple[int, ...], tuple[Any, Sequence[Any]]]
 one stacked, or left stacked."""
 
 
-def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
-    """A jaxpr's outputs, its loops as scans."""
-    jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+def _evaluate(jaxpr: Ordered, picks: Picks, consts: Sequence[Any], loops: Sequence[Loop], inputs: Sequence[Any]) -> list[Any]:
+    """A jaxpr's outputs, its loops as scans. Where the layers of a loop pick all of a stack, that is what the scan goes over."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
     at = {loop.run.start: loop for loop in loops}
     stacks: Stacks = {}
+    wholes: dict[Any, list[_Layer]] = {}
     number = 0
     while number < len(jaxpr.eqns):
         loop = at.get(number)
@@ -312,6 +337,16 @@ def _evaluate(closed: Any, loops: Sequence[Loop], inputs: Sequence[Any]) -> list
             number = loop.run.stop
             continue
         equation = jaxpr.eqns[number]
+        source, index = picks.get(equation.outvars[0], (None, 0)) if equation.outvars else (None, 0)
+        if source is not None:
+            layers = wholes.get(source)
+            if layers is None:
+                stack = _Stack(_read(source, env), source.aval.shape[0])
+                layers = wholes[source] = [_Layer(stack, n) for n in range(source.aval.shape[0])]
+                stacks[tuple(map(id, layers))] = _read(source, env), layers
+            env[equation.outvars[0]] = layers[index]
+            number += 1
+            continue
         with _jax.user_context(equation):
             env.update(zip(equation.outvars, _jax.bind(equation, [_read(v, env) for v in equation.invars], 1), strict=True))
         number += 1
@@ -326,8 +361,11 @@ class _Stack:
 
     def part(self, number: int) -> Any:
         if not self._parts:
-            layers = jax.lax.split(self._value, (1,) * self._count)
-            self._parts = [jax.lax.squeeze(layer, (0,)) for layer in layers]
+            if _jax.is_key(self._value.dtype):
+                self._parts = [self._value[n] for n in range(self._count)]
+            else:
+                layers = jax.lax.split(self._value, (1,) * self._count)
+                self._parts = [jax.lax.squeeze(layer, (0,)) for layer in layers]
         return self._parts[number]
 
 

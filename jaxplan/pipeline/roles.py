@@ -43,6 +43,8 @@ class Walk:
     def equation(self, equation: Any, roles: list[Role], here: Path) -> list[Role]:
         """The roles of the results of one equation."""
         self.edits.pop(here, None)
+        if equation.effects:
+            refuse(_effectful(equation), "has an effect beside its results, which would happen at every tick of the pipeline")
         kinds = {role.kind for role in roles}
         if kinds <= {Kind.SAME}:
             return [SAME] * len(equation.outvars)
@@ -117,6 +119,12 @@ class Walk:
         found = {first + k: to for k, (have, to) in enumerate(zip(before, after, strict=True)) if have == SAME and to != SAME}
         known = self.edits.get(path, Edit({}, {}))
         self._keep(path, known._replace(operands={**known.operands, **found}))
+
+
+def _effectful(equation: Any) -> Any:
+    """The innermost equation that has the effects of one."""
+    inner = [getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in _jax.sub_jaxprs(equation)]
+    return next((_effectful(e) for jaxpr in inner for e in jaxpr.eqns if e.effects), equation)
 
 
 _SCALAR_BODIES = frozenset(_jax.primitives(

@@ -155,6 +155,29 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
     return rows
 
 
+def at_extents(graph: Graph, chain: Chain) -> Chain | None:
+    """A chain as it is in a graph at other extents than it was traced for: its length, and the rows of its batch; its layers are
+    those of a single stage. None where rows are merged with another dimension, since roles have its extent."""
+    roles = (*chain.consts, *chain.carries, *chain.xs, *chain.ys)
+    cut = [role for role in roles if role.kind is Kind.CUT]
+    edges = _edges(graph, chain)
+    rows = {
+        graph.tensors[op.results[0]].shape[chain.carries[op.path[-1]].dim]
+        for op in edges if op.path[-2] == "carry" and chain.carries[op.path[-1]].kind is Kind.CUT
+    }  # fmt: skip
+    lengths = {graph.tensors[stack].shape[0] for op in edges if (stack := _stack(op)) >= 0 and graph.tensors[stack].shape}
+    if any(role.stride != 1 for role in cut) or len(rows) != 1 or len(lengths or {chain.length}) != 1:
+        return None
+    return replace(chain, layers=(*(lengths or {chain.length}),), rows=rows.pop())
+
+
+def _stack(op: Operator) -> int:
+    """What is stacked over the rounds, where an operator takes or leaves it; -1 elsewhere."""
+    if op.path[-2] == "carry" or len(op.rule.operands[0]) == len(op.rule.results[0]):
+        return -1
+    return op.operands[0] if op.path[-2] == "in" else op.results[0]
+
+
 def _is_edge(op: Operator, chain: Chain) -> bool:
     return op.name == BOUNDARY and op.path[:-2] == chain.path
 

@@ -69,6 +69,7 @@ class Rule:
     `costly`: 1 for what is not worth computing twice unless its last operand is a constant (a division), 2 for what never is; 3
     for what is not computed inside of its readers' loops at all (padding); else 0.
     `masked`: per operand, how often a compiler without a kernel for it stores it with all but some of it masked; () for never.
+    `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
     """
 
     factors: tuple[Factor, ...]
@@ -89,6 +90,7 @@ class Rule:
     linear: bool = False
     scale: int = -1
     masked: tuple[float, ...] = ()
+    rounds_words: int = 0
 
     def __post_init__(self) -> None:
         count = len(self.factors)

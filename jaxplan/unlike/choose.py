@@ -192,9 +192,10 @@ def _cut(asked: Asked, micro: Micro) -> tuple[float, Micro, tuple[int, ...]]:
     """(seconds of a call, about; the program; the best cuts)."""
     ends = possible_cuts(micro)
     if len(ends) < asked.stages - 1:
+        places = f"{len(ends)} place" + ("s" if len(ends) != 1 else "")
         raise PipelineError(
-            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {len(ends)} places only; "
-            f"take an axis of at most {len(ends) + 1}"
+            f"pipeline={asked.axis!r}: {asked.stages} stages, and {micro.traced.name} can be cut in {places} only; take an axis "
+            f"of at most {len(ends) + 1}"
         )
     whole = stage_program(parts_of(micro, (), asked.ties), 0)
     plan = asked.planner(whole.traced, stage_mesh(asked.mesh, asked.axis, 0), math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from jaxplan.unlike.run import StagedRun
 @dataclass(frozen=True)
 class CompiledPart:
     """One part of a stage. `times`: how often it runs in a call; `nbytes`: per device, what it takes beside what it is given, of
-    which `kept` are results."""
+    which `kept` are results. `lowered`: the same before it was compiled."""
 
     phase: str
     times: int
     program: jax.stages.Compiled
     nbytes: float
     kept: float
+    lowered: jax.stages.Lowered
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,47 @@ class CompiledStage:
     parts: tuple[CompiledPart, ...]
     held: Holding
     sent: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LoweredStages:
+    """What lowering a function in stages gives: a program per part of every stage (`stages`)."""
+
+    name: str
+    microbatches: int
+    stages: tuple[CompiledStage, ...]
+
+    def as_text(self) -> str:
+        """The lowered programs, one after another, each under a line that says whose it is and how often it runs in a call."""
+        return self._texts(lambda part: part.lowered.as_text())
+
+    def compile(self) -> CompiledStages:
+        """The compiled programs."""
+        return CompiledStages(self.name, self.microbatches, self.stages)
+
+    def _texts(self, text: Callable[[CompiledPart], str]) -> str:
+        found = []
+        for number, stage in enumerate(self.stages):
+            for part in stage.parts:
+                times = "once" if part.times == 1 else f"{part.times} times"
+                found += [f"// {self.name}, stage {number}, {part.phase}: {times} in a call", text(part)]
+        return "\n".join(found)
+
+
+@dataclass(frozen=True)
+class CompiledStages(LoweredStages):
+    """The same, compiled. It is run by the function that was lowered."""
+
+    def as_text(self) -> str:
+        """The optimized HLO of every part, each under a line that says whose it is and how often it runs in a call."""
+        return self._texts(lambda part: part.program.as_text() or "")
+
+    @property
+    def peak_bytes(self) -> tuple[float, ...]:
+        """Per stage, the most bytes that a device of it holds in a call: made of what XLA says of every part, and of what lives
+        between them."""
+        stages = len(self.stages)
+        return tuple([stage.held.peak(number, stages, self.microbatches) for number, stage in enumerate(self.stages)])
 
 
 def compiled_stages(run: StagedRun) -> list[CompiledStage]:
@@ -94,7 +136,7 @@ class _Compiling:
         found = compiled.memory_analysis()
         kept = float(found.output_size_in_bytes - found.alias_size_in_bytes) if found else 0.0
         nbytes = kept + (found.temp_size_in_bytes if found else 0.0)
-        self.parts.append(CompiledPart(phase, times, compiled, nbytes, kept))
+        self.parts.append(CompiledPart(phase, times, compiled, nbytes, kept, lowered))
         return nbytes
 
     def total(self, some: Iterable[Any], env: Mapping[Any, Any]) -> float:

@@ -21,7 +21,7 @@ from jaxplan.pins import has_inputs
 from jaxplan.plan import Plan, PlannedExchange
 from jaxplan.report import show_bytes, show_seconds, table
 from jaxplan.unlike.choose import Stagewise
-from jaxplan.unlike.compiled import CompiledStage, compiled_stages
+from jaxplan.unlike.compiled import CompiledStage, LoweredStages, compiled_stages
 from jaxplan.unlike.run import StagedRun, stage_mesh
 
 if TYPE_CHECKING:
@@ -226,10 +226,7 @@ class OnStages(Plan):
     def __str__(self) -> str:
         return describe_stages(self)
 
-    why_not = _refused("compared")
     regimes = _refused("divided into regimes")
-    export = _refused("exported")
-    restore = _refused("restored")
     to_html = _refused("drawn")
     save_html = _refused("drawn")
     plot_memory = _refused("drawn")
@@ -269,7 +266,7 @@ def _merged(found: tuple[sympy.Expr, dict[Any, float]], values: dict[Any, float]
 
 class StagedFunction(PlannedFunction):
     """A function whose stages run on sub-meshes, each part compiled on first use. Python hands micro-batches from stage to stage;
-    so it is no single program that could be lowered, nor traced inside of another one."""
+    so it is no single program: it is lowered part by part, and cannot be traced inside of another one."""
 
     def __init__(self, plan: OnStages, static: dict[int | str, Any], donate: Sequence[int]) -> None:
         if not isinstance(plan.mesh, Mesh):
@@ -307,13 +304,15 @@ class StagedFunction(PlannedFunction):
             ": call it by itself, or plan with pipeline=None"
         )
 
-    def lower(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ValueError: there is no single program to lower."""
-        self._refuse("lowered")
+    def lower(self, *args: Any, **kwargs: Any) -> LoweredStages:
+        """Every part of every stage, lowered (and compiled, as that tells where the next part's arguments lie); nothing is run.
+        Arguments are arrays or shapes, as they were planned for."""
+        self._flatten(args, kwargs, shapes=True)
+        return self.lower_planned()
 
-    def lower_planned(self) -> NoReturn:
-        """Raises ValueError: there is no single program to lower."""
-        self._refuse("lowered")
+    def lower_planned(self) -> LoweredStages:
+        """The same for the shapes that were planned for."""
+        return LoweredStages(self.plan.traced.name, self.plan.staged.microbatches, tuple(self.compiled()))
 
     def on(self, mesh: Mesh) -> NoReturn:
         """Raises ValueError: stages are planned for their devices."""

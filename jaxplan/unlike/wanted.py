@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxplan.budget import NothingFits
 from jaxplan.cost.formulas import pipeline_ticks
 from jaxplan.cost.price import cluster_terms, terms_seconds
-from jaxplan.hybrid import MOST_MICROBATCHES, Choosing, chain_groups, slow_axes
+from jaxplan.hybrid import MOST_MICROBATCHES, Choosing, slow_axes
 from jaxplan.pipeline import PipelineError
 from jaxplan.pipeline.repeats import repeats
 from jaxplan.plan import Plan
@@ -108,8 +108,7 @@ def _stretch(stages: int, microbatches: int | None) -> float:
 
 def _alike(using: Choosing[Any]) -> bool:
     """Whether layers can be laid along an axis as a loop."""
-    looped = using.graph.remembered("chains", None, lambda: chain_groups(using.traced))
-    return bool(looped) or (repeats(using.graph) is not None and bool(using.layered[1]))
+    return bool(using.chains) or (repeats(using.graph) is not None and bool(using.layered[1]))
 
 
 def _several_processes(mesh: Any) -> bool:
