@@ -60,9 +60,12 @@ class Combines:
         """The same on a machine that differs by its links only."""
         return Combines(setting, numbers, self.ndim)
 
-    def share(self, parts: tuple[CombinePart, ...]) -> float:
-        """The share of a result that each device holds before it is combined; 0 where it never is."""
+    def share(self, parts: tuple[CombinePart, ...], scattered: bool = False) -> float:
+        """The share of a result that each device holds before it is combined; 0 where it never is (or, `scattered`, where none of
+        it is scattered)."""
         steps = parts_steps(parts, self.ndim, self.setting.slow_first)
+        if scattered and not any(step.kind == "reduce_scatter" for step in steps):
+            return 0.0
         return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0
 
 

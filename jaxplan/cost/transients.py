@@ -63,11 +63,15 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
                 parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
                 if parts > 1 and not facts.fuses and not cluster.adds:  # all is reduced (a sum's terms make room), then sliced
-                    wide = [r for r in facts.readers.get(exchange.tensor, ()) if _computes(facts.operators[r])]
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max([at, *wide]), split))
+                    found.append(Buffer(exchange.tensor, TRANSIENT, size, at, until_sliced(facts, exchange.tensor, at), split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
+
+
+def until_sliced(facts: Facts, tensor: int, at: int) -> int:
+    """The last place where a loop slices what was reduced whole at a place to be scattered."""
+    return max([at, *[place for place in facts.readers.get(tensor, ()) if _computes(facts.operators[place])]])
 
 
 def _masked(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
