@@ -18,7 +18,7 @@ from jaxplan.cost.memory import (
     local_sizes,
     rounds_of,
 )
-from jaxplan.cost.transients import until_sliced, users_of
+from jaxplan.cost.transients import computes, until_sliced, users_of
 from jaxplan.graph import Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 
@@ -40,7 +40,8 @@ class Lifetimes:
     same layout).
     By tensor and reading cluster: `copied`, of copies that exchanges make (equal ones are one, from the first reader to the last:
     between two readers each has half of it); `handed`, of what a view or a loop has of its own
-    where its layout is another; `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new
+    where its layout is another; `beside` and `pieces`, of what exchanges need more while they run, where parts are gathered along a
+    dimension that is not the outermost, or all send to all; `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new
     state by its old place. By operator: `partial`, of partial results; `scattered`, of those more that are scattered. `places`: in all. `local`: bytes per device of a tensor in
     a layout; `stored`: tensors for which it is equal are stored alike.
     """
@@ -48,6 +49,8 @@ class Lifetimes:
     held: Mapping[int, Sequence[Life]]
     copied: Mapping[tuple[int, int], Sequence[Life]]
     handed: Mapping[tuple[int, int], Life]
+    beside: Mapping[tuple[int, int], Life]
+    pieces: Mapping[tuple[int, int], Life]
     gathered: Mapping[tuple[int, int], Life]
     ties: frozenset[tuple[int, int]]
     partial: Mapping[int, Life]
@@ -109,7 +112,7 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], 
         return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
 
     return Lifetimes(
-        held, *_copied(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, scattered, places,
+        held, *_copied(modelled, facts), *_on_the_way(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, scattered, places,
         local_sizes(modelled, facts), stored,
     )  # fmt: skip
 
@@ -169,6 +172,25 @@ def _copied(
             users += [_last(facts, op.results[0]) for op in map(graph.operators.__getitem__, members) if _as_it_is(facts, op)]
             own.setdefault(reading.tensor, {})[reading.reader] = Life(min(users), max(users))
     return {(tensor, reader): found for tensor, lives in own.items() for reader, found in _with_gaps(lives).items()}, handed
+
+
+def _on_the_way(modelled: Modelled, facts: Facts) -> tuple[dict[tuple[int, int], Life], dict[tuple[int, int], Life]]:
+    """By tensor and the first cluster that would read it in a layout of its own, where exchanges for it run: (those whose parts
+    have to be moved afterwards, since what reads them is no loop over elements; those whose tensor stays)."""
+    graph, arguments = modelled.graph, set(modelled.graph.inputs)
+    first = dict[int, tuple[int, int, bool]]()
+    for reading in modelled.readings if not facts.fuses else ():
+        members = graph.clusters[reading.reader].members
+        users = users_of(graph, facts, reading.tensor, members)
+        if users and reading.times and graph.operators[members[-1]].name != VIEW:
+            one = (min(users), reading.reader, not all(computes(facts.operators[user]) for user in users))
+            first[reading.tensor] = min(first.get(reading.tensor, one), one)
+    beside = {(tensor, reader): Life(at, at) for tensor, (at, reader, stored) in first.items() if stored}
+    pieces = {
+        (tensor, reader): Life(at, at) for tensor, (at, reader, _) in first.items()
+        if tensor in arguments or max(facts.readers.get(tensor, (0,))) > at
+    }  # fmt: skip
+    return beside, pieces
 
 
 def _as_it_is(facts: Facts, operator: Operator) -> bool:

@@ -71,7 +71,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
 
 def until_sliced(facts: Facts, tensor: int, at: int) -> int:
     """The last place where a loop slices what was reduced whole at a place to be scattered."""
-    return max([at, *[place for place in facts.readers.get(tensor, ()) if _computes(facts.operators[place])]])
+    return max([at, *[place for place in facts.readers.get(tensor, ()) if computes(facts.operators[place])]])
 
 
 def _masked(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
@@ -113,7 +113,7 @@ def _on_the_way(
             at, ndim = min(users), len(reading.read.leads)
             steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
             stays = tensor in arguments or max(facts.readers.get(tensor, (0,))) > at
-            as_it_comes = all(_computes(facts.operators[user]) for user in users)
+            as_it_comes = all(computes(facts.operators[user]) for user in users)
             if _more_than_result(modelled, tensor, steps, stays, not as_it_comes):
                 found[tensor, wanted] = Buffer(tensor, TRANSIENT, local(tensor, wanted), at, at, axes_of(wanted))
     return list(found.values())
@@ -149,6 +149,6 @@ def _more_than_result(modelled: Modelled, tensor: int, steps: Sequence[Step], st
     return False
 
 
-def _computes(operator: Operator) -> bool:
+def computes(operator: Operator) -> bool:
     """Whether a loop over its elements reads what it reads wherever that lies."""
     return operator.rule.fusible and operator.name not in (BOUNDARY, INPUT)

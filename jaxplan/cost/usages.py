@@ -16,7 +16,7 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.lifetimes import Lifetimes, lifetimes
 from jaxplan.cost.memory import Local, Memory
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
-from jaxplan.cost.prices import GATHERED, MOVED, SENT, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import BESIDE, GATHERED, MOVED, PIECES, SENT, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Combine
 from jaxplan.layout import Layout
 from jaxplan.problem import Asked, Meter, Problem, Usage
@@ -103,7 +103,8 @@ def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
         if not isinstance(price, ReshardPrice):
             continue
         made = [(SENT, life) for life in lives.copied.get(key, ())]
-        made += [(makes, those[key]) for makes, those in ((MOVED, lives.handed), (GATHERED, lives.gathered)) if key in those]
+        others = ((MOVED, lives.handed), (GATHERED, lives.gathered), (BESIDE, lives.beside), (PIECES, lives.pieces))
+        made += [(makes, those[key]) for makes, those in others if key in those]
         for makes, life in made:
             nbytes = life.share * reading.share * numbers.nbytes(reading.tensor)
             about = ("copy", id(price), makes, nbytes)
