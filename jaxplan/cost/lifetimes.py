@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from jaxplan.cost.memory import (
     local_sizes,
     rounds_of,
 )
+from jaxplan.cost.schedule import run_order
 from jaxplan.cost.transients import computes, until_sliced, users_of
 from jaxplan.graph import Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
@@ -36,14 +38,14 @@ class Life:
 class Lifetimes:
     """When bytes live that choices decide on.
 
-    `held`: of what clusters leave or store inside, by tensor (several may share one buffer, each a part of it; and copies in the
-    same layout).
-    By tensor and reading cluster: `copied`, of copies that exchanges make (equal ones are one, from the first reader to the last:
-    between two readers each has half of it); `handed`, of what a view or a loop has of its own
-    where its layout is another; `beside` and `pieces`, of what exchanges need more while they run, where parts are gathered along a
-    dimension that is not the outermost, or all send to all; `gathered`, of state that stays while its new value is gathered; `ties`: the readings of new
-    state by its old place. By operator: `partial`, of partial results; `scattered`, of those more that are scattered. `places`: in all. `local`: bytes per device of a tensor in
-    a layout; `stored`: tensors for which it is equal are stored alike.
+    `held`: of what clusters leave or store inside, by tensor (several may share one buffer, each a part of it; and copies in
+    the same layout). By tensor and reading cluster: `copied`, of copies that exchanges make (equal ones are one, from the first
+    reader to the last: between two readers each has half of it); `handed`, of what a view or a loop has of its own where its
+    layout is another; `beside` and `pieces`, of what exchanges need more while they run, where parts are gathered along a
+    dimension that is not the outermost, or all send to all; `gathered`, of state that stays while its new value is gathered;
+    `ties`: the readings of new state by its old place. By operator: `partial`, of partial results; `scattered`, of those more
+    that are scattered. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is
+    equal are stored alike.
     """
 
     held: Mapping[int, Sequence[Life]]
@@ -112,9 +114,36 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], 
         return about.shape, about.dtype, tensor in facts.more.narrow, tuple(facts.more.outer.get(tensor, ()))
 
     return Lifetimes(
-        held, *_copied(modelled, facts), *_on_the_way(modelled, facts), _kept(modelled, facts, replaced), frozenset(_ties(modelled)), partial, scattered, places,
-        local_sizes(modelled, facts), stored,
+        held, *_copied(modelled, facts), *_on_the_way(modelled, facts), _kept(modelled, facts, replaced),
+        frozenset(_ties(modelled)), partial, scattered, places, local_sizes(modelled, facts), stored,
     )  # fmt: skip
+
+
+def certain_lives(modelled: Modelled, donated: Sequence[bool]) -> tuple[dict[int, list[Life]], int]:
+    """(by tensor, lives that are part of the peak whatever is chosen; the places in all).
+
+    Inputs always; outputs with buffers of their own at the last place, since temporaries may lie in these before; and what one
+    loop stacks for later ones, from the beginning of the one to that of the first of the others.
+    """
+    graph = modelled.graph
+    order, ties = run_order(graph, modelled.numbers.machine.materialises), dict(graph.ties)
+    places = len(order.sequence) + 2
+    found = {tensor: [Life(0, places - 1)] for tensor in graph.inputs}
+    for tensor, position in {tensor: position for position, tensor in enumerate(graph.outputs)}.items():
+        if tensor >= 0 and not (position in ties and donated[ties[position]]):
+            laid = graph.inputs[ties[position]] if position in ties else tensor
+            found.setdefault(laid, []).append(Life(places - 1, places - 1))
+    operators = graph.operators
+    sliced: dict[int, list[int]] = {}
+    for op in operators:
+        if op.name == BOUNDARY and op.path[-2] == "in" and op.path[:-2] in order.begins:
+            sliced.setdefault(op.operands[0], []).append(order.begins[op.path[:-2]])
+    for op in operators:
+        if op.name == BOUNDARY and op.path[-2] == "out" and op.results[0] in sliced and op.results[0] not in graph.outputs:
+            first, last = order.begins[op.path[:-2]], min(sliced[op.results[0]])
+            if first < last:
+                found.setdefault(op.results[0], []).append(Life(first, last))
+    return found, places
 
 
 def _ties(modelled: Modelled) -> dict[tuple[int, int], int]:
@@ -215,7 +244,7 @@ def _with_gaps(lives: Mapping[int, Life]) -> dict[int, list[Life]]:
     found = {reader: [life] for reader, life in lives.items()}
     order = sorted(lives, key=lambda reader: (lives[reader].first, lives[reader].last))
     until = -1
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         until = max(until, lives[before].last)
         if until + 1 < lives[after].first:
             gap = Life(until + 1, lives[after].first - 1, 0.5)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.lifetimes import Lifetimes, lifetimes
+from jaxplan.cost.lifetimes import Lifetimes, certain_lives, lifetimes
 from jaxplan.cost.memory import Local, Memory
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
 from jaxplan.cost.prices import BESIDE, GATHERED, MOVED, PIECES, SENT, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Combine
-from jaxplan.layout import Layout
+from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, Meter, Problem, Usage
 
 
@@ -49,6 +49,29 @@ def within(
         reserved = np.maximum(reserved, more)
     starts = (*[choices for choices, _ in like], *starts)
     return modelled.problem.within(limit, (*problem.usages, *waits), tuple(reserved.tolist()), starts)
+
+
+def certainly_within(modelled: Modelled, limit: float, donated: Sequence[bool]) -> Problem:
+    """The problem with those bytes per device as usages that every plan takes at least: whatever fits is within its limit, so a
+    bound of it holds for all plans that fit. Tensors are taken without padding, and rounded where they can be."""
+    lives, places = certain_lives(modelled, donated)
+    graph, numbers, found, known = modelled.graph, modelled.numbers, list[Usage](), dict[Hashable, Held]()
+    given = set(graph.inputs)
+
+    def local(tensor: int, layout: Layout | None) -> float:
+        about = graph.tensors[tensor]
+        rounded = 1.0 if tensor in given else min(1.0, numbers.machine.rounded_share(about.dtype))
+        return rounded * about.nbytes / (shards(layout, numbers.sizes) if layout is not None else 1)
+
+    for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
+        for write in cluster.writes:
+            about = graph.tensors[write.tensor]
+            for life in lives.get(write.tensor, ()):
+                key = (id(options), write.leads, about.shape, about.dtype, write.tensor in given)
+                if key not in known:
+                    known[key] = Held(options, write.leads, write.tensor, life.share, local)
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
+    return modelled.problem.within(limit, tuple(found), (0.0,) * places)
 
 
 def _waiting(
