@@ -28,7 +28,7 @@ from jaxplan.cost import (
 )
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
-from jaxplan.cost.scatters import scattered_sums
+from jaxplan.cost.scatters import gathers_a_number, scattered_sums
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.branches import branches_around, worst_branches
@@ -290,6 +290,8 @@ class Plan:
             if written == read:
                 continue
             steps = reshard_steps(written, read, len(reading.read.leads), setting.slow_first)
+            if gathers_a_number(graph, graph.clusters[reading.writer], steps):
+                continue
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
