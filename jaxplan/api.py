@@ -555,15 +555,13 @@ def _more_devices(plan: Plan, budget: float) -> list[str]:
 def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     """The plan with a bound; or the cheaper one that proving it has found, if the search was left to us and memory allows it.
 
-    The bound is that of the problem without a budget: with one, the optimum can only be higher; or, where that is more, of the
-    problem within a limit on those bytes that every plan takes.
+    The bound is that of the problem within a limit on those bytes that every plan takes.
     """
     modelled = plan.modelled
     start = Assignment(plan.choices[list(modelled.kept)], plan.seconds)
     program_seconds = 0.0 if request.certify is True else float(request.certify)
-    problem = modelled.problem
-    if budget < math.inf and plan.pipeline is None and not modelled.follows:
-        problem = certainly_within(modelled, budget, plan.traced.donated)
+    limited = budget < math.inf and plan.pipeline is None and not modelled.follows
+    problem = certainly_within(modelled, budget, plan.traced.donated) if limited else modelled.problem
     proven = certified(problem, start, program_seconds=program_seconds)
     plan = replace(plan, bound=proven.bound)
     if isinstance(request.search, str) and proven.seconds < plan.seconds:

@@ -163,7 +163,7 @@ class Replay:
         control = _CONTROL.get(equation.primitive)
         if equation.primitive not in _TAKES_STAGED:
             values = [whole(value) for value in values]
-        operator = self.found.at.get(here) if control is None else -1  # none of what nothing comes of
+        operator = self.found.at[here] if control is None else -1
         if equation.primitive not in _TAKES_PARTS:
             values = [self.summed(value, self.found.sums.get(operator, ((),))[0]) for value in values]
         if self.rows is not None:

@@ -1,5 +1,5 @@
-"""Where a compiler sends otherwise than planned: sums that are reduced whole of which each device then keeps its part, which become
-one reduce-scatter; and constants, of which no part is gathered."""
+"""Where a compiler sends otherwise than planned: sums that are reduced whole of which each device then keeps its part, which
+become one reduce-scatter; and constants, of which no part is gathered."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Uses:
 
 
 def gathers_a_number(graph: Graph, cluster: Cluster, steps: Sequence[Step]) -> bool:
-    """Whether steps gather what a cluster makes of a number alone: a compiler makes it whole at once. (It does send such to all.)"""
+    """Whether steps gather what a cluster makes of a number alone: a compiler makes it whole at once. (All-to-alls are sent.)"""
     operator = graph.operators[cluster.members[-1]]
     given = getattr(operator.equation, "invars", ())
     if len(cluster.members) > 1 or not given or operator.rule.flops or max(operator.operands) >= 0:

@@ -179,7 +179,7 @@ class _Walk:
 
     def typed(self, equation: Any, values: list[_Value], path: Path) -> list[_Value]:
         """The results of one operator, its operands and results brought to where the plan has them."""
-        operator, name = self.found.at.get(path, -1), f"{equation.primitive.name} at {self.where}"
+        operator, name = self.found.at[path], f"{equation.primitive.name} at {self.where}"
         if operator in self.found.sums:
             self.refused[f"{self.where} {equation.primitive.name} (partial sums: the plan combines their total only)"] = None
         if any(value.after for value in values):

@@ -168,17 +168,19 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
 
 
 def _needed(flat: Flat, outputs: Sequence[int]) -> list[Operator]:
-    """The operators without those that nothing comes of: the compiler drops them, as the values that go with a derivative of a
+    """The operators; those that nothing comes of never run: the compiler drops them, as the values that go with a derivative of a
     gradient in the body of a loop. What enters and leaves loops stays, and what has an effect or is not known."""
     read = {*outputs, *flat.decides}.union(*flat.calls.values())
-    needed = []
+    operators = []
     for operator in reversed(flat.operators):
         equation = operator.equation
         stays = equation is None or operator.asked or equation.effects or not operator.rule.known
         if stays or not read.isdisjoint(operator.results):
             read.update(operator.operands)
-            needed.append(operator)
-    return needed[::-1]
+        else:
+            operator = operator._replace(times=0.0, read_times=None)
+        operators.append(operator)
+    return operators[::-1]
 
 
 def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
@@ -187,7 +189,7 @@ def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
     and so do those of a call that is a program of its own. `apart`: paths of such."""
     readers: dict[tuple[int, int, Path], list[int]] = {}
     for index, operator in enumerate(flat.operators):
-        if not operator.rule.fusible and operator.name != BOUNDARY:
+        if not operator.rule.fusible and operator.name != BOUNDARY and operator.times:
             path = operator.path
             call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
             for tensor in dict.fromkeys(operator.operands):
@@ -308,8 +310,8 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
 
 
 def _hoist(flat: Flat, first: int, constants: Sequence[int], within: Place, place: Place) -> None:
-    """What a loop's body computes of its constants alone the compiler computes before the loop, exchanges too: it runs as often as
-    the loop, and so do exchanges of it for the rest. `first`: the body's first operator; `place`: where the loop stands."""
+    """What a loop's body computes of its constants alone the compiler computes before the loop, exchanges too: it runs as often
+    as the loop, and so do exchanges of it for the rest. `first`: the body's first operator; `place`: where the loop stands."""
     same = set(constants)
     if within.times <= place.times:
         return
