@@ -84,14 +84,14 @@ class _Uses:
         return taken.keys() == axes and len(set(taken.values())) == 1
 
 
-def gathers_a_number(graph: Graph, cluster: Cluster, steps: Sequence[Step]) -> bool:
-    """Whether steps gather what a cluster makes of a number alone: a compiler makes it whole at once. (All-to-alls are sent.)"""
+def sends_a_number(graph: Graph, cluster: Cluster, steps: Sequence[Step]) -> bool:
+    """Whether steps gather or hand on what a cluster makes of a number alone: it is made whole at once. (All-to-alls run.)"""
     operator = graph.operators[cluster.members[-1]]
     given = getattr(operator.equation, "invars", ())
     if len(cluster.members) > 1 or not given or operator.rule.flops or max(operator.operands) >= 0:
         return False
     numbers = all(hasattr(v, "val") and not v.aval.shape for v in given)
-    return numbers and all(step.kind in ("all_gather", "slice") for step in steps)
+    return numbers and all(step.kind in ("all_gather", "permute", "slice") for step in steps)
 
 
 def _reshapes(graph: Graph, operator: Operator) -> bool:

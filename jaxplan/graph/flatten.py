@@ -43,6 +43,7 @@ class Flat:
         self.sealed: set[Path] = set()
         self.branches: dict[Path, float] = {}
         self.decides: set[int] = set()  # tensors by which control flow is decided
+        self.dropped: frozenset[int] = frozenset()
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
@@ -162,25 +163,24 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
         flat.add(INPUT, passing_rule(flat.tensors[tensor].shape, 0, 1), (), (tensor,), place, (INPUT, position))
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
-    flat.operators = _needed(flat, outputs)
     flat.operators = share_views(flat, traced.apart)
+    flat.dropped = _dropped(flat, outputs)
     return inputs, outputs
 
 
-def _needed(flat: Flat, outputs: Sequence[int]) -> list[Operator]:
-    """The operators; those that nothing comes of never run: the compiler drops them, as the values that go with a derivative of a
-    gradient in the body of a loop. What enters and leaves loops stays, and what has an effect or is not known."""
+def _dropped(flat: Flat, outputs: Sequence[int]) -> frozenset[int]:
+    """Tensors that nothing comes of: a compiler drops what makes them, as the values that go with a derivative of a gradient in
+    the body of a loop. What enters and leaves loops stays, and what has an effect or is not known."""
     read = {*outputs, *flat.decides}.union(*flat.calls.values())
-    operators = []
+    found = set[int]()
     for operator in reversed(flat.operators):
         equation = operator.equation
-        stays = equation is None or operator.asked or equation.effects or not operator.rule.known
-        if stays or not read.isdisjoint(operator.results):
-            read.update(operator.operands)
+        pure = operator.name == VIEW if equation is None else not equation.effects and operator.rule.known
+        if pure and not operator.asked and read.isdisjoint(operator.results):
+            found.update(operator.results)
         else:
-            operator = operator._replace(times=0.0, read_times=None)
-        operators.append(operator)
-    return operators[::-1]
+            read.update(operator.operands)
+    return frozenset(found)
 
 
 def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
@@ -189,7 +189,7 @@ def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
     and so do those of a call that is a program of its own. `apart`: paths of such."""
     readers: dict[tuple[int, int, Path], list[int]] = {}
     for index, operator in enumerate(flat.operators):
-        if not operator.rule.fusible and operator.name != BOUNDARY and operator.times:
+        if not operator.rule.fusible and operator.name != BOUNDARY:
             path = operator.path
             call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
             for tensor in dict.fromkeys(operator.operands):
