@@ -23,7 +23,7 @@ from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_keywords, check_mesh, check_pipeline
 from jaxplan.budget import Limit, NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
-from jaxplan.cost import Modelled, Numbers, frugal, model
+from jaxplan.cost import Modelled, Numbers, certainly_within, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
@@ -569,12 +569,14 @@ def _more_devices(plan: Plan, budget: float) -> list[str]:
 def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     """The plan with a bound; or the cheaper one that proving it has found, if the search was left to us and memory allows it.
 
-    The bound is that of the problem without a budget: with one, the optimum can only be higher.
+    The bound is that of the problem within a limit on those bytes that every plan takes.
     """
     modelled = plan.modelled
     start = Assignment(plan.choices[list(modelled.kept)], plan.seconds)
     program_seconds = 0.0 if request.certify is True else float(request.certify)
-    proven = certified(modelled.problem, start, program_seconds=program_seconds)
+    limited = budget < math.inf and plan.pipeline is None and not modelled.follows
+    problem = certainly_within(modelled, budget, plan.traced.donated) if limited else modelled.problem
+    proven = certified(problem, start, program_seconds=program_seconds)
     plan = replace(plan, bound=proven.bound)
     if isinstance(request.search, str) and proven.seconds < plan.seconds:
         better = replace(plan, choices=modelled.complete(frugal(modelled, proven.choices, proven.seconds)))

@@ -28,7 +28,7 @@ from jaxplan.cost import (
 )
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
-from jaxplan.cost.scatters import scattered_sums
+from jaxplan.cost.scatters import scattered_sums, sends_a_number
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.branches import branches_around, worst_branches
@@ -287,13 +287,15 @@ class Plan:
         found: list[tuple[Path, PlannedExchange]] = []
         for index, cluster in enumerate(graph.clusters):
             path = graph.operators[cluster.members[-1]].path
-            found += [(path, exchange) for exchange in self.combined(index)]
+            found += [(path, exchange) for exchange in (() if self._dropped(index) else self.combined(index))]
         moved: dict[tuple[int, Step, Path, Path], float] = {}
         shares = self._shares if rounded else {}
         for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
             if written == read:
                 continue
             steps = reshard_steps(written, read, len(reading.read.leads), setting.slow_first)
+            if sends_a_number(graph, graph.clusters[reading.writer], steps) or self._dropped(reading.reader):
+                continue
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
@@ -307,6 +309,11 @@ class Plan:
                     more = self.moved((step,), reading.tensor, reader, reading.times - already, share)
                     found += [(path, exchange) for exchange in more]
         return tuple(sorted(self._of_worst_branches(found), key=lambda e: -e.total_bytes))
+
+    def _dropped(self, index: int) -> bool:
+        """Whether a compiler leaves a cluster out."""
+        dropped, cluster = self.modelled.graph.dropped, self.modelled.graph.clusters[index]
+        return bool(dropped) and bool(cluster.writes) and all(write.tensor in dropped for write in cluster.writes)
 
     def _of_worst_branches(self, found: Sequence[tuple[Path, PlannedExchange]]) -> list[PlannedExchange]:
         """Of every conditional the exchanges of the branch that sends most, as often as they run; and all others. `found`: with

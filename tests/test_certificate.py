@@ -1,8 +1,10 @@
 """The certificate: no assignment costs less than the bound, whatever the search. Oracles: brute force, the integer program."""
 
+import functools
 import importlib
 import itertools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 from test_search import exhaustive, random_layouts, random_tables
+from test_usages import entangled, limited
 
 import jaxplan
-from jaxplan.cost import Numbers, model
+from jaxplan.cost import Numbers, certainly_within, model
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
 from jaxplan.machine import machine
-from jaxplan.problem import Assignment, evaluate, from_tables
-from jaxplan.reduce import fold
+from jaxplan.problem import Assignment, evaluate, from_tables, peak, within_limit
+from jaxplan.reduce import Pricer, fold
 from jaxplan.search import alpa, brute, certify, hsm2dl, search
 from jaxplan.search.dual import Relaxation
 from jaxplan.trace import trace
@@ -235,7 +238,7 @@ def test_a_budget_keeps_the_bound_and_the_budget():
     budget = 0.7 * free.peak_bytes
     tight = jaxplan.make_plan(update, *shapes, mesh=MESH, machine="v4", memory_budget=budget, certify=True)
     assert tight.peak_bytes <= budget and tight.seconds > free.seconds
-    assert 0 < tight.bound <= free.seconds, "the bound is that of the problem without a budget"
+    assert free.seconds < tight.bound <= tight.seconds, "no plan that fits is as fast as the best without a budget"
 
 
 def test_seconds_for_the_integer_program_and_what_is_no_such_number():
@@ -280,3 +283,88 @@ def test_a_solver_without_a_bound_proves_nothing(monkeypatch):
     room = importlib.import_module("jaxplan.search.alpa")  # whose name in the package is the search's
     monkeypatch.setattr(room, "integer_program", lambda *_: (np.zeros(6, dtype=int), -math.inf, "out of time"))
     assert alpa(problem).bound is None
+
+
+def test_within_a_limit_the_bound_rises_and_stays_below_the_best_that_is_within_it():
+    risen = []
+    for seed in range(40):
+        problem, _ = (limited if seed % 2 else entangled)(seed)
+        try:
+            best = brute(problem).seconds
+        except ValueError:  # nothing is within the limit
+            continue
+        proven = certify(problem, search(problem))
+        free = brute(replace(problem, usages=(), limit=math.inf, reserved=())).seconds
+        assert within_limit(problem, proven.choices) and proven.bound <= best * (1 + 1e-9) <= proven.seconds * (1 + 2e-9)
+        if best > free * (1 + 1e-6):
+            risen.append(proven.bound > free * (1 + 1e-6))
+    assert len(risen) >= 8 and sum(risen) >= 0.7 * len(risen)
+
+
+def momentum(w, m, x):
+    m = 0.9 * m + jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
+    return w - 0.1 * m, m
+
+
+def scanned(w, x):
+    return jnp.sum(jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)[0] ** 2)
+
+
+@pytest.mark.parametrize(("name", "chip"), [("momentum", "cpu"), ("scanned", "cpu"), ("scanned", "v5e"), ("moe", "v5e")])
+def test_what_every_plan_takes_is_no_more_than_any_plan_takes(name, chip):
+    """The oracle is the full model of memory, for choices made blindly."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    known = {
+        "momentum": (momentum, (shape((64, 64)), shape((64, 64)), shape((64, 64))), (0, 1)),
+        "scanned": (jax.grad(scanned), (shape((4, 128, 128)), shape((256, 128))), ()),
+        "moe": (programs()["moe"].fn, programs()["moe"].args, programs()["moe"].donate),
+    }
+    fn, args, donate = known[name]
+    mesh = AbstractMesh((4, 2), ("x", "y"))
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh, machine=chip, memory_budget=math.inf, donate_argnums=donate)
+    whole = model(plan.modelled.graph, plan.modelled.numbers, follow=False)
+    problem = certainly_within(whole, math.inf, plan.traced.donated)
+    shares = []
+    for seed in range(8):
+        blind = replace(plan, modelled=whole, choices=each_at_random(problem, plan.choices, seed))
+        shares.append(peak(problem, blind.choices).usage / blind.peak_bytes)
+    assert 0.05 < max(shares) <= 1 + 1e-9
+
+
+def each_at_random(problem, choices, seed):
+    """Most nodes take any option of theirs that is legal by itself."""
+    rng = np.random.default_rng(seed)
+    blind = choices.copy()
+    for number, node in enumerate(problem.nodes):
+        row = np.array([[rng.integers(count) for count in node.options]])
+        if math.isfinite(node.price(row)[0]):
+            blind[number] = row[0]
+    return blind
+
+
+def test_under_a_budget_that_binds_the_bound_is_above_the_one_without_and_below_every_plan_that_fits():
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    args = shape((512, 512)), shape((512, 512)), shape((256, 512))
+    options = {"mesh": AbstractMesh((4,), ("x",)), "machine": "h100", "donate_argnums": (0, 1), "certify": True}
+    free = jaxplan.make_plan(momentum, *args, memory_budget=math.inf, **options)
+    for share in (0.6, 0.5):
+        budget = share * free.peak_bytes
+        plan = jaxplan.make_plan(momentum, *args, memory_budget=budget, **options)
+        best = cheapest_that_fits(plan, budget)
+        assert free.seconds * 1.02 < plan.bound <= best * (1 + 1e-9) and best <= plan.seconds * (1 + 1e-9)
+
+
+def cheapest_that_fits(plan, budget):
+    """Every assignment, the cheapest first, until one fits by the full model of memory."""
+    problem = plan.modelled.problem
+    tables, rows = Pricer(problem).whole()
+    grids = np.indices([len(row) for row in rows]).reshape(len(rows), -1)
+    price = sum([cost[grids[i]] for i, cost in enumerate(tables.costs)])
+    price = price + sum([matrix[grids[i], grids[j]] for (i, j), matrix in tables.pairs.items()])
+    for number in np.argsort(price, kind="stable"):
+        if price[number] > plan.seconds:
+            break
+        choices = np.array([row[option] for row, option in zip(rows, grids[:, number], strict=True)])
+        if replace(plan, choices=choices).peak_bytes <= budget:
+            return float(price[number])
+    return plan.seconds

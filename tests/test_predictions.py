@@ -108,3 +108,73 @@ def test_pairs_of_one_tensor_are_read_in_two_ways():
         found = plan.audit()
         assert found.errors == {"x": 0.0, "y": 0.0} and found.largest_unplanned == 0 < found.compiled_bytes, str(found)
         np.testing.assert_allclose(plan.jit()(x, m), fn(x, m), rtol=1e-4, atol=1e-4)
+
+
+def solved_by_conjugate_gradients(weights, x, y):
+    """A Newton step. The body of its loop computes a gradient that nobody asks for, and what no round changes."""
+
+    def gradient(weights):
+        return jax.grad(lambda p: jnp.mean((jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2] - y) ** 2))(weights)
+
+    def dot(a, b):
+        return sum(jnp.sum(u * v) for u, v in zip(a, b, strict=True))
+
+    def turn(_, state):
+        step, rest, way, size = state
+        bent = jax.jvp(gradient, (weights,), (way,))[1]
+        far = size / dot(way, bent)
+        step, rest = ([u + a * v for u, v in zip(s, t, strict=True)] for s, a, t in ((step, far, way), (rest, -far, bent)))
+        new = dot(rest, rest)
+        return step, rest, [u + new / size * v for u, v in zip(rest, way, strict=True)], new
+
+    rest = gradient(weights)
+    start = [jnp.zeros_like(w) for w in weights], rest, rest, dot(rest, rest)
+    return [w - u for w, u in zip(weights, jax.lax.fori_loop(0, 3, turn, start)[0], strict=True)]
+
+
+def attention_over_edges(weights, h, source, target):
+    """Sums over the edges of each node, which start from zeros."""
+
+    def loss(weights):
+        x = h
+        for layer in weights:
+            z = (x @ layer["w"]).reshape(x.shape[0], 4, -1)
+            a = jax.nn.leaky_relu((z * layer["a"]).sum(-1)[source] + (z * layer["b"]).sum(-1)[target])
+            e = jnp.exp(a - jax.ops.segment_max(a, target, x.shape[0])[target])
+            share = e / jax.ops.segment_sum(e, target, x.shape[0])[target]
+            x = jax.ops.segment_sum(share[:, :, None] * z[source], target, x.shape[0]).reshape(x.shape[0], -1)
+        return jnp.mean(x**2)
+
+    return jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights))
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+@pytest.mark.parametrize("fn", [solved_by_conjugate_gradients, attention_over_edges])
+def test_what_compilers_leave_out_is_not_predicted(script, fn, shape):
+    """Dead code, what a loop does not change, and constants that would be gathered."""
+    if fn is solved_by_conjugate_gradients:
+        sizes = [[(64, 128), (128, 128), (128, 16)], (256, 64), (256, 16)]
+    else:
+        sizes = [[{"w": (32, 32), "a": (1, 4, 8), "b": (1, 4, 8)}] * 2, (128, 32)]
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), sizes, is_leaf=lambda s: isinstance(s, tuple))
+    args += [jax.ShapeDtypeStruct((512,), jnp.int32)] * (4 - len(args)) if fn is attention_over_edges else []
+    plan = jaxplan.make_plan(fn, *args, mesh=script.mesh_of(shape), machine=script.machines_of("fast")[0])
+    found = plan.audit()
+    assert max(found.errors.values()) < 1e-3 and found.largest_unplanned == 0 < found.compiled_bytes, str(found)
+
+
+def test_what_nothing_comes_of_may_be_constrained_or_not_but_is_computed_alike():
+    """Values of equations that are no operators of the graph."""
+
+    def fn(w, x):
+        def body(h, _):
+            unused = jnp.sum(h @ w)
+            del unused
+            return jnp.tanh(h @ w) + jnp.sum(w @ w), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    w, x = 0.1 * jax.random.normal(jax.random.key(0), (16, 16)), jax.random.normal(jax.random.key(1), (32, 16))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    plan = jaxplan.make_plan(fn, w, x, mesh=mesh, machine=replace(PRESETS["cpu"], seconds_per_flop={"float32": 1e-7}))
+    np.testing.assert_allclose(plan.jit()(w, x), fn(w, x), rtol=1e-4, atol=1e-4)

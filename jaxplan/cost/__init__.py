@@ -10,7 +10,7 @@ from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_lay
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
-from jaxplan.cost.usages import within
+from jaxplan.cost.usages import certainly_within, within
 
 __all__ = [
     "Buffer",
@@ -24,6 +24,7 @@ __all__ = [
     "Stages",
     "Staging",
     "Step",
+    "certainly_within",
     "cluster_exchanges",
     "compiled_piece_bytes",
     "facts_of",

@@ -35,8 +35,9 @@ from jaxplan.problem import Asked, all_rows
 
 LARGE = 100
 """Entries of a matrix of prices, in the mean, from which on each is written out by itself."""
-MOVED, SENT, GATHERED = 0, 1, 2
-"""What a reshard makes: a tensor in another layout at all, one that an exchange has made, one that was gathered."""
+MOVED, SENT, GATHERED, BESIDE, PIECES = range(5)
+"""What a reshard makes: a tensor in another layout at all, one that an exchange has made, one that was gathered, one that was
+gathered along a dimension which is not the outermost, one that came in pieces from all others."""
 DENSE = 1024
 """Choices up to which the local work of a cluster is computed for all of them at once."""
 
@@ -60,9 +61,12 @@ class Combines:
         """The same on a machine that differs by its links only."""
         return Combines(setting, numbers, self.ndim)
 
-    def share(self, parts: tuple[CombinePart, ...]) -> float:
-        """The share of a result that each device holds before it is combined; 0 where it never is."""
+    def share(self, parts: tuple[CombinePart, ...], scattered: bool = False) -> float:
+        """The share of a result that each device holds before it is combined; 0 where it never is (or, `scattered`, where none of
+        it is scattered)."""
         steps = parts_steps(parts, self.ndim, self.setting.slow_first)
+        if scattered and not any(step.kind == "reduce_scatter" for step in steps):
+            return 0.0
         return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0
 
 
@@ -172,7 +176,7 @@ class Reshards:
         self._place = np.full(self._base**setting.axes, -1, dtype=np.int64)  # from a layout's code to its row in the tables
         self._layouts: list[Layout] = []
         self._per_byte = self._fixed = np.full((0, 0), np.nan)
-        self._shares = np.full((3, 0, 0), np.nan)
+        self._shares = np.full((5, 0, 0), np.nan)
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -255,7 +259,7 @@ class Reshards:
             for code in sorted(set(codes[places < 0].tolist())):
                 self._place[code] = len(self._layouts)
                 self._layouts.append(tuple(code // weight % self._base + PARTIAL for weight in self._weights.tolist()))
-            grown = np.full((5, len(self._layouts), len(self._layouts)), np.nan)
+            grown = np.full((2 + len(self._shares), len(self._layouts), len(self._layouts)), np.nan)
             known = len(self._per_byte)
             grown[:, :known, :known] = self._per_byte, self._fixed, *self._shares
             self._per_byte, self._fixed, self._shares = grown[0], grown[1], grown[2:]
@@ -270,12 +274,14 @@ class Reshards:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
         share = 1 / shards(self._layouts[target], self.numbers.sizes)
         kinds = {step.kind for step in steps}
-        made = (source != target, bool(kinds - {"slice"}), "all_gather" in kinds)
+        gathers = [step for step in steps if step.kind == "all_gather"]
+        beside = any(step.before[0] == step.after[0] for step in gathers)
+        made = (source != target, bool(kinds - {"slice"}), bool(gathers), beside, "all_to_all" in kinds)
         self._shares[:, source, target] = [share * kind for kind in made]
 
     def shares(self, asked: Sequence[Asked], makes: Sequence[int]) -> list[np.ndarray]:
         """For each (edge price, tails, heads), the share of a tensor that a device holds in the layout of the head; 0 where
-        nothing of what `makes` says is made: `MOVED`, `SENT` or `GATHERED`."""
+        nothing of what `makes` says is made: `MOVED`, `SENT` and so on."""
         tails = self.numbered([price.tail for price, _, _ in asked], [rows for _, rows, _ in asked])
         heads = self.numbered([price.head for price, _, _ in asked], [rows for _, _, rows in asked])
         found, first, second = [], 0, 0

@@ -1,4 +1,5 @@
-"""Sums that are reduced whole of which each device then keeps its part: a compiler makes one reduce-scatter of the two."""
+"""Where a compiler sends otherwise than planned: sums that are reduced whole of which each device then keeps its part, which
+become one reduce-scatter; and constants, of which no part is gathered."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.price import cluster_exchanges
-from jaxplan.graph import Graph, Operator
+from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
@@ -81,6 +82,16 @@ class _Uses:
             taken.update({axis: dim for dim, names in enumerate(step.after) for axis in names if axis in step.axes})
         found.add((tensor, tuple([taken.get(axis, -1) for axis in range(len(written))])))
         return taken.keys() == axes and len(set(taken.values())) == 1
+
+
+def sends_a_number(graph: Graph, cluster: Cluster, steps: Sequence[Step]) -> bool:
+    """Whether steps gather or hand on what a cluster makes of a number alone: it is made whole at once. (All-to-alls run.)"""
+    operator = graph.operators[cluster.members[-1]]
+    given = getattr(operator.equation, "invars", ())
+    if len(cluster.members) > 1 or not given or operator.rule.flops or max(operator.operands) >= 0:
+        return False
+    numbers = all(hasattr(v, "val") and not v.aval.shape for v in given)
+    return numbers and all(step.kind in ("all_gather", "permute", "slice") for step in steps)
 
 
 def _reshapes(graph: Graph, operator: Operator) -> bool:

@@ -64,8 +64,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
                 parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
                 if parts > 1 and not facts.fuses and not cluster.adds:  # all is reduced (a sum's terms make room), then sliced
-                    wide = [r for r in facts.readers.get(exchange.tensor, ()) if _computes(facts.operators[r])]
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max([at, *wide]), split))
+                    found.append(Buffer(exchange.tensor, TRANSIENT, size, at, until_sliced(facts, exchange.tensor, at), split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
@@ -87,6 +86,11 @@ def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
         word = local(tensor, layout) / graph.tensors[tensor].itemsize * 4
         found += [Buffer(tensor, TRANSIENT, word, at, at, axes_of(layout)) for _ in range(words)]
     return found
+
+
+def until_sliced(facts: Facts, tensor: int, at: int) -> int:
+    """The last place where a loop slices what was reduced whole at a place to be scattered."""
+    return max([at, *[place for place in facts.readers.get(tensor, ()) if computes(facts.operators[place])]])
 
 
 def _masked(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
@@ -128,7 +132,7 @@ def _on_the_way(
             at, ndim = min(users), len(reading.read.leads)
             steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
             stays = tensor in arguments or max(facts.readers.get(tensor, (0,))) > at
-            as_it_comes = all(_computes(facts.operators[user]) for user in users)
+            as_it_comes = all(computes(facts.operators[user]) for user in users)
             if _more_than_result(modelled, tensor, steps, stays, not as_it_comes):
                 found[tensor, wanted] = Buffer(tensor, TRANSIENT, local(tensor, wanted), at, at, axes_of(wanted))
     return list(found.values())
@@ -164,6 +168,6 @@ def _more_than_result(modelled: Modelled, tensor: int, steps: Sequence[Step], st
     return False
 
 
-def _computes(operator: Operator) -> bool:
+def computes(operator: Operator) -> bool:
     """Whether a loop over its elements reads what it reads wherever that lies."""
     return operator.rule.fusible and operator.name not in (BOUNDARY, INPUT)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.lifetimes import Lifetimes, lifetimes
+from jaxplan.cost.lifetimes import Lifetimes, certain_lives, lifetimes
 from jaxplan.cost.memory import Local, Memory
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
-from jaxplan.cost.prices import GATHERED, MOVED, SENT, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import BESIDE, GATHERED, MOVED, PIECES, SENT, Combines, ReshardPrice, Reshards
 from jaxplan.graph import Combine
-from jaxplan.layout import Layout
+from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, Meter, Problem, Usage
 
 
@@ -49,6 +49,29 @@ def within(
         reserved = np.maximum(reserved, more)
     starts = (*[choices for choices, _ in like], *starts)
     return modelled.problem.within(limit, (*problem.usages, *waits), tuple(reserved.tolist()), starts)
+
+
+def certainly_within(modelled: Modelled, limit: float, donated: Sequence[bool]) -> Problem:
+    """The problem with those bytes per device as usages that every plan takes at least: whatever fits is within its limit, so a
+    bound of it holds for all plans that fit. Tensors are taken without padding, and rounded where they can be."""
+    lives, places = certain_lives(modelled, donated)
+    graph, numbers, found, known = modelled.graph, modelled.numbers, list[Usage](), dict[Hashable, Held]()
+    given = set(graph.inputs)
+
+    def local(tensor: int, layout: Layout | None) -> float:
+        about = graph.tensors[tensor]
+        rounded = 1.0 if tensor in given else min(1.0, numbers.machine.rounded_share(about.dtype))
+        return rounded * about.nbytes / (shards(layout, numbers.sizes) if layout is not None else 1)
+
+    for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
+        for write in cluster.writes:
+            about = graph.tensors[write.tensor]
+            for life in lives.get(write.tensor, ()):
+                key = (id(options), write.leads, about.shape, about.dtype, write.tensor in given)
+                if key not in known:
+                    known[key] = Held(options, write.leads, write.tensor, life.share, local)
+                found.append(Usage((index,), known[key], life.first, life.last + 1))
+    return modelled.problem.within(limit, tuple(found), (0.0,) * places)
 
 
 def _waiting(
@@ -82,30 +105,35 @@ def _usages(modelled: Modelled, lives: Lifetimes) -> tuple[Usage, ...]:
     known: dict[Hashable, Held | Partial | Copy] = {}
     found = []
     for index, (cluster, options) in enumerate(zip(graph.clusters, modelled.options, strict=True)):
-        for write in cluster.writes:
+        for write in (*cluster.writes, *cluster.inner):
             for life in lives.held.get(write.tensor, ()):
                 key = ("held", id(options), write.leads, life.share, lives.stored(write.tensor))
                 if key not in known:
                     known[key] = Held(options, write.leads, write.tensor, life.share, lives.local)
                 found.append(Usage((index,), known[key], life.first, life.last + 1))
         for combine in cluster.combines:
-            life = lives.partial.get(combine.operator)
-            if life is not None and combine.result.tensor >= 0:
-                nbytes = numbers.nbytes(combine.result.tensor)
-                key = ("partial", id(options), combine.over, combine.scatterable, combine.result.leads, nbytes)
-                if key not in known:
-                    known[key] = Partial(options, combine, nbytes, combines)
-                found.append(Usage((index,), known[key], life.first, life.last + 1))
+            for scattered, those in ((False, lives.partial), (True, lives.scattered)):
+                life = those.get(combine.operator)
+                if life is not None and combine.result.tensor >= 0:
+                    nbytes = numbers.nbytes(combine.result.tensor)
+                    key = ("partial", id(options), combine.over, combine.scatterable, combine.result.leads, nbytes, scattered)
+                    if key not in known:
+                        known[key] = Partial(options, combine, nbytes, combines, scattered)
+                    found.append(Usage((index,), known[key], life.first, life.last + 1))
     copies: dict[int, Copies] = {}
     for reading, edge in zip(modelled.readings, modelled.problem.edges, strict=True):
-        for makes, those in ((SENT, lives.copied), (MOVED, lives.handed), (GATHERED, lives.gathered)):
-            life, price = those.get((reading.tensor, reading.reader)), edge.price
-            if life is not None and isinstance(price, ReshardPrice):
-                nbytes = reading.share * numbers.nbytes(reading.tensor)
-                key = ("copy", id(price), makes, nbytes)
-                if key not in known:
-                    known[key] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, nbytes, makes)
-                found.append(Usage((edge.tail, edge.head), known[key], life.first, life.last + 1))
+        key, price = (reading.tensor, reading.reader), edge.price
+        if not isinstance(price, ReshardPrice):
+            continue
+        made = [(SENT, life) for life in lives.copied.get(key, ())]
+        others = ((MOVED, lives.handed), (GATHERED, lives.gathered), (BESIDE, lives.beside), (PIECES, lives.pieces))
+        made += [(makes, those[key]) for makes, those in others if key in those]
+        for makes, life in made:
+            nbytes = life.share * reading.share * numbers.nbytes(reading.tensor)
+            about = ("copy", id(price), makes, nbytes)
+            if about not in known:
+                known[about] = Copy(copies.setdefault(id(price.family), Copies(price.family)), price, nbytes, makes)
+            found.append(Usage((edge.tail, edge.head), known[about], life.first, life.last + 1))
     return tuple(found)
 
 
@@ -126,11 +154,12 @@ class Held:
 
 
 class Partial:
-    """Bytes per device of a partial result before it is combined, for rows of its cluster's option numbers."""
+    """Bytes per device of a partial result before it is combined, for rows of its cluster's option numbers; or only of one that
+    is `scattered`."""
 
-    def __init__(self, options: AxisOptions, combine: Combine, nbytes: float, combines: Combines) -> None:
+    def __init__(self, options: AxisOptions, combine: Combine, nbytes: float, combines: Combines, scattered: bool) -> None:
         self._parts = [[combine_part(combine, option) for option in axis] for axis in options]
-        self._nbytes, self._combines = nbytes, combines
+        self._nbytes, self._combines, self._scattered = nbytes, combines, scattered
         self._known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -138,7 +167,7 @@ class Partial:
         for row in map(tuple, rows.tolist()):
             if row not in self._known:
                 parts = tuple([axis[option] for axis, option in zip(self._parts, row, strict=True)])
-                self._known[row] = self._nbytes * self._combines.share(parts)
+                self._known[row] = self._nbytes * self._combines.share(parts, self._scattered)
             found.append(self._known[row])
         return np.array(found)
 

@@ -42,6 +42,8 @@ class Flat:
         self.calls: dict[Path, tuple[int, ...]] = {}
         self.sealed: set[Path] = set()
         self.branches: dict[Path, float] = {}
+        self.decides: set[int] = set()  # tensors by which control flow is decided
+        self.dropped: frozenset[int] = frozenset()
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
@@ -162,7 +164,23 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
     flat.operators = share_views(flat, traced.apart)
+    flat.dropped = _dropped(flat, outputs)
     return inputs, outputs
+
+
+def _dropped(flat: Flat, outputs: Sequence[int]) -> frozenset[int]:
+    """Tensors that nothing comes of: a compiler drops what makes them, as the values that go with a derivative of a gradient in
+    the body of a loop. What enters and leaves loops stays, and what has an effect or is not known."""
+    read = {*outputs, *flat.decides}.union(*flat.calls.values())
+    found = set[int]()
+    for operator in reversed(flat.operators):
+        equation = operator.equation
+        pure = operator.name == VIEW if equation is None else not equation.effects and operator.rule.known
+        if pure and not operator.asked and read.isdisjoint(operator.results):
+            found.update(operator.results)
+        else:
+            read.update(operator.operands)
+    return frozenset(found)
 
 
 def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
@@ -186,7 +204,8 @@ def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
         first = operators[found[0]]
         rule = passing_rule(flat.tensors[tensor].shape, 1, 1)
         path = (*call, VIEW, tensor, scope)
-        views.setdefault(found[0], []).append((view, Operator(VIEW, rule, (tensor,), (view,), first.times, scope, path)))
+        times = first.times if first.read_times is None else first.read_times[first.operands.index(tensor)]
+        views.setdefault(found[0], []).append((view, Operator(VIEW, rule, (tensor,), (view,), times, scope, path)))
         for index in found:
             swapped = tuple([view if t == tensor else t for t in operators[index].operands])
             operators[index] = operators[index]._replace(operands=swapped)
@@ -272,6 +291,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
         arguments.append(inner)
     inside = len(flat.operators)
     produced = flat.call(body, arguments, within)
+    _hoist(flat, inside, arguments[:consts], within, place)
     updated = {op.operands[0]: op.results[0] for op in flat.operators[inside:] if _updates(op.rule)}
     for inner, index in slices.items():
         if inner in updated:  # a part of a slice can only be updated in a copy of the slice
@@ -287,6 +307,27 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
         flat.add(BOUNDARY, rule, (produced[k],), (stacked,), place, ("out", k), (within.times,))
         outs.append(stacked)
     return outs
+
+
+def _hoist(flat: Flat, first: int, constants: Sequence[int], within: Place, place: Place) -> None:
+    """What a loop's body computes of its constants alone the compiler computes before the loop, exchanges too: it runs as often
+    as the loop, and so do exchanges of it for the rest. `first`: the body's first operator; `place`: where the loop stands."""
+    same = set(constants)
+    if within.times <= place.times:
+        return
+    for index in range(first, len(flat.operators)):
+        operator = flat.operators[index]
+        if operator.scope != within.scope:
+            continue
+        equation, reads = operator.equation, [tensor for tensor in operator.operands if tensor >= 0]
+        pure = equation is not None and operator.rule.known and not equation.effects
+        if pure and same.issuperset(reads):
+            same.update(operator.results)
+            if reads:  # what is made of numbers alone is made where it is read
+                flat.operators[index] = operator._replace(times=place.times)
+        elif operator.read_times is None and not same.isdisjoint(reads):
+            often = tuple([place.times if tensor in same else operator.times for tensor in operator.operands])
+            flat.operators[index] = operator._replace(read_times=often)
 
 
 def _added_to(flat: Flat, first: int, scope: int, carried: Sequence[int], produced: Sequence[int]) -> list[int]:
@@ -372,8 +413,10 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
         for k, operand in enumerate(initial)
     ]
     inner = [tensor for tensor, _, _ in loops]
-    flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond"))
+    flat.decides.update(flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond")))
+    inside = len(flat.operators)
     produced = flat.call(body, constants[cond_consts:] + inner, within.at("body"))
+    _hoist(flat, inside, constants[cond_consts:], within, place)
     for (_, _, close), tensor in zip(loops, produced, strict=True):
         close(tensor)
     return [final for _, final, _ in loops]
@@ -381,6 +424,7 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
 
 def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     branches = equation.params["branches"]
+    flat.decides.add(operands[0])
     produced, spans = [], []
     for number, branch in enumerate(branches):
         start = len(flat.operators)

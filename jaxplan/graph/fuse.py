@@ -58,7 +58,10 @@ def fuse(
 def _only_reader(operator: Operator, near: list[_Draft | None]) -> _Draft | None:
     """The one cluster that reads what an operator makes, if it could be a part of that."""
     first = near[0] if near else None
-    joinable = first is not None and first.scope == operator.scope and first.form.fusible
+    if first is None or first.scope != operator.scope:
+        return None
+    as_often = first.form.times == operator.times or max(operator.operands, default=-1) < 0
+    joinable = as_often and first.form.fusible
     return first if joinable and all(draft is first for draft in near) else None
 
 

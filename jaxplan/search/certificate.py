@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
-from jaxplan.problem import Assignment, Problem, evaluate, within_limit
+from jaxplan import problem as problems
+from jaxplan.problem import Assignment, Meter, Problem, evaluate, within_limit
 from jaxplan.reduce import dominance, eliminate
 from jaxplan.search.alpa import integer_program
 from jaxplan.search.dual import Relaxation
 from jaxplan.search.elimination import lower_bound, min_fill_order, option_weights
 from jaxplan.search.hsm2dl import hsm2dl
+from jaxplan.search.limited import at_prices
 
 TOLERANCE = 2e-4
 """Relative gap at which nothing more is done."""
@@ -33,6 +36,37 @@ PROGRAM_SCALE = 0.01
 
 def certify(problem: Problem, found: Assignment, *, seconds: float = 60.0, program_seconds: float = 0.0) -> Assignment:
     """The cheapest assignment known, `found` or better, with a `bound`: no assignment of the problem costs less.
+
+    Within a limit on usages the bound is the better of two: that of the problem without its limit, and one in which usages cost
+    what a search within the limit comes to (multipliers: any that are not negative give a bound). What is returned stays within
+    the limit if `found` does. See `unlimited` for the rest.
+    """
+    free = unlimited(problem, found, seconds=seconds, program_seconds=program_seconds)
+    if problem.limit == math.inf or free.bound is None or free.seconds - free.bound <= TOLERANCE * abs(free.seconds):
+        return free
+    return _at_multipliers(problem, free, seconds, program_seconds)
+
+
+def _at_multipliers(problem: Problem, free: Assignment, seconds: float, program_seconds: float) -> Assignment:
+    """With the higher one of its bound and that of the problem in which usages have prices. For any prices p >= 0 per step, what
+    is within the limit costs at least the least of (seconds + p . usage), less p . limit."""
+    meter = Meter(problem)
+    loose = hsm2dl(at_prices(problem, np.zeros(len(problem.usages))))
+    known = hsm2dl(replace(problem, starts=(loose.choices, free.choices)))
+    multipliers = np.maximum(0.0, np.asarray(known.notes["multipliers"]))
+    if not multipliers.any():
+        return free
+    priced = at_prices(problem, meter.spans(multipliers))
+    proven = unlimited(priced, hsm2dl(priced), seconds=seconds, program_seconds=program_seconds)
+    limit = problem.limit * (1 + problems.ROUNDING)
+    idle = meter.levels(np.zeros(len(problem.usages)))
+    bounds = [free.bound, None if proven.bound is None else proven.bound - float(multipliers @ (limit - idle))]
+    best = min(free.seconds, max([bound for bound in bounds if bound is not None]))
+    return replace(free, bound=best, notes={**free.notes, "multipliers": multipliers})
+
+
+def unlimited(problem: Problem, found: Assignment, *, seconds: float = 60.0, program_seconds: float = 0.0) -> Assignment:
+    """The cheapest assignment known, `found` or better, with a `bound` of the problem without its limit.
 
     Messages raise a dual bound (`dual.py`); options that cost more above it than the cheapest assignment known are struck out;
     what is left is reduced and eliminated, exactly where it is small, else by mini-buckets, now and then and at the end.
