@@ -177,6 +177,7 @@ class Reshards:
         self._layouts: list[Layout] = []
         self._per_byte = self._fixed = np.full((0, 0), np.nan)
         self._shares = np.full((5, 0, 0), np.nan)
+        self._rates: dict[tuple[Layout, Layout], tuple[float, float]] = {}
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -249,8 +250,8 @@ class Reshards:
         if len(self._stacked) < len(self._codes):
             widest = max(len(axis) for axes in self._codes for axis in axes)
             self._stacked = np.array([[axis + [0] * (widest - len(axis)) for axis in axes] for axes in self._codes])
-        owner = np.repeat(terminals, [len(part) for part in rows])
-        options = np.concatenate(rows)
+        owner = np.repeat(terminals, [len(part) for part in rows]) if len(rows) > 1 else terminals[0]
+        options = np.concatenate(rows) if len(rows) > 1 else rows[0]
         codes = np.zeros(len(options), dtype=np.int64)
         for axis, weight in enumerate(self._weights.tolist()):
             codes += weight * self._stacked[owner, axis, options[:, axis]]
@@ -267,8 +268,16 @@ class Reshards:
         return places
 
     def _tabulate(self, source: int, target: int) -> None:
-        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
-        self._per_byte[source, target], self._fixed[source, target] = _rates(steps, self.numbers)
+        names: dict[int, int] = {}  # which dimensions are equal is all that matters, not which they are
+        before, after = (
+            tuple([dim if dim < 0 else names.setdefault(dim, len(names)) for dim in self._layouts[number]])
+            for number in (source, target)
+        )
+        rates = self._rates.get((before, after))
+        if rates is None:
+            steps = reshard_steps(before, after, self._base + PARTIAL, self.setting.slow_first)
+            rates = self._rates[before, after] = _rates(steps, self.numbers)
+        self._per_byte[source, target], self._fixed[source, target] = rates
 
     def _share(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)

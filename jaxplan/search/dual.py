@@ -39,13 +39,16 @@ class Classes(NamedTuple):
 
 
 def _classes(labels: np.ndarray) -> tuple[Classes, np.ndarray]:
-    """Classes of equal labels, and an option of each."""
-    _, first, of = np.unique(labels, return_index=True, return_inverse=True)
-    of = of.reshape(-1)
-    if len(first) == len(labels):  # nothing is equal: keep the options' own order
-        first = of = np.arange(len(labels))
+    """Classes of equal labels, in the order of labels, and an option of each."""
+    values = labels.tolist()
+    numbers = {label: number for number, label in enumerate(sorted(set(values)))}  # faster than NumPy for the few that there are
+    if len(numbers) == len(values):  # nothing is equal: keep the options' own order
+        first = np.arange(len(values))
+        return Classes(first, first, first), first
+    of = np.array([numbers[label] for label in values], dtype=np.int64)
     order = np.argsort(of, kind="stable")
-    return Classes(of, order, np.searchsorted(of[order], np.arange(len(first)))), first
+    starts = np.searchsorted(of[order], np.arange(len(numbers)))
+    return Classes(of, order, starts), order[starts]
 
 
 class Link:

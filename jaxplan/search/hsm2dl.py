@@ -57,14 +57,12 @@ def hsm2dl(problem: Problem) -> Assignment:
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    small = len(folded.nodes) <= SMALL
-    if small:
-        best, seconds = _settled(pricer, elimination, best, axes)
-    else:
+    if len(folded.nodes) > SMALL:
         best, seconds = _swept(pricer, elimination, crossed(pricer, elimination, best, axes), axes)
-    if len(axes) > 1:
-        best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes, exchanged=True), axes)
-    if small:
+    else:
+        best, seconds = _settled(pricer, elimination, best, axes)
+        if len(axes) > 1:
+            best, seconds = _taken(pricer, elimination, best, seconds, _tied(pricer, best, axes, exchanged=True), axes)
         for opened, follows in permutations(axes, 2):
             best, seconds = _taken(pricer, elimination, best, seconds, _turned(pricer, best, opened, follows), axes)
         for _ in range(POLISHINGS):
