@@ -41,8 +41,13 @@ def entries(problem: Problem) -> int:
 
 
 def chosen_programs(sizes: list[str]) -> list[tuple[str, Program]]:
-    """(label, program)."""
-    found = [(f"{name} {size}", program) for size in sizes for name, program in programs(size).items()]  # type: ignore[arg-type]
+    """(label, program). Of the sizes "models" are the published models of `scripts/models`, which need their frameworks."""
+    known = [size for size in sizes if size != "models"]
+    found = [(f"{name} {size}", program) for size in known for name, program in programs(size).items()]  # type: ignore[arg-type]
+    if "models" in sizes:
+        from models import MODELS, model as published
+
+        found += [(name, published(name)) for name in MODELS]
     if "full" in sizes:
         found += [(f"decoder_{form} batch 8", decoder(replace(FULL, batch=8), form)) for form in ("scan", "unrolled")]
     return found

@@ -1,6 +1,6 @@
 """Every search on every example program and mesh, beside the best lower bound: a Markdown table, and a summary of it.
 
-    python scripts/compare_searches.py [--meshes 8,4x2,4x4] [--size small,full] [--only moe] [--searches hsm2dl,optcnn]
+    python scripts/compare_searches.py [--meshes 8,4x2,4x4] [--size small,full,models] [--only moe] [--searches hsm2dl,optcnn]
         [--search my.module:solve] [--machine v4] [--time-limit 20] [--program-seconds 0]
 
 A cell is the modelled seconds of what a search found above the bound, then the seconds it took. The bound holds for the problem

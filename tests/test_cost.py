@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 import jaxplan
 from jaxplan.cost import Numbers, frugal, model
 from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
-from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, terms_seconds
+from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, steps_terms, terms_seconds
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
-from jaxplan.layout import layout_of, spec_of
+from jaxplan.layout import PARTIAL, layout_of, spec_of
 from jaxplan.machine import machine
 from jaxplan.problem import all_rows, evaluate
 from jaxplan.search import alpa
@@ -45,6 +45,22 @@ def test_only_slices_are_free(src):
         for step in reshard_steps(src, dst, 2, (0, 1)):
             sent = sum(h for _, h in step_bytes(step, 1024.0, (2, 4)))
             assert (sent == 0) == (step.kind == "slice")
+
+
+@pytest.mark.parametrize(("sizes", "slow_first"), [((4, 2), (0, 1)), ((4, 4), (1, 0)), ((2, 3, 4), (2, 0, 1))])
+def test_what_a_reshard_sends_depends_on_which_dimensions_are_equal_not_on_which_they_are(sizes, slow_first):
+    """`Reshards` prices one reshard per pattern."""
+
+    def terms(src, dst):
+        sent, rounds = steps_terms(reshard_steps(src, dst, 3, slow_first), 1.0, sizes)
+        return {axis: round(share, 12) for axis, share in sent.items()}, rounds
+
+    known = {}
+    layouts = list(itertools.product((PARTIAL, -1, 0, 1, 2), repeat=len(sizes)))
+    for src, dst in itertools.product(layouts, layouts):
+        names = {}
+        pattern = tuple([dim if dim < 0 else names.setdefault(dim, len(names)) for dim in (*src, *dst)])
+        assert known.setdefault(pattern, terms(src, dst)) == terms(src, dst), (src, dst)
 
 
 def test_hierarchical_parts_add_up_to_one_exchange_over_all_devices():

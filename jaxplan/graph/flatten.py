@@ -48,7 +48,7 @@ class Flat:
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
         self.within: Within | None = None
-        self.totals = True  # whether what a loop adds up may be combined after it
+        self.at_once = True  # whether a loop is one program: what it adds up may be combined after it
 
     def tensor(self, aval: Any) -> int:
         """A new tensor for an abstract value."""
@@ -155,7 +155,7 @@ class Place:
 def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
     """Fill `flat` with the program's operators; the tensors of its flat inputs and of its flat outputs."""
     jaxpr = traced.jaxpr.jaxpr
-    flat.totals = not traced.apart  # a loop whose rounds are programs of their own hands arrays from one to the next
+    flat.at_once = not traced.apart  # a loop whose rounds are programs of their own hands arrays from one to the next
     place = Place((), 1.0, flat.scope())
     env = {}
     for position, var in enumerate(jaxpr.invars):
@@ -299,7 +299,7 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
             flat.operators[index] = boundary._replace(rule=replace(boundary.rule, free=False))
     for (_, _, close), tensor in zip(loops, produced[:carries], strict=True):
         close(tensor)
-    added = _added_to(flat, inside, within.scope, [inner for inner, _, _ in loops], produced) if flat.totals else []
+    added = _added_to(flat, inside, within.scope, [inner for inner, _, _ in loops], produced) if flat.at_once else []
     outs = [_total(flat, final, place, k) if k in added else final for k, (_, final, _) in enumerate(loops)]
     for k in range(carries, len(produced)):
         stacked = flat.tensor(equation.outvars[k].aval)
@@ -311,9 +311,10 @@ def _scan(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[
 
 def _hoist(flat: Flat, first: int, constants: Sequence[int], within: Place, place: Place) -> None:
     """What a loop's body computes of its constants alone the compiler computes before the loop, exchanges too: it runs as often
-    as the loop, and so do exchanges of it for the rest. `first`: the body's first operator; `place`: where the loop stands."""
+    as the loop, and so do exchanges of it for the rest. `first`: the body's first operator; `place`: where the loop stands. Not
+    where rounds are programs of their own."""
     same = set(constants)
-    if within.times <= place.times:
+    if within.times <= place.times or not flat.at_once:
         return
     for index in range(first, len(flat.operators)):
         operator = flat.operators[index]
