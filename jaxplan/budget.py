@@ -135,9 +135,10 @@ def _aimed(
 ) -> list[SomePlan]:
     """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is
     true of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest
-    one that was too loose and the loosest one that was not. `first`: what was found within the budget as it is."""
+    one that was too loose and the loosest one that was not; at its own peak the plan without a budget is found, which is too loose.
+    `first`: what was found within the budget as it is."""
     tried = [first]
-    low, high, limit = 0.0, math.inf, budget
+    low, high, limit = 0.0, plan.peak_bytes, budget
     while True:
         ratio = budget / tried[-1].peak_bytes
         if ratio >= 1:
@@ -148,7 +149,7 @@ def _aimed(
         if not low < limit < high:
             limit = math.sqrt(low * high)
         fits = 1 <= ratio <= 1 + NEAR or (ratio >= 1 and _nearly_free(tried[-1], plan))
-        if fits or len(tried) > AIMS or limit >= plan.peak_bytes or high <= (1 + CLOSE) * low:
+        if fits or len(tried) > AIMS or high <= (1 + CLOSE) * low:
             return tried[1:]
         tried.append(attempt(Limit(limit, (plan,), waiting)))
 
