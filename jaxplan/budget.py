@@ -135,8 +135,8 @@ def _aimed(
 ) -> list[SomePlan]:
     """What is found within limits at which plans truly take about the budget, whatever they were taken to: what usages tell is
     true of the plan without a budget, and off by a factor elsewhere. The limit is moved by that factor, then between the tightest
-    one that was too loose and the loosest one that was not; at its own peak the plan without a budget is found, which is too loose.
-    `first`: what was found within the budget as it is."""
+    one that was too loose and the loosest one that was not; the peak of the plan without a budget is too loose. `first`: what was
+    found within the budget as it is."""
     tried = [first]
     low, high, limit = 0.0, plan.peak_bytes, budget
     while True:
