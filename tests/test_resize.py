@@ -35,7 +35,7 @@ def anew(fn, plan):
     args, kwargs = plan.traced.unflatten_inputs(plan.traced.in_avals)
     request = plan.request
     options = {"mesh": request.mesh, "machine": request.machine, "pins": request.pins}
-    return jaxplan.make_plan(fn, *args, **kwargs, **options, pipeline=None)  # other sizes look for no pipeline
+    return jaxplan.make_plan(fn, *args, **kwargs, **options, pipeline=request.pipeline)
 
 
 @pytest.fixture(scope="module")
