@@ -196,11 +196,11 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
     prices = np.array([float(problem.nodes[n].price(choices[n][None])[0]) for n in first.tolist()])
     if not np.isfinite(prices).all():
         return math.inf
-    total = float((who.times * prices[owner]).sum())
+    total = math.fsum((who.times * prices[owner]).tolist())  # rounded once: equal prices are equal whatever the order
     first, owner = _first_of((who.edges * len(states) + states[who.tails]) * len(states) + states[who.heads])
     edges = [problem.edges[who.paid[n]] for n in first.tolist()]
     matrices = edge_prices([(edge.price, choices[edge.tail][None], choices[edge.head][None]) for edge in edges])
-    return total + float((who.edge_times * np.array([float(matrix[0, 0]) for matrix in matrices])[owner]).sum())
+    return math.fsum([total, *(who.edge_times * np.array([float(matrix[0, 0]) for matrix in matrices])[owner]).tolist()])
 
 
 class _Kinds(NamedTuple):
