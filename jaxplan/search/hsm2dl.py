@@ -36,9 +36,9 @@ def hsm2dl(problem: Problem) -> Assignment:
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods. On small problems nodes
     may first take one option along all axes at once (a sum that is partial along two axes is scattered over both or not at all);
     larger ones are crossed once with what messages over joint choices propose (`moves.py`). Then one axis is re-opened at a time
-    until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. Then nodes may take one
-    option along all axes, or exchange what two axes do. On small problems two axes may change places more freely, and joint moves
-    end the search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+    until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. On small problems nodes
+    may then take one option along all axes, or exchange what two axes do, in one direction or both, and joint moves end the
+    search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
