@@ -267,7 +267,7 @@ class _Fused:
         ahead = [operator]
         while ahead:
             one = ahead.pop()
-            for tensor in one.operands:
+            for tensor in dict.fromkeys(one.operands):  # once, or chains that read each link twice do not end
                 maker = self._made.get(tensor, -1)
                 if maker < 0 or len(self.others.get(tensor, ())) != 1 or tensor in self._leaving or tensor in self.moved:
                     continue

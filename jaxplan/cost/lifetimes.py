@@ -229,12 +229,13 @@ def _as_it_is(facts: Facts, operator: Operator) -> bool:
 
 def _last(facts: Facts, tensor: int) -> int:
     """The last place where a tensor is read, by this or by other names."""
-    last, ahead = facts.made.get(tensor, 0), [tensor]
+    last, ahead, seen = facts.made.get(tensor, 0), [tensor], {tensor}
     while ahead:
         for place in facts.readers.get(ahead.pop(), ()):
             last = max(last, place)
-            if _as_it_is(facts, facts.operators[place]):
-                ahead += facts.operators[place].results
+            new = set(facts.operators[place].results) - seen if _as_it_is(facts, facts.operators[place]) else set()
+            seen |= new
+            ahead += new
     return last
 
 
