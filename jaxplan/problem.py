@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 NodePrice = Callable[[np.ndarray], np.ndarray]
-"""(m, axes) options -> (m,) seconds; infinity for an illegal choice."""
+"""(m, axes) options -> (m,) seconds; infinity for an illegal choice. It may have a `family`, as edge prices may."""
 EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(m, axes) options of the tail, (n, axes) options of the head -> (m, n) seconds.
 
@@ -27,13 +27,15 @@ ROUNDING = 1e-9
 """By what fraction usages may exceed a limit, against sums of rounded numbers."""
 Asked = tuple[Any, np.ndarray, np.ndarray]
 """An edge price, options of the tail, options of the head."""
+AskedNode = tuple[Any, np.ndarray]
+"""A node price, options."""
 
 
 class Family(Protocol):
-    """Edge prices may have an attribute `family`: what answers for many of them in one go."""
+    """Prices may have an attribute `family`: what answers for many of them in one go."""
 
-    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
-        """A matrix of seconds for each question."""
+    def prices(self, asked: Sequence[Any]) -> list[np.ndarray]:
+        """A matrix of seconds for each question (`Asked`); of node prices a vector (`AskedNode`)."""
         ...
 
 
@@ -172,12 +174,21 @@ def repeated(times: float, prices: np.ndarray) -> np.ndarray:
 
 def edge_prices(asked: Sequence[Asked]) -> list[np.ndarray]:
     """A matrix for each question; prices of one family are asked together."""
+    return _answered(asked)
+
+
+def node_prices(asked: Sequence[AskedNode]) -> list[np.ndarray]:
+    """A vector for each question; prices of one family are asked together."""
+    return _answered(asked)
+
+
+def _answered(asked: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
     families: dict[int, tuple[Family, list[int]]] = {}
-    for number, (price, tails, heads) in enumerate(asked):
+    for number, (price, *rows) in enumerate(asked):
         family: Family | None = getattr(price, "family", None)
         if family is None:
-            found[number] = price(tails, heads)
+            found[number] = price(*rows)
         else:
             families.setdefault(id(family), (family, []))[1].append(number)
     for family, numbers in families.values():
@@ -193,7 +204,8 @@ def evaluate(problem: Problem, choices: np.ndarray) -> float:
     states = choices @ np.cumprod([1, *(choices.max(axis=0, initial=0)[:-1] + 1).tolist()])
     states = np.unique(states, return_inverse=True)[1]
     first, owner = _first_of(who.nodes * len(states) + states)
-    prices = np.array([float(problem.nodes[n].price(choices[n][None])[0]) for n in first.tolist()])
+    asked = [(problem.nodes[n].price, choices[n][None]) for n in first.tolist()]
+    prices = np.array([float(vector[0]) for vector in node_prices(asked)])
     if not np.isfinite(prices).all():
         return math.inf
     total = math.fsum((who.times * prices[owner]).tolist())  # rounded once: equal prices are equal whatever the order

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxplan.problem import Meter, Problem, Usage, all_rows, edge_prices, evaluate, taken
+from jaxplan.problem import Meter, Problem, Usage, all_rows, edge_prices, evaluate, node_prices, taken
 
 ILLEGAL = 1e30
 """Stands for infinity where differences are taken (seconds; no real price comes near)."""
@@ -184,14 +184,13 @@ class Pricer:
         """`rows`: the choices of each node; `fixed`: what tells them from other choices of a node of its kind."""
         nodes, edges = self.problem.nodes, self.problem.edges
         costs = []
-        for i, (node, kind) in enumerate(zip(nodes, self._kinds, strict=True)):
-            key = (kind, fixed[i])
-            asked = self._vectors.get(key)
-            if asked is None:
-                vector = node.price(rows[i])
-                legal = vector < ILLEGAL
-                asked = self._vectors[key] = (_finite(vector), None if legal.all() else legal)
-            vector, some = asked
+        kinds: list[Hashable] = list(zip(self._kinds, fixed, strict=True))
+        unknown = {key: i for i, key in enumerate(kinds) if key not in self._vectors}
+        for key, vector in zip(unknown, node_prices([(nodes[i].price, rows[i]) for i in unknown.values()]), strict=True):
+            legal = vector < ILLEGAL
+            self._vectors[key] = (_finite(vector), None if legal.all() else legal)
+        for node, key in zip(nodes, kinds, strict=True):
+            vector, some = self._vectors[key]
             costs.append(node.times * vector if some is None else np.where(some, node.times * vector, ILLEGAL))
         keys = [(kind, fixed[tail], fixed[head]) for kind, (tail, head) in zip(self._edge_kinds, self._ends, strict=True)]
         missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in self._matrices}

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxplan.cost.clusters import ClusterPrice, Clusters, Combines
 from jaxplan.cost.fusing import rounded
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
-from jaxplan.cost.prices import ClusterPrice, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import ReshardPrice, Reshards
 from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.flatten import INPUT
@@ -132,7 +133,7 @@ def _modelled(
 ) -> Modelled:  # fmt: skip
     setting = Setting(len(numbers.sizes), numbers.slow_first)
     most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
-    combines = Combines(setting, numbers, most)
+    clusters = Clusters(Combines(setting, numbers, most))
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
     kinds: dict[Hashable, tuple[int, ClusterPrice]] = {}
     made: dict[Hashable, Hashable] = {}
@@ -156,7 +157,7 @@ def _modelled(
                 options = tuple([tuple([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in options])
             options = options if stages is None or only is None else _along_stages(options, stages.asked.axis, only)
             options = interned.setdefault(options, options)
-            kinds[kind] = (len(kinds), ClusterPrice(cluster, options, combines))
+            kinds[kind] = (len(kinds), clusters.price(cluster, options))
         numbered.append(kinds[kind])
     rounding = (tuple(numbers.machine.matmul_reads.items()), numbers.machine.sends_rounded is False)
     readings = graph.remembered("readings", rounding, lambda: _readings(graph, writers, numbers.machine))
@@ -196,23 +197,20 @@ def _alike(numbers: Numbers, stages: Stages | None) -> tuple[Hashable, ...]:
 def _repriced(known: Modelled, numbers: Numbers) -> Modelled:
     """The same model on a machine that differs by its links only."""
     setting, problem = Setting(len(numbers.sizes), numbers.slow_first), known.problem
-    combines: dict[int, Combines] = {}
+    clusters: dict[int, Clusters] = {}
     families: dict[int, Reshards] = {}
-    prices: dict[int, ClusterPrice] = {}
     edge_prices: dict[int, ReshardPrice] = {}
     for node in problem.nodes:
-        if id(node.price) not in prices:
-            old = node.price.combines
-            if id(old) not in combines:
-                combines[id(old)] = old.again(setting, numbers)
-            prices[id(node.price)] = node.price.again(combines[id(old)])
+        old = node.price.family
+        if id(old) not in clusters:
+            clusters[id(old)] = old.again(setting, numbers)
     for edge in problem.edges:
         if id(edge.price) not in edge_prices:
             family = edge.price.family
             if id(family) not in families:
                 families[id(family)] = family.again(setting, numbers)
             edge_prices[id(edge.price)] = edge.price.again(families[id(family)])
-    nodes = tuple([node._replace(price=prices[id(node.price)]) for node in problem.nodes])
+    nodes = tuple([node._replace(price=clusters[id(node.price.family)][node.price.number]) for node in problem.nodes])
     edges = tuple([edge._replace(price=edge_prices[id(edge.price)]) for edge in problem.edges])
     alike = _alike(numbers, None) if problem.alike else ()
     problem = problem.repriced(nodes, edges, numbers.slow_first, alike)

@@ -1,164 +1,34 @@
-"""The numbers a search asks for, whole arrays at a time: what a cluster costs per choice, what a reshard costs per pair.
+"""The numbers a search asks for, whole arrays at a time: what a reshard costs per pair of choices.
 
 Each agrees with the term-by-term prices of `price.py`, which symbols share; here they are laid out so that a search
-that asks for thousands does not pay for each by itself.
+that asks for thousands does not pay for each by itself. What a cluster costs per choice is in `clusters.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.formulas import work_seconds
 from jaxplan.cost.numbers import Numbers
-from jaxplan.cost.price import (
-    AxisOptions,
-    CombinePart,
-    Setting,
-    combine_part,
-    halo_bytes,
-    handed_bytes,
-    handed_times,
-    parts_steps,
-    sent_seconds,
-    steps_terms,
-    terminal_layout,
-    write_layout,
-)
-from jaxplan.graph import Cluster
+from jaxplan.cost.price import AxisOptions, Setting, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.layout import PARTIAL, Layout, shards
-from jaxplan.problem import Asked, all_rows
+from jaxplan.problem import Asked
 
 LARGE = 100
 """Entries of a matrix of prices, in the mean, from which on each is written out by itself."""
 MOVED, SENT, GATHERED, BESIDE, PIECES = range(5)
 """What a reshard makes: a tensor in another layout at all, one that an exchange has made, one that was gathered, one that was
 gathered along a dimension which is not the outermost, one that came in pieces from all others."""
-DENSE = 1024
-"""Choices up to which the local work of a cluster is computed for all of them at once."""
 
 
-class Combines:
-    """Seconds of combining partial results as (per byte, fixed), remembered by what each axis does."""
-
-    def __init__(self, setting: Setting, numbers: Numbers, ndim: int) -> None:
-        """`ndim`: the most dimensions of any tensor."""
-        self.setting, self.numbers, self.ndim = setting, numbers, ndim
-        self._known: dict[tuple[CombinePart, ...], tuple[float, float]] = {}
-
-    def seconds(self, parts: tuple[CombinePart, ...], nbytes: float) -> float:
-        """Seconds for a result of `nbytes` in all."""
-        rates = self._known.get(parts)
-        if rates is None:
-            rates = self._known[parts] = _rates(parts_steps(parts, self.ndim, self.setting.slow_first), self.numbers)
-        return rates[0] * nbytes + rates[1]
-
-    def again(self, setting: Setting, numbers: Numbers) -> Combines:
-        """The same on a machine that differs by its links only."""
-        return Combines(setting, numbers, self.ndim)
-
-    def share(self, parts: tuple[CombinePart, ...], scattered: bool = False) -> float:
-        """The share of a result that each device holds before it is combined; 0 where it never is (or, `scattered`, where none of
-        it is scattered)."""
-        steps = parts_steps(parts, self.ndim, self.setting.slow_first)
-        if scattered and not any(step.kind == "reduce_scatter" for step in steps):
-            return 0.0
-        return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0
-
-
-def _rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
+def steps_rates(steps: Sequence[Step], numbers: Numbers) -> tuple[float, float]:
     """(seconds per byte, fixed seconds) of steps."""
     if not steps:
         return 0.0, 0.0
     sent, rounds = steps_terms(steps, 1.0, numbers.sizes)
     return sent_seconds(sent, {}, numbers), sent_seconds(dict.fromkeys(sent, 0.0), rounds, numbers)
-
-
-class ClusterPrice:
-    """Seconds of a cluster for rows of option numbers; infinity where two axes together do not divide a factor."""
-
-    def __init__(self, cluster: Cluster, options: AxisOptions, combines: Combines) -> None:
-        self.cluster, self.options, self.numbers = cluster, options, combines.numbers
-        self.combines = combines
-        self._strides = np.cumprod([1, *[len(axis) for axis in options[:0:-1]]])[::-1]
-        self._local: np.ndarray | None = None
-        self._exchanged: dict[tuple[int, ...], float] = {}
-        self._parts = [
-            (self.numbers.nbytes(combine.result.tensor), [[combine_part(combine, o) for o in axis] for axis in options])
-            for combine in cluster.combines
-            if combine.result.tensor >= 0
-        ]
-
-    def again(self, combines: Combines) -> ClusterPrice:
-        """The same cluster on a machine that differs by its links only."""
-        price = copy.copy(self)
-        price.numbers, price.combines, price._exchanged = combines.numbers, combines, {}
-        return price
-
-    def __call__(self, choices: np.ndarray) -> np.ndarray:
-        counts = [len(axis) for axis in self.options]
-        if math.prod(counts) > DENSE:
-            seconds = self._local_seconds(choices)
-        else:
-            if self._local is None:
-                self._local = self._local_seconds(all_rows(counts))
-            seconds = self._local[choices @ self._strides]
-        if self._parts or self.cluster.halos or self.cluster.handed:
-            seconds = seconds + [self._exchange_seconds(row) for row in map(tuple, choices.tolist())]
-        return seconds
-
-    def _local_seconds(self, rows: np.ndarray) -> np.ndarray:
-        """Work without exchanges, and infinity for what is not legal."""
-        cluster, numbers = self.cluster, self.numbers
-        terminals = (*cluster.reads, *cluster.writes) if cluster.moves_bytes else ()
-        carried = [piece.factors for piece in cluster.work] + [terminal.leads for terminal in terminals]
-        split = np.ones((len(carried), len(rows)))
-        given = np.ones((len(cluster.units), len(rows)), dtype=np.int64)
-        before: tuple[object, int] = (None, 1)
-        for axis, (options, size) in enumerate(zip(self.options, numbers.sizes, strict=True)):
-            if size == 1:
-                continue
-            if before[0] is not options or before[1] != size:
-                before = options, size
-                splits = [[size if o.factor >= 0 and o.factor in factors else 1 for o in options] for factors in carried]
-                gives = [[size if f in (o.factor, o.scatter) else 1 for o in options] for f in range(len(cluster.units))]
-                tables = [(table, np.array(by)) for table, by in ((split, splits), (given, gives)) if by]
-            for table, factors in tables:
-                table *= factors[:, rows[:, axis]]
-        pieces = len(cluster.work)
-        rates = [numbers.flops(piece) * numbers.seconds_per_flop(piece.dtype) for piece in cluster.work]
-        shares = (*cluster.read_shares, *cluster.write_shares) if terminals else ()
-        nbytes = [share * numbers.nbytes(t.tensor) for t, share in zip(terminals, shares, strict=True)]
-        arithmetic = (np.array(rates)[:, None] / split[:pieces]).sum(0)
-        moved = (np.array(nbytes)[:, None] / split[pieces:]).sum(0)
-        seconds = work_seconds(arithmetic, moved, 1, numbers.seconds_per_byte, np.maximum)
-        units = np.array(cluster.units, dtype=np.int64)[:, None]
-        legal = (units % given == 0).all(0)
-        for one, other in cluster.apart:
-            legal &= (given[one] == 1) | (given[other] == 1)
-        return np.where(legal, seconds, math.inf)
-
-    def _exchange_seconds(self, row: tuple[int, ...]) -> float:
-        """Exchanges inside the cluster."""
-        value = self._exchanged.get(row)
-        if value is None:
-            value = 0.0
-            for nbytes, table in self._parts:
-                parts = tuple([axis[i] for axis, i in zip(table, row, strict=True)])
-                value += self.combines.seconds(parts, nbytes)
-            if self.cluster.halos or self.cluster.handed:
-                options = [axis[i] for axis, i in zip(self.options, row, strict=True)]
-                for _, axis, slab in halo_bytes(self.cluster, options, self.combines.setting, self.numbers):
-                    value += sent_seconds({axis: slab}, {axis: 1}, self.numbers)
-                for handed, axis, slab in handed_bytes(self.cluster, options, self.numbers):
-                    often, rounds = handed_times(handed, self.numbers)
-                    value += often * sent_seconds({axis: slab}, {axis: rounds}, self.numbers)
-            self._exchanged[row] = value
-        return value
 
 
 class Reshards:
@@ -276,7 +146,7 @@ class Reshards:
         rates = self._rates.get((before, after))
         if rates is None:
             steps = reshard_steps(before, after, self._base + PARTIAL, self.setting.slow_first)
-            rates = self._rates[before, after] = _rates(steps, self.numbers)
+            rates = self._rates[before, after] = steps_rates(steps, self.numbers)
         self._per_byte[source, target], self._fixed[source, target] = rates
 
     def _share(self, source: int, target: int) -> None:

@@ -10,7 +10,7 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.price import terminal_layout
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import Layout, shards
-from jaxplan.problem import all_rows, edge_prices, repeated
+from jaxplan.problem import all_rows, edge_prices, node_prices, repeated
 
 EQUAL = 1e-12
 """Relative difference of a plan's seconds below which they are the same."""
@@ -84,7 +84,8 @@ def _improved(
             other = choices[edge.head if forward else edge.tail][None]
             asked.append((edge.price, rows, other) if forward else (edge.price, other, rows))
             owners.append((node, edge.times))
-    totals = {node: repeated(problem.nodes[node].times, problem.nodes[node].price(rows)) for node, rows in candidates.items()}
+    priced = node_prices([(problem.nodes[node].price, rows) for node, rows in candidates.items()])
+    totals = {node: repeated(problem.nodes[node].times, own) for node, own in zip(candidates, priced, strict=True)}
     for (node, times), matrix in zip(owners, edge_prices(asked), strict=True):
         totals[node] = totals[node] + repeated(times, matrix.reshape(-1))
     better = choices.copy()

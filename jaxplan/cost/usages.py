@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.cost.build import Modelled
+from jaxplan.cost.clusters import Combines
 from jaxplan.cost.lifetimes import Lifetimes, certain_lives, lifetimes
 from jaxplan.cost.memory import Local, Memory
 from jaxplan.cost.price import AxisOptions, combine_part, write_layout
-from jaxplan.cost.prices import BESIDE, GATHERED, MOVED, PIECES, SENT, Combines, ReshardPrice, Reshards
+from jaxplan.cost.prices import BESIDE, GATHERED, MOVED, PIECES, SENT, ReshardPrice, Reshards
 from jaxplan.graph import Combine
 from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, Meter, Problem, Usage

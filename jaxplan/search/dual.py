@@ -8,12 +8,13 @@ falls. Edges see a choice only through the layout it implies: messages are per c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxplan.problem import Asked, Edge, Problem, all_rows, edge_prices, repeated
+from jaxplan.problem import Asked, Edge, Problem, all_rows, edge_prices, node_prices, repeated
 from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
@@ -209,19 +210,24 @@ def _legal(
     stays = np.zeros((len(problem.nodes), len(problem.axes)), dtype=np.int64) if fixed is None else fixed.copy()
     free = list(range(len(problem.axes)) if open_axes is None else open_axes)
     stays[:, free] = 0
+    keys: list[Hashable] = [(id(node.price), node.options, row.tobytes()) for node, row in zip(problem.nodes, stays, strict=True)]
+    inside: dict[tuple[int, ...], np.ndarray] = {}
+    asked: dict[Hashable, tuple[Any, np.ndarray]] = {}
+    for node, row, key in zip(problem.nodes, stays, keys, strict=True):
+        if key not in asked:
+            counts = tuple([node.options[axis] for axis in free])
+            if counts not in inside:
+                inside[counts] = np.zeros((math.prod(counts), len(row)), dtype=np.int64)
+                inside[counts][:, free] = all_rows(counts)
+            asked[key] = node.price, inside[counts] + row
     known: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+    for (key, (_, every)), price in zip(asked.items(), node_prices(list(asked.values())), strict=True):
+        legal = np.isfinite(price)
+        known[key] = (every, price) if legal.all() else (every[legal], price[legal])
     rows, options, prices = [], [], []
-    for node, row in zip(problem.nodes, stays, strict=True):
-        key = (id(node.price), node.options, row.tobytes())
-        if key not in known:
-            inside = all_rows([node.options[axis] for axis in free])
-            every = np.tile(row, (len(inside), 1))
-            every[:, free] = inside
-            price = node.price(every)
-            legal = np.isfinite(price)
-            if not legal.any():
-                raise ValueError(f"no legal assignment: node {node.name!r} has no legal choice")
-            known[key] = every[legal], price[legal]
+    for node, key in zip(problem.nodes, keys, strict=True):
+        if not len(known[key][0]):
+            raise ValueError(f"no legal assignment: node {node.name!r} has no legal choice")
         mine, price = known[key]
         rows.append(mine)
         options.append(np.arange(len(mine)))

@@ -20,7 +20,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
-from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices
+from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices, node_prices
 from jaxplan.search.neighbourhoods import merged, within_neighbourhoods
 
 Inner = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
@@ -193,13 +193,11 @@ class _Parts:
     def _prices(self, choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(seconds per node, seconds per edge) of an assignment."""
         rows = [tuple(row) for row in choices.tolist()]
-        known: dict[tuple[int, tuple[int, ...]], float] = {}
-        nodes = np.zeros(len(rows))
-        for n, (node, row) in enumerate(zip(self.problem.nodes, rows, strict=True)):
-            key = (id(node.price), row)
-            if key not in known:
-                known[key] = float(node.price(choices[n][None])[0])
-            nodes[n] = node.times * known[key] if math.isfinite(known[key]) else math.inf
+        known = {(id(node.price), row): n for n, (node, row) in enumerate(zip(self.problem.nodes, rows, strict=True))}
+        priced = node_prices([(self.problem.nodes[n].price, choices[n][None]) for n in known.values()])
+        seconds = {key: float(vector[0]) for key, vector in zip(known, priced, strict=True)}
+        own = [seconds[id(node.price), row] for node, row in zip(self.problem.nodes, rows, strict=True)]
+        nodes = np.array([node.times * s if math.isfinite(s) else s for node, s in zip(self.problem.nodes, own, strict=True)])
         keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in self.problem.edges]
         asked = dict(zip(keys, self.problem.edges, strict=True))
         matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
