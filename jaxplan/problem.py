@@ -21,7 +21,7 @@ EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 It may have a method `alike(rows, end)`: a number per row of options of the tail (`end` 0) or the head (1); rows of one
 number have equal prices, so that a bound need not look at each. And an attribute `ends`, a key for the tail and one for the head:
-`alike` is the same function of rows for all ends of one key.
+`alike` is the same function of rows for all ends of one key. A `family` then answers for many, given (price, rows, end).
 """
 ROUNDING = 1e-9
 """By what fraction usages may exceed a limit, against sums of rounded numbers."""
@@ -180,6 +180,22 @@ def edge_prices(asked: Sequence[Asked]) -> list[np.ndarray]:
 def node_prices(asked: Sequence[AskedNode]) -> list[np.ndarray]:
     """A vector for each question; prices of one family are asked together."""
     return _answered(asked)
+
+
+def edge_labels(asked: Sequence[tuple[Any, np.ndarray, int]]) -> list[np.ndarray]:
+    """Per (edge price, rows, end), the numbers that the price has for rows that are alike to it: all different where it tells
+    none."""
+    found: dict[int, np.ndarray] = {}
+    families: dict[int, tuple[Any, list[int]]] = {}
+    for number, (price, rows, end) in enumerate(asked):
+        family, alike = getattr(price, "family", None), getattr(price, "alike", None)
+        if hasattr(family, "alike"):
+            families.setdefault(id(family), (family, []))[1].append(number)
+        else:
+            found[number] = alike(rows, end) if alike else np.arange(len(rows))
+    for family, numbers in families.values():
+        found.update(zip(numbers, family.alike([asked[number] for number in numbers]), strict=True))
+    return [found[number] for number in range(len(asked))]
 
 
 def _answered(asked: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:

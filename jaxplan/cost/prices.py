@@ -47,7 +47,7 @@ class Reshards:
         self._layouts: list[Layout] = []
         self._per_byte = self._fixed = np.full((0, 0), np.nan)
         self._shares = np.full((5, 0, 0), np.nan)
-        self._rates: dict[tuple[Layout, Layout], tuple[float, float]] = {}
+        self._rates: dict[tuple[int, ...], tuple[float, float]] = {}
         self._terminals: dict[tuple[int, tuple[int, ...], bool], int] = {}
         self._kept: list[AxisOptions] = []  # so that no identity is used twice
         self._codes: list[list[list[int]]] = []
@@ -86,8 +86,7 @@ class Reshards:
         per_byte = self._per_byte[source, target]
         missing = np.isnan(per_byte)
         if missing.any():
-            for pair in set(zip(source[missing].tolist(), target[missing].tolist(), strict=True)):
-                self._tabulate(*pair)
+            self._tabulate(source[missing], target[missing])
             per_byte = self._per_byte[source, target]
         nbytes = np.array([price.nbytes for price, _, _ in asked])
         seconds = np.repeat(nbytes, sizes) * per_byte + self._fixed[source, target]
@@ -96,24 +95,23 @@ class Reshards:
             seconds[start : start + m * n].reshape(m, n) for start, m, n in zip(ends, many.tolist(), few.tolist(), strict=True)
         ]
 
+    def alike(self, asked: Sequence[tuple[ReshardPrice, np.ndarray, int]]) -> list[np.ndarray]:
+        """Per (edge price, rows, end), the layout, as a number, of each row of options of the tail (`end` 0) or the head (1): all
+        that the price looks at."""
+        found = self.numbered([price.head if end else price.tail for price, _, end in asked], [rows for _, rows, _ in asked])
+        return np.split(found, np.cumsum([len(rows) for _, rows, _ in asked])[:-1])
+
     def _apart(
         self, asked: Sequence[Asked], tails: np.ndarray, heads: np.ndarray, many: np.ndarray, few: np.ndarray
     ) -> list[np.ndarray]:
         """The same, one matrix after the other: for large ones that is faster than all in one row."""
-        found = []
-        ends = zip(asked, np.split(tails, np.cumsum(many)[:-1]), np.split(heads, np.cumsum(few)[:-1]), strict=True)
-        for (price, _, _), source, target in ends:
-            place = np.ix_(source, target)
-            per_byte = self._per_byte[place]
-            missing = np.isnan(per_byte)
-            if missing.any():
-                rows, columns = np.nonzero(missing)
-                for pair in set(zip(source[rows].tolist(), target[columns].tolist(), strict=True)):
-                    self._tabulate(*pair)
-                per_byte = self._per_byte[place]
-            seconds = price.nbytes * per_byte + self._fixed[place]
-            found.append(seconds)
-        return found
+        sources, targets = np.split(tails, np.cumsum(many)[:-1]), np.split(heads, np.cumsum(few)[:-1])
+        places = [(source[:, None], target) for source, target in zip(sources, targets, strict=True)]
+        wanted = np.zeros(self._per_byte.shape, dtype=bool)
+        for place in places:
+            wanted[place] = True
+        self._tabulate(*np.nonzero(wanted & np.isnan(self._per_byte)))
+        return [price.nbytes * self._per_byte[at] + self._fixed[at] for (price, _, _), at in zip(asked, places, strict=True)]
 
     def numbered(self, terminals: list[int], rows: list[np.ndarray]) -> np.ndarray:
         """The table row of the layout of every row of options."""
@@ -137,17 +135,24 @@ class Reshards:
             places = self._place[codes]
         return places
 
-    def _tabulate(self, source: int, target: int) -> None:
-        names: dict[int, int] = {}  # which dimensions are equal is all that matters, not which they are
-        before, after = (
-            tuple([dim if dim < 0 else names.setdefault(dim, len(names)) for dim in self._layouts[number]])
-            for number in (source, target)
-        )
-        rates = self._rates.get((before, after))
+    def _tabulate(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Seconds per byte and fixed ones between layouts. Which dimensions are equal is all that matters, not which they are:
+        each is called by where it first stands."""
+        layouts = np.array(self._layouts)
+        dims = np.concatenate([layouts[sources], layouts[targets]], axis=1)
+        names = np.where(dims < 0, dims, (dims[:, :, None] == dims[:, None, :]).argmax(2))
+        codes = (names - PARTIAL) @ (names.shape[1] - PARTIAL) ** np.arange(names.shape[1])
+        _, first, owner = np.unique(codes, return_index=True, return_inverse=True)
+        rates = np.array([self._rated(tuple(row)) for row in names[first].tolist()]).reshape(-1, 2)
+        self._per_byte[sources, targets], self._fixed[sources, targets] = rates[owner].T
+
+    def _rated(self, names: tuple[int, ...]) -> tuple[float, float]:
+        rates = self._rates.get(names)
         if rates is None:
-            steps = reshard_steps(before, after, self._base + PARTIAL, self.setting.slow_first)
-            rates = self._rates[before, after] = steps_rates(steps, self.numbers)
-        self._per_byte[source, target], self._fixed[source, target] = rates
+            axes = self.setting.axes
+            steps = reshard_steps(names[:axes], names[axes:], max(self._base + PARTIAL, 2 * axes), self.setting.slow_first)
+            rates = self._rates[names] = steps_rates(steps, self.numbers)
+        return rates
 
     def _share(self, source: int, target: int) -> None:
         steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
@@ -193,5 +198,5 @@ class ReshardPrice:
         return self.family.prices([(self, tails, heads)])[0]
 
     def alike(self, rows: np.ndarray, end: int) -> np.ndarray:
-        """The layout, as a number, of each row of options of the tail (`end` 0) or the head (1): all that the price looks at."""
-        return self.family.numbered([self.head if end else self.tail], [rows])
+        """See `Reshards.alike`."""
+        return self.family.alike([(self, rows, end)])[0]

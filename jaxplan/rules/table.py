@@ -67,7 +67,7 @@ def rule_of(primitive: Primitive, params: Mapping[str, Any], operands: Sequence[
         tuple([getattr(a, "shape", ()) for a in results]),
     )
     if reads is None:
-        key += (tuple(params.items()), tuple([str(getattr(a, "dtype", a)) for a in (*operands, *results)]))
+        key += (tuple(params.items()), tuple([a.dtype if hasattr(a, "dtype") else str(a) for a in (*operands, *results)]))
     elif reads:
         key += tuple([params.get(name) for name in reads])
     try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxplan.problem import Asked, Edge, Problem, all_rows, edge_prices, node_prices, repeated
+from jaxplan.problem import Asked, Edge, Problem, all_rows, edge_labels, edge_prices, node_prices, repeated
 from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
@@ -79,23 +79,19 @@ class Relaxation:
         self.rows, self.options, self.held = _legal(problem, open_axes, fixed)
         self.links: list[Link] = []
         self.dropped = 0
-        seen: dict[Hashable, tuple[Classes, np.ndarray]] = {}
+        edges = [edge for edge in problem.edges if edge.times]
+        ends = [[_looks(edge, end, self.rows) for end in (0, 1)] for edge in edges]
+        looks = {
+            key: (edge.price, self.rows[node], end)
+            for edge, keys in zip(edges, ends, strict=True)
+            for end, (key, node) in enumerate(zip(keys, (edge.tail, edge.head), strict=True))
+        }
+        seen = dict(zip(looks, map(_classes, edge_labels(list(looks.values()))), strict=True))
         asked: dict[Hashable, Asked] = {}
         sides: list[tuple[Edge, Hashable, Classes, Classes]] = []
         entries = 0
-        for edge in problem.edges:
-            if not edge.times:
-                continue
-            ends = []
-            for end, node in enumerate((edge.tail, edge.head)):
-                looks = getattr(edge.price, "ends", None)
-                key = (looks[end] if looks else (id(edge.price), end), id(self.rows[node]))
-                if key not in seen:
-                    alike = getattr(edge.price, "alike", None)
-                    rows = self.rows[node]
-                    seen[key] = _classes(alike(rows, end) if alike else np.arange(len(rows)))
-                ends.append(seen[key])
-            (tail, some_tails), (head, some_heads) = ends
+        for edge, keys in zip(edges, ends, strict=True):
+            (tail, some_tails), (head, some_heads) = seen[keys[0]], seen[keys[1]]
             key = (id(edge.price), id(tail), id(head))
             if key not in asked:
                 entries += len(some_tails) * len(some_heads)
@@ -201,6 +197,12 @@ class Relaxation:
             where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
             pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(self.held), pairs)
+
+
+def _looks(edge: Edge, end: int, rows: Sequence[np.ndarray]) -> Hashable:
+    """A key for how one end of an edge sees the choices of its node: ends of one key see them alike."""
+    looks, node = getattr(edge.price, "ends", None), edge.head if end else edge.tail
+    return (looks[end] if looks else (id(edge.price), end), id(rows[node]))
 
 
 def _legal(
