@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.cost import Numbers, frugal, model
+from jaxplan.cost.clusters import renamed
 from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
-from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, steps_terms, terms_seconds
+from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, parts_steps, steps_terms, terms_seconds
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
 from jaxplan.layout import PARTIAL, layout_of, spec_of
@@ -183,3 +185,19 @@ def test_an_input_lies_on_more_devices_where_that_costs_nothing():
     again = frugal(modelled, replicated, seconds)
     assert replace(plan, choices=modelled.complete(again)).input_layouts[0] == (0,)
     assert evaluate(modelled.problem, again) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_combinations_that_differ_by_names_alone_send_the_same():
+    """Prices are remembered by how dimensions and factors are called in the order they come."""
+    random = Random(0)
+    for _ in range(3000):
+        axes = random.randint(1, 4)
+        parts = []
+        for _ in range(axes):
+            partial = random.random() < 0.6
+            dim = -1 if partial else random.randint(-1, 3)
+            parts.append((dim, random.choice([3, 5, 9]), random.randint(-1, 3)) if partial else (dim, -1, -1))
+        slow_first, sizes = tuple(random.sample(range(axes), axes)), [2, 4, 8, 3][:axes]
+        sent, rounds = steps_terms(parts_steps(parts, 4, slow_first), 1.0, sizes)
+        again, others = steps_terms(parts_steps(renamed(parts), 4, slow_first), 1.0, sizes)
+        assert sent == pytest.approx(again) and rounds == others

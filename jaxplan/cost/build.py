@@ -164,11 +164,11 @@ def _modelled(
     follows = _followers(graph, readings, pinned_clusters) if follow else {}
     place = {cluster: node for node, cluster in enumerate(c for c in range(len(graph.clusters)) if c not in follows)}
     nodes = []
+    counted = {number: _counted(price.options) for number, price in kinds.values()}
     for index in place:
         number, price = numbered[index]
-        name, counts = graph.operators[graph.clusters[index].members[-1]].name, tuple(map(len, price.options))
-        alone = tuple([len([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in price.options])
-        nodes.append(Node(name, counts, price, number, graph.clusters[index].times, alone if alone != counts else None))
+        name, (counts, alone) = graph.operators[graph.clusters[index].members[-1]].name, counted[number]
+        nodes.append(Node(name, counts, price, number, graph.clusters[index].times, alone))
     edges = []
     edge_prices: dict[Hashable, tuple[int, ReshardPrice]] = {}
     reshards = Reshards(setting, numbers, most)
@@ -187,6 +187,13 @@ def _modelled(
     problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
     return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages, kin)
+
+
+def _counted(options: AxisOptions) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """(options per axis, those that need no others', if these are fewer)."""
+    counts = tuple(map(len, options))
+    alone = tuple([len([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in options])
+    return counts, alone if alone != counts else None
 
 
 def _alike(numbers: Numbers, stages: Stages | None) -> tuple[Hashable, ...]:
@@ -341,7 +348,7 @@ def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: M
 
 def _sized(graph: Graph, tensor: int) -> bool:
     """Whether a tensor has anything to shard."""
-    return any(extent > 1 for extent in graph.tensors[tensor].shape)
+    return max(graph.tensors[tensor].shape, default=0) > 1
 
 
 def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None) -> Hashable:

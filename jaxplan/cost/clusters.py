@@ -65,7 +65,7 @@ class Combines:
         missing = np.isnan(rates[0])
         if missing.any():
             new = sorted(set(numbers[missing].tolist()))
-            self._rates[:, new] = np.transpose([self._rated(_renamed(self._every[number])) for number in new])
+            self._rates[:, new] = np.transpose([self._rated(renamed(self._every[number])) for number in new])
             rates = self._rates[:, numbers]
         return rates
 
@@ -92,7 +92,7 @@ class Combines:
         return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0
 
 
-def _renamed(parts: Sequence[CombinePart]) -> tuple[CombinePart, ...]:
+def renamed(parts: Sequence[CombinePart]) -> tuple[CombinePart, ...]:
     """The same but for the numbers of dimensions, of which it only matters which are equal, and of factors, whose order does."""
     dims: dict[int, int] = {-1: -1}
     factors = {factor: place for place, factor in enumerate(sorted({factor for _, factor, _ in parts if factor >= 0}))}
@@ -260,7 +260,7 @@ def _coded(price: ClusterPrice) -> list[tuple[float, Parts, list[list[int]]]]:
     for combine in price.cluster.combines:
         if combine.result.tensor >= 0:
             tables = [[combine_part(combine, option) for option in axis] for axis in price.options]
-            names = iter(_renamed([part for axis in tables for part in axis]))
+            names = iter(renamed([part for axis in tables for part in axis]))
             tables = [[next(names) for _ in axis] for axis in tables]
             parts = tuple([tuple(dict.fromkeys(axis)) for axis in tables])
             strides = np.cumprod([1, *[len(axis) for axis in parts[:0:-1]]])[::-1].tolist()

@@ -191,7 +191,9 @@ def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
     for index, operator in enumerate(flat.operators):
         if not operator.rule.fusible and operator.name != BOUNDARY:
             path = operator.path
-            call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
+            call: Path = ()
+            if flat.calls or apart:
+                call = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in flat.calls or path[:n] in apart), ())
             for tensor in dict.fromkeys(operator.operands):
                 if tensor >= 0 and flat.tensors[tensor].shape:
                     readers.setdefault((tensor, operator.scope, call), []).append(index)
