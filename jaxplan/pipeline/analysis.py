@@ -69,7 +69,8 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
     body = equation.params["jaxpr"].jaxpr
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
-    refusals, found, dimensions, readers = dict[str, str](), dict[int, Chain](), LikeDimensions(body), Readers()
+    refusals, found = dict[str, str](), dict[int, Chain]()
+    dimensions, readers = LikeDimensions(body), Readers()
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
