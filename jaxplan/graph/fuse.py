@@ -79,23 +79,25 @@ class _Sources:
 
     def of(self, tensor: int) -> frozenset[int]:
         """The tensor itself, or where a single fusible operator reads others to make it for a single reader, theirs."""
-        if tensor not in self.known:
-            found, waiting = set(), [tensor]
-            while waiting:
-                one = waiting.pop()
-                producer = self.producer.get(one)
-                operands = [t for t in producer.operands if t >= 0] if producer is not None else []
-                if operands and len(self.readers[one]) == 1 and one not in self.leaves:
-                    waiting += operands
-                else:
-                    found.add(one)
-            self.known[tensor] = frozenset(found)
+        waiting = [tensor]
+        while waiting:
+            one = waiting[-1]
+            producer = self.producer.get(one) if one not in self.known else None
+            operands = [t for t in producer.operands if t >= 0] if producer is not None else []
+            if one in self.known:
+                waiting.pop()
+            elif not operands or len(self.readers[one]) != 1 or one in self.leaves:
+                self.known[one] = frozenset((one,))
+            elif unknown := [t for t in operands if t not in self.known]:
+                waiting += unknown
+            else:
+                self.known[one] = frozenset().union(*[self.known[t] for t in operands])
         return self.known[tensor]
 
     def shared(self, some: Iterable[int], others: Iterable[int]) -> bool:
         """Whether any of some tensors and any of others are computed from one."""
         mine = set().union(*[self.of(tensor) for tensor in some])
-        return any(mine & self.of(tensor) for tensor in others)
+        return not all(mine.isdisjoint(self.of(tensor)) for tensor in others)
 
 
 class _Draft:
@@ -220,8 +222,8 @@ class _Form:
     """What a cluster is made of, its tensors and operators numbered as they came. Never changed once others may start from it."""
 
     __slots__ = (
-        "adds", "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "units",
-        "work", "writes",
+        "adds", "apart", "combines", "count", "fusible", "halos", "inner", "moves", "reads", "slots", "steps", "times", "united",
+        "units", "work", "writes",
     )  # fmt: skip
 
     def __init__(self, adds: str = "") -> None:
@@ -237,6 +239,7 @@ class _Form:
         self.apart: list[tuple[int, int]] = []
         self.inner: dict[int, Leads] = {}  # of values that never leave, by tensor
         self.slots: dict[tuple[int, int], tuple[int, Leads]] = {}  # by operator and operand: what is read there, and how
+        self.united: dict[int, int] = {}  # factors that became others, which slots still name
         self.moves = False
         self.steps: dict[Hashable, _Step] = {}
 
@@ -245,7 +248,7 @@ class _Form:
         new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
         new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
         new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), dict(self.inner)
-        new.slots = dict(self.slots)
+        new.slots, new.united = dict(self.slots), dict(self.united)
         return new
 
     def after(self, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> _Step:
@@ -305,19 +308,28 @@ class _Form:
         self.units[drop] = 0
         self.reads = {tensor: {new(leads): often for leads, often in reads.items()} for tensor, reads in self.reads.items()}
         self.writes = {(tensor, new(leads)): share for (tensor, leads), share in self.writes.items()}
-        self.inner = {tensor: new(leads) for tensor, leads in self.inner.items()}
-        self.slots = {where: (tensor, new(leads)) for where, (tensor, leads) in self.slots.items()}
+        self.inner |= {tensor: new(leads) for tensor, leads in self.inner.items() if drop in leads}
+        self.united[drop] = keep
         self.apart = [new(pair) for pair in self.apart]  # type: ignore[misc]
-        work, self.work = self.work, {}
-        for (factors, dtype), (flops, members) in work.items():
-            self._works(new(factors), dtype, flops, members)
+        if any(drop in factors for factors, _ in self.work):
+            work, self.work = self.work, {}
+            for (factors, dtype), (flops, members) in work.items():
+                self._works(new(factors), dtype, flops, members)
         self.combines = [
             replace(c, result=Terminal(c.result.tensor, new(c.result.leads)), over=frozenset(new(tuple(c.over))))
+            if drop in c.over or drop in c.result.leads
+            else c
             for c in self.combines
         ]
         self.halos = [
             replace(h, operand=Terminal(h.operand.tensor, new(h.operand.leads)), factor=new((h.factor,))[0]) for h in self.halos
         ]
+
+    def _now(self, leads: Leads) -> Leads:
+        """Leads with the factors that others became."""
+        while any(f in self.united for f in leads):
+            leads = tuple([self.united.get(f, f) for f in leads])
+        return leads
 
     def _take(self, operator: Operator, digest: _Digest, mapping: dict[int, int], tensors: list[Tensor]) -> None:
         units = self.units
@@ -400,7 +412,7 @@ class _Form:
             write_shares=tuple([0.0 if self.adds == "adds" else share for _, _, share in writes]),
             moves_bytes=self.moves,
             apart=tuple(self.apart),
-            slots=tuple([(*where, numbers[read]) for where, read in self.slots.items() if read[0] in several]),
+            slots=tuple([(*where, numbers[t, self._now(own)]) for where, (t, own) in self.slots.items() if t in several]),
             inner=tuple([Terminal(tensor, leads) for tensor, leads in self.inner.items()]),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.dimensions import CALLS, LikeDimensions
 from jaxplan.pipeline.fuse import alternating
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
-from jaxplan.pipeline.roles import Walk
+from jaxplan.pipeline.roles import Readers, Walk
 from jaxplan.pipeline.rowwise import SAME, SUM, Edit, told
 
 
@@ -68,7 +69,8 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
     body = equation.params["jaxpr"].jaxpr
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
-    refusals, found, dimensions = dict[str, str](), dict[int, Chain](), LikeDimensions(body)
+    refusals, found = dict[str, str](), dict[int, Chain]()
+    dimensions, readers = LikeDimensions(body), Readers()
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
@@ -77,7 +79,7 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
                 why = f"{microbatches} micro-batches do not divide its {extent} rows"
                 refusals.setdefault(why, f"dimension {dim} of {body.invars[k].aval.str_short()}")
                 continue
-            walk = Walk(microbatches)
+            walk = Walk(microbatches, readers)
             try:
                 chain = _chain(equation, path, tuple(layers), walk, dimensions, k, dim)
                 found.setdefault(sum(walk.points.values()), chain)
@@ -111,6 +113,7 @@ def _chain(
             continue
         tried.append(list(roles))
         walk.points.clear()
+        walk.edits.clear()
         try:
             state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)
             wanted = [
@@ -149,7 +152,7 @@ def _settled(
         return outs[:carries]
 
     state = walk.loop(equation, list(roles[consts : consts + carries]), once)
-    added = _only_added_to(equation)
+    added = _only_added_to(equation) if SUM in state else set[int]()
     return [Role(Kind.TOTAL) if role == SUM and k in added else role for k, role in enumerate(state)], ys
 
 
@@ -157,13 +160,19 @@ def _only_added_to(equation: Any) -> set[int]:
     """The carries that a scan's body does nothing with but add to."""
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
+    reads, adds = Counter[Any](), dict[Any, Any]()
+    for e in body.eqns:
+        reads.update([v for v in e.invars if not isinstance(v, _jax.Literal)])
+        if e.primitive in _ADDS:
+            adds[e.outvars[0]] = e
+    left = Counter([v for v in body.outvars if not isinstance(v, _jax.Literal)])
     found = set()
     for k in range(carries):
         var, out = body.invars[consts + k], body.outvars[k]
-        readers = [e for e in body.eqns if any(v is var for v in e.invars)]
-        read = sum(v is out for e in body.eqns for v in e.invars) + sum(v is out or v is var for v in body.outvars)
-        added = len(readers) == 1 and readers[0].primitive in _ADDS and readers[0].outvars[0] is out
-        if added and read == 1 and sum(v is var for v in readers[0].invars) == 1:
+        adder = None if isinstance(out, _jax.Literal) else adds.get(out)
+        if adder is None or sum(v is var for v in adder.invars) != 1:
+            continue
+        if reads[var] == 1 and not reads[out] and not left[var] and left[out] == 1:
             found.add(k)
     return found
 

@@ -101,18 +101,22 @@ class LikeDimensions:
     """The dimensions of a body's inputs and outputs that go together; the body is walked once."""
 
     def __init__(self, jaxpr: Any) -> None:
-        self._classes = _Classes()
-        self._ins = [self._classes.new(v.aval) for v in jaxpr.invars]
-        self._outs = self._classes.walk(jaxpr, self._ins)
+        classes = _Classes()
+        self._ins = [classes.new(v.aval) for v in jaxpr.invars]
+        outs = classes.walk(jaxpr, self._ins)
+        self._find = classes.find
+        self._like_ins, self._like_outs = self._grouped(self._ins), self._grouped(outs)
+
+    def _grouped(self, values: Sequence[Nodes]) -> dict[int, dict[int, int]]:
+        """{class: {value: the first of its dimensions that is in it}}."""
+        groups: dict[int, dict[int, int]] = {}
+        for k, held in enumerate(values):
+            for dim, node in enumerate(held):
+                groups.setdefault(self._find(node), {}).setdefault(k, dim)
+        return groups
 
     def like(self, number: int, dim: int) -> tuple[dict[int, int], dict[int, int]]:
         """{input: its dimension} and {output: its dimension} of those with a dimension that goes together with dimension `dim`
         of input `number`, the first one of each."""
-        find = self._classes.find
-        goal = find(self._ins[number][dim])
-
-        def found(values: Sequence[Nodes]) -> dict[int, int]:
-            like = {k: [d for d, node in enumerate(held) if find(node) == goal] for k, held in enumerate(values)}
-            return {k: dims[0] for k, dims in like.items() if dims}
-
-        return found(self._ins), found(self._outs)
+        goal = self._find(self._ins[number][dim])
+        return self._like_ins.get(goal, {}), self._like_outs.get(goal, {})

@@ -7,6 +7,7 @@ computes one micro-batch. Paths are those of room `graph`, so that a replay find
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from jaxplan import _jax
@@ -21,23 +22,60 @@ OUTS = "outs"
 Control = Callable[["Walk", Any, list[Role], Path], list[Role]]
 
 
+class Readers:
+    """Of jaxprs, which equations read a value and which have effects, by number; each is read through once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, dict[Any, list[int]], list[int]]] = {}
+
+    def of(self, jaxpr: Any) -> tuple[dict[Any, list[int]], list[int]]:
+        """({value: its readers}, the equations with effects)."""
+        if id(jaxpr) not in self._known:
+            readers, effectful = dict[Any, list[int]](), list[int]()
+            for number, equation in enumerate(jaxpr.eqns):
+                for var in equation.invars:
+                    if not isinstance(var, _jax.Literal):
+                        readers.setdefault(var, []).append(number)
+                if equation.effects:
+                    effectful.append(number)
+            self._known[id(jaxpr)] = jaxpr, readers, effectful
+        return self._known[id(jaxpr)][1:]
+
+
 class Walk:
     """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`. `points`: of the
-    iteration spaces of the equations that micro-batches share, by path."""
+    iteration spaces of the equations that micro-batches share, by path. `readers`: may be shared by walks of one program."""
 
-    def __init__(self, microbatches: int) -> None:
+    def __init__(self, microbatches: int, readers: Readers | None = None) -> None:
         self.microbatches = microbatches
+        self._readers = Readers() if readers is None else readers
         self.edits: dict[Path, Edit] = {}
         self.points: dict[Path, int] = {}
         self._origins: dict[Any, str] = {}
 
     def jaxpr(self, jaxpr: Any, roles: Sequence[Role], path: Path) -> list[Role]:
-        """The roles of the outputs of a jaxpr, from those of its inputs. Raises PipelineError."""
-        env = dict(zip(jaxpr.invars, roles, strict=True))
-        for number, equation in enumerate(jaxpr.eqns):
-            here = (*path, number)
+        """The roles of the outputs of a jaxpr, from those of its inputs. Raises PipelineError.
+
+        Only equations that read what is not the same for all are visited, in program order: a chain is looked for from every
+        dimension of every carry, and most reach a few equations only.
+        """
+        env = {var: role for var, role in zip(jaxpr.invars, roles, strict=True) if role != SAME}
+        readers, effectful = self._readers.of(jaxpr)
+        seen = {number for var in env for number in readers.get(var, ())}.union(effectful)
+        waiting = list(seen)
+        heapify(waiting)
+        while waiting:
+            number = heappop(waiting)
+            equation = jaxpr.eqns[number]
             ins = [SAME if isinstance(v, _jax.Literal) else env.get(v, SAME) for v in equation.invars]
-            env.update(zip(equation.outvars, self.equation(equation, ins, here), strict=True))
+            for var, role in zip(equation.outvars, self.equation(equation, ins, (*path, number)), strict=True):
+                if role == SAME:
+                    continue
+                env[var] = role
+                for reader in readers.get(var, ()):
+                    if reader not in seen:
+                        seen.add(reader)
+                        heappush(waiting, reader)
         return [SAME if isinstance(v, _jax.Literal) else env.get(v, SAME) for v in jaxpr.outvars]
 
     def equation(self, equation: Any, roles: list[Role], here: Path) -> list[Role]:
@@ -213,4 +251,4 @@ _CONTROL: dict[Any, Control] = {
 }
 """Control flow that a walk goes into, as replays do; rows do not enter any other."""
 
-__all__ = ["OUTS", "PipelineError", "Walk", "inside_scan", "stacked"]
+__all__ = ["OUTS", "PipelineError", "Readers", "Walk", "inside_scan", "stacked"]
