@@ -280,8 +280,8 @@ class Plan:
         which may be rounded; False: as on a machine that sends all values whole, such as simulated devices.
 
         What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
-        rematerialised call reads, which is constrained anew, is moved for it alone, as is what a program of its own does. (In `seconds` each reader that is not heavy
-        pays for itself: prices there are per pair.)
+        rematerialised call reads, which is constrained anew, is moved for it alone, as is what a program of its own reads. (In
+        `seconds` each reader that is not heavy pays for itself: prices there are per pair.)
         """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[tuple[Path, PlannedExchange]] = []
