@@ -145,12 +145,14 @@ class _Loop:
     def region(self, given: dict[str, list[Any]], outside: Sequence[Any]) -> Any:
         ahead, back = (Stage(side.equation, side.chain, self.pipeline, side.hold) for side in (self.ahead, self.back))
         carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
+        xs = ahead.held("in", range(len(given["xs"])), given["xs"])
+        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(given["back xs"])]
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
         def forward(row: Any, valid: Any, arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
             start = ahead.carried(ahead.start(ahead.entering(carries, row), arrived), zeros_ahead)
-            reads, slots = ahead.reads(given["xs"], row), [row % self._ring(k) for k in range(len(stores))]
+            reads, slots = ahead.reads(xs, row), [row % self._ring(k) for k in range(len(stores))]
             after, stores = ahead.layers(self.ahead.body_of, row, given["consts"], start, reads, stores, slots, valid)
             return (*ahead.parted(ahead.held("carry", range(len(after)), after)), stores)
 
@@ -172,7 +174,7 @@ class _Loop:
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
                 self._residual(stores[source], row, role, source) if source is not None else back.read(v, role, row)
-                for v, role, source in zip(given["back xs"], back.chain.xs, self.sources, strict=True)
+                for v, role, source in zip(back_xs, back.chain.xs, self.sources, strict=True)
             ]
             slots = [row] * len(ys)
             after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, slots, valid)

@@ -46,8 +46,8 @@ def exactly(problem: Problem, ceiling: float, allowed: float) -> list[np.ndarray
 
 
 class _Begun:
-    """Beginnings of assignments: `chosen`, (beginnings, nodes) positions; what each `spent`; `level`, (beginnings, steps), the least
-    that it takes. `open`: the nodes that are not chosen."""
+    """Beginnings of assignments: `chosen`, (beginnings, nodes) positions; what each `spent`; `level`, (beginnings, steps), the
+    least it takes. `open`: the nodes that are not chosen."""
 
     def __init__(self, written: Written) -> None:
         self.written = written
