@@ -79,10 +79,20 @@ class _Loop:
         self.starts = backs[len(self.back.chain.consts) : first]
         self.sources = [None if isinstance(v, _jax.Literal) else self.residuals.get(v) for v in backs[first:]]
         """Per stacked operand of the backward scan, the residual that it is, or None for what comes from outside."""
+        operands = zip(self.ahead.equation.invars[len(chain.consts) + len(chain.carries) :], chain.xs, strict=True)
+        known = {pair: k for k, pair in enumerate(operands) if not isinstance(pair[0], _jax.Literal)}
+        same = chain.layers == self.back.chain.layers
+        pairs = zip(backs[first:], self.back.chain.xs, strict=True)
+        self.alike = [known.get(pair) if same and not isinstance(pair[0], _jax.Literal) else None for pair in pairs]
+        """Per the same, the stacked operand of the forward scan that it is too: it enters once."""
         left = [v for v in fused.leaving if v not in self.residuals]
         self.totals = [v for v in left if fused.roles[v].kind is Kind.TOTAL]
         self.leaving = [v for v in left if fused.roles[v].kind is not Kind.TOTAL]
         """What leaves from the last stage."""
+
+    def _known(self, number: int) -> bool:
+        """Whether a stacked operand of the backward scan is in the loop already."""
+        return self.sources[number] is not None or self.alike[number] is not None
 
     def made(self, var: Any) -> bool:
         """Whether the loop makes a value."""
@@ -94,7 +104,7 @@ class _Loop:
         consts, carries, xs = parts(ahead, [read(v) for v in self.ahead.equation.invars])
         back_consts, _, back_xs = parts(back, self.back.equation.invars)
         starts = [None if self.made(v) else read(v) for v in self.starts]
-        entering = [None if source is not None else read(v) for v, source in zip(back_xs, self.sources, strict=True)]
+        entering = [None if self._known(k) else read(v) for k, v in enumerate(back_xs)]
         outside = self.fused.inputs(self.jaxpr)
         given = {
             "consts": [by_microbatch(whole(v), r, m) for v, r in zip(consts, ahead.consts, strict=True)],
@@ -107,10 +117,7 @@ class _Loop:
         }
         specs = {name: P() for name in given} | {
             "xs": [entering_spec(r, ahead, self.axis) for r in ahead.xs],
-            "back xs": [
-                None if source is not None else entering_spec(r, back, self.axis)
-                for r, source in zip(back.xs, self.sources, strict=True)
-            ],
+            "back xs": [None if self._known(k) else entering_spec(r, back, self.axis) for k, r in enumerate(back.xs)],
         }
         kept = [[stacked_spec(r, self.axis) for r in chain.ys] for chain in (ahead, back)]
         out = jax.shard_map(
@@ -146,7 +153,8 @@ class _Loop:
         ahead, back = (Stage(side.equation, side.chain, self.pipeline, side.hold) for side in (self.ahead, self.back))
         carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
         xs = ahead.held("in", range(len(given["xs"])), given["xs"])
-        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(given["back xs"])]
+        back_xs = [v if twin is None else given["xs"][twin] for v, twin in zip(given["back xs"], self.alike, strict=True)]
+        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(back_xs)]
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
