@@ -262,7 +262,7 @@ class _Loop:
     def _residual(self, store: Any, row: Any, role: Role, number: int) -> Read:
         """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows."""
         if self.ahead.chain.ys[number].kind is Kind.CUT:
-            return partial(layer_of, store, role, row % self._ring(number))
+            return lambda layer: self.ahead.hold("out", number, layer_of(store, role, row % self._ring(number), layer))
         if role.kind is Kind.CUT:
             return lambda layer: take_rows(at(store, layer), role, row, self.m)
         return partial(at, store)
