@@ -181,8 +181,8 @@ class _Loop:
         ) -> Any:
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
-                self._residual(stores[source], row, role, source) if source is not None else back.read(v, role, row)
-                for v, role, source in zip(back_xs, back.chain.xs, self.sources, strict=True)
+                self._residual(stores[source], row, role, source, k) if source is not None else back.read(v, role, row)
+                for k, (v, role, source) in enumerate(zip(back_xs, back.chain.xs, self.sources, strict=True))
             ]
             slots = [row] * len(ys)
             after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, slots, valid)
@@ -259,10 +259,16 @@ class _Loop:
         full = stage.stores(self.slots), stage.stores(self.m)
         return [full[self._ring(k) == self.m][k] for k in range(len(full[0]))]
 
-    def _residual(self, store: Any, row: Any, role: Role, number: int) -> Read:
-        """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows."""
+    def _residual(self, store: Any, row: Any, role: Role, number: int, reader: int) -> Read:
+        """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows. `number`: of the residual;
+        `reader`: of the stacked operand that it is."""
         if self.ahead.chain.ys[number].kind is Kind.CUT:
-            return lambda layer: self.ahead.hold("out", number, layer_of(store, role, row % self._ring(number), layer))
+
+            def read(layer: Any) -> Any:
+                kept = self.ahead.hold("out", number, layer_of(store, role, row % self._ring(number), layer))
+                return self.back.hold("moved", reader, kept)
+
+            return read
         if role.kind is Kind.CUT:
             return lambda layer: take_rows(at(store, layer), role, row, self.m)
         return partial(at, store)
