@@ -74,7 +74,7 @@ class _Begun:
         self.chosen, self.level = self.chosen[which], self.level[which]
         self.chosen[:, v] = position
         rest = sum([self._added(u, ahead=True).min(1) for u in sorted(self.open)], np.zeros(len(which)))
-        self._keep(self.spent + rest <= bound)
+        self._keep(np.asarray(self.spent + rest <= bound))
         if len(self.spent) > BEGINNINGS:
             return
         for number, (a, b) in enumerate(self.written.owners):
