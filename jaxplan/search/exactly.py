@@ -74,7 +74,7 @@ class _Begun:
         self.chosen, self.level = self.chosen[which], self.level[which]
         self.chosen[:, v] = position
         rest = sum([self._added(u, ahead=True).min(1) for u in sorted(self.open)], np.zeros(len(which)))
-        self._keep(np.asarray(self.spent + rest <= bound))
+        self._keep(self.spent + rest <= bound)
         if len(self.spent) > BEGINNINGS:
             return
         for number, (a, b) in enumerate(self.written.owners):
@@ -82,7 +82,7 @@ class _Begun:
                 table = self.written.amounts[number]
                 takes = table[self.chosen[:, a]] if a == b else table[self.chosen[:, a], self.chosen[:, b]]
                 self.level = self.level + (takes - self._least[number])[:, None] * self._alive[number]
-        self._keep((self.level <= most).all(1))
+        self._keep(np.asarray((self.level <= most).all(1)))
 
     def _added(self, v: int, ahead: bool = False) -> np.ndarray:
         """(beginnings, positions) what each position of a node costs beside what is chosen; `ahead`: and the least that it costs
