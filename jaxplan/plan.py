@@ -280,8 +280,8 @@ class Plan:
         which may be rounded; False: as on a machine that sends all values whole, such as simulated devices.
 
         What several readers ask for alike is moved once: the constraints are shared, and the compiler merges the rest; but what a
-        rematerialised call reads, which is constrained anew, is moved for it alone. (In `seconds` each reader that is not heavy
-        pays for itself: prices there are per pair.)
+        rematerialised call reads, which is constrained anew, is moved for it alone, as is what a program of its own reads. (In
+        `seconds` each reader that is not heavy pays for itself: prices there are per pair.)
         """
         graph, setting = self.modelled.graph, self.modelled.setting
         found: list[tuple[Path, PlannedExchange]] = []
@@ -300,7 +300,7 @@ class Plan:
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
                 reader = graph.clusters[reading.writer].members[-1]
             path, tensor = self._read_in(reading), self._seen(reading.tensor)
-            apart = self._rematerialised(path), (branches_around(path, graph.branches) or ((),))[-1]
+            apart = self._alone(path), (branches_around(path, graph.branches) or ((),))[-1]
             for step in steps:
                 already = moved.get((tensor, step, *apart), 0.0)
                 if reading.times > already:
@@ -386,10 +386,10 @@ class Plan:
         branch = (*reader.path[:-2], "branch", reader.operands.index(reading.tensor))
         return branch if reader.name == BOUNDARY and branch in graph.branches else reader.path
 
-    def _rematerialised(self, path: Path) -> Path:
-        """The path of the innermost rematerialised call around one; () for none."""
-        calls = self.modelled.graph.calls
-        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in calls), ())
+    def _alone(self, path: Path) -> Path:
+        """The path of the innermost call around one that is rematerialised, or a program of its own; () for none."""
+        calls, apart = self.modelled.graph.calls, self.traced.apart
+        return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in calls or path[:n] in apart), ())
 
     def moved(
         self, steps: Sequence[Step], tensor: int, operator: int, times: float, share: float = 1.0

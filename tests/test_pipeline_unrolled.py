@@ -11,6 +11,7 @@ from conftest import assert_close, mesh_of
 from jax.sharding import AbstractMesh
 
 import jaxplan
+from jaxplan import hybrid
 from jaxplan.examples.decoder import FULL, SMALL, decoder
 from jaxplan.graph import build_graph
 from jaxplan.machine import machine
@@ -164,6 +165,19 @@ def test_an_unrolled_decoder_in_stages_with_its_other_axes_planned(shape, axis, 
     assert plan.pipeline.axis == axis and len(plan.pipeline.chains) == 2
     (_, want, loss), (_, got, same) = jax.jit(program.fn)(*args), plan.jit()(*args)
     assert_close((want["mu"], loss), (got["mu"], same))  # moments are the gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [2, 4])
+def test_one_loop_both_ways_sends_about_what_was_planned(m, monkeypatch):
+    """Weights are gathered once, residuals at every tick. What is left: the embedding is gathered in the loop and beside it."""
+    monkeypatch.setattr(hybrid, "SCHEDULES", ("1f1b",))
+    config = replace(SMALL, layers=4, width=64, heads=4, mlp_width=128, vocabulary=128, sequence=16, batch=16, remat=False)
+    program = decoder(config, "unrolled")
+    asked = {"mesh": mesh_of((2, 2, 2)), "machine": "cpu", "donate_argnums": program.donate or None}
+    plan = jaxplan.make_plan(program.fn, *program.args, pipeline="x", microbatches=m, **asked)
+    errors = plan.audit().errors
+    assert max(errors["y"], errors["z"]) <= 0.06
 
 
 # --- when one is looked for -------------------------------------------------------------------------------------------

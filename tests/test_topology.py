@@ -97,7 +97,8 @@ def test_a_topology_that_does_not_exist(name):
 
 
 GATHERED = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the TPU compiler gathers one vector more than is planned: 768 of 439,808 bytes"
+    strict=True, raises=AssertionError,
+    reason="both ways broadcast one scale, in two layouts: the compiler merges the broadcasts and gathers: 768 of 439,808 bytes",
 )
 
 

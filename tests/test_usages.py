@@ -1,6 +1,7 @@
 """Usages over lifetimes as a constraint of `Problem`: what an assignment takes, and the searches that stay within a limit."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_search import random_tables
 
 from jaxplan.problem import Assignment, Meter, Peak, Problem, Usage, evaluate, from_tables, peak, within_limit
 from jaxplan.reduce import fold
-from jaxplan.search import OverLimit, alpa, brute, certify, search
+from jaxplan.search import OverLimit, alpa, brute, certify, exactly, search
 
 
 def taking(vector):
@@ -169,9 +170,11 @@ def test_pairs_and_what_is_reserved_count(seed):
     assert levels(found.choices[:, 0])[: meter.steps].max() <= problem.limit * (1 + 1e-9) and found.seconds >= best * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("joint", [0.0, exactly.JOINT], ids=["moves", "exactly"])
 @pytest.mark.parametrize("method", ["hsm2dl", "tofu", "trws"])
-def test_the_other_searches_find_the_cheapest_within_the_limit_too(method):
+def test_the_other_searches_find_the_cheapest_within_the_limit_too(method, joint, monkeypatch):
     """Multipliers and moves prove nothing, but do for problems as small as these; 13 of 24 have an answer."""
+    monkeypatch.setattr(exactly, "JOINT", joint)
     answered = 0
     for seed in range(24):
         problem, found = limited(seed)
@@ -185,6 +188,32 @@ def test_the_other_searches_find_the_cheapest_within_the_limit_too(method):
         assert used(found, answer.choices[:, 0]) <= problem.limit and answer.seconds == pytest.approx(best)
         answered += 1
     assert answered == 13
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_what_is_found_exactly_is_what_pricing_every_assignment_finds(seed):
+    """Pairs that take something and what is reserved among it; ceilings that are no help, or just met."""
+    problem, levels = entangled(seed)
+    allowed = problem.limit * (1 + 1e-9)
+    fitting = [np.array(options)[:, None] for options in every(problem) if levels(options).max() <= allowed]
+    prices = [seconds for seconds in (evaluate(problem, choices) for choices in fitting) if np.isfinite(seconds)]
+    best, dear = min(prices, default=np.inf), max(prices, default=1.0)
+    assert exactly.exactly(problem, best, allowed) == []
+    for ceiling in (np.inf, 2 * dear, best + 1e-6 * abs(best)):
+        found = exactly.exactly(problem, ceiling, allowed)
+        assert len(found) == bool(prices)
+        for choices in found:
+            assert levels(choices[:, 0]).max() <= allowed and evaluate(problem, choices) == pytest.approx(best)
+
+
+def test_what_is_not_small_is_not_solved_exactly(monkeypatch):
+    problem, _ = limited(3)
+    many = math.prod([node.options[0] for node in problem.nodes])
+    assert exactly.exactly(problem, np.inf, problem.limit) is not None
+    monkeypatch.setattr(exactly, "BEGINNINGS", 1)
+    assert exactly.exactly(problem, np.inf, problem.limit) is None
+    monkeypatch.setattr(exactly, "JOINT", many / 10**3)
+    assert exactly.exactly(problem, np.inf, problem.limit) is None
 
 
 def test_a_callable_that_knows_no_limit_is_asked_at_prices():

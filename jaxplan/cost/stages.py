@@ -181,7 +181,7 @@ class _Cut:
             about = graph.tensors[tensor]
             shape = (*about.shape[:dim], about.shape[dim] // asked.microbatches, *about.shape[dim + 1 :])
             self.tensors[tensor] = Tensor(shape, about.dtype, about.itemsize)
-        ticks = int(pipeline_ticks(asked.microbatches, asked.stages))
+        self.ticks = ticks = int(pipeline_ticks(asked.microbatches, asked.stages))
         self.more = {loop: ticks * most / length for loop, (length, most) in asked.loops.items()}
 
     def body(self, cluster: Cluster, loop: Path) -> tuple[Cluster, set[int]]:
@@ -244,6 +244,7 @@ class _Cut:
         times = tuple([
             often * (
                 self.more[op.path[:-2]] if read.tensor in self.inner
+                else self.ticks / self.asked.slots if read.tensor in self.asked.ringed and op.path[-2] == "in"
                 else self.asked.microbatches if read.tensor in self.between else 1.0
             )
             for read, often in zip(cluster.reads, cluster.read_times, strict=True)

@@ -79,10 +79,20 @@ class _Loop:
         self.starts = backs[len(self.back.chain.consts) : first]
         self.sources = [None if isinstance(v, _jax.Literal) else self.residuals.get(v) for v in backs[first:]]
         """Per stacked operand of the backward scan, the residual that it is, or None for what comes from outside."""
+        operands = zip(self.ahead.equation.invars[len(chain.consts) + len(chain.carries) :], chain.xs, strict=True)
+        known = {pair: k for k, pair in enumerate(operands) if not isinstance(pair[0], _jax.Literal)}
+        same = chain.layers == self.back.chain.layers
+        pairs = zip(backs[first:], self.back.chain.xs, strict=True)
+        self.alike = [known.get(pair) if same and not isinstance(pair[0], _jax.Literal) else None for pair in pairs]
+        """Per the same, the stacked operand of the forward scan that it is too: it enters once."""
         left = [v for v in fused.leaving if v not in self.residuals]
         self.totals = [v for v in left if fused.roles[v].kind is Kind.TOTAL]
         self.leaving = [v for v in left if fused.roles[v].kind is not Kind.TOTAL]
         """What leaves from the last stage."""
+
+    def _known(self, number: int) -> bool:
+        """Whether a stacked operand of the backward scan is in the loop already."""
+        return self.sources[number] is not None or self.alike[number] is not None
 
     def made(self, var: Any) -> bool:
         """Whether the loop makes a value."""
@@ -94,7 +104,7 @@ class _Loop:
         consts, carries, xs = parts(ahead, [read(v) for v in self.ahead.equation.invars])
         back_consts, _, back_xs = parts(back, self.back.equation.invars)
         starts = [None if self.made(v) else read(v) for v in self.starts]
-        entering = [None if source is not None else read(v) for v, source in zip(back_xs, self.sources, strict=True)]
+        entering = [None if self._known(k) else read(v) for k, v in enumerate(back_xs)]
         outside = self.fused.inputs(self.jaxpr)
         given = {
             "consts": [by_microbatch(whole(v), r, m) for v, r in zip(consts, ahead.consts, strict=True)],
@@ -107,10 +117,7 @@ class _Loop:
         }
         specs = {name: P() for name in given} | {
             "xs": [entering_spec(r, ahead, self.axis) for r in ahead.xs],
-            "back xs": [
-                None if source is not None else entering_spec(r, back, self.axis)
-                for r, source in zip(back.xs, self.sources, strict=True)
-            ],
+            "back xs": [None if self._known(k) else entering_spec(r, back, self.axis) for k, r in enumerate(back.xs)],
         }
         kept = [[stacked_spec(r, self.axis) for r in chain.ys] for chain in (ahead, back)]
         out = jax.shard_map(
@@ -145,12 +152,15 @@ class _Loop:
     def region(self, given: dict[str, list[Any]], outside: Sequence[Any]) -> Any:
         ahead, back = (Stage(side.equation, side.chain, self.pipeline, side.hold) for side in (self.ahead, self.back))
         carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
+        xs = ahead.held("in", range(len(given["xs"])), given["xs"])
+        back_xs = [v if twin is None else given["xs"][twin] for v, twin in zip(given["back xs"], self.alike, strict=True)]
+        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(back_xs)]
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
         def forward(row: Any, valid: Any, arrived: Sequence[Any], stores: Sequence[Any]) -> Any:
             start = ahead.carried(ahead.start(ahead.entering(carries, row), arrived), zeros_ahead)
-            reads, slots = ahead.reads(given["xs"], row), [row % self._ring(k) for k in range(len(stores))]
+            reads, slots = ahead.reads(xs, row), [row % self._ring(k) for k in range(len(stores))]
             after, stores = ahead.layers(self.ahead.body_of, row, given["consts"], start, reads, stores, slots, valid)
             return (*ahead.parted(ahead.held("carry", range(len(after)), after)), stores)
 
@@ -171,8 +181,8 @@ class _Loop:
         ) -> Any:
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
-                self._residual(stores[source], row, role, source) if source is not None else back.read(v, role, row)
-                for v, role, source in zip(given["back xs"], back.chain.xs, self.sources, strict=True)
+                self._residual(stores[source], row, role, source, k) if source is not None else back.read(v, role, row)
+                for k, (v, role, source) in enumerate(zip(back_xs, back.chain.xs, self.sources, strict=True))
             ]
             slots = [row] * len(ys)
             after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, slots, valid)
@@ -249,10 +259,16 @@ class _Loop:
         full = stage.stores(self.slots), stage.stores(self.m)
         return [full[self._ring(k) == self.m][k] for k in range(len(full[0]))]
 
-    def _residual(self, store: Any, row: Any, role: Role, number: int) -> Read:
-        """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows."""
+    def _residual(self, store: Any, row: Any, role: Role, number: int, reader: int) -> Read:
+        """What a layer reads of a micro-batch's residual; of one that is the same for all, its rows. `number`: of the residual;
+        `reader`: of the stacked operand that it is."""
         if self.ahead.chain.ys[number].kind is Kind.CUT:
-            return partial(layer_of, store, role, row % self._ring(number))
+
+            def read(layer: Any) -> Any:
+                kept = self.ahead.hold("out", number, layer_of(store, role, row % self._ring(number), layer))
+                return self.back.hold("moved", reader, kept)
+
+            return read
         if role.kind is Kind.CUT:
             return lambda layer: take_rows(at(store, layer), role, row, self.m)
         return partial(at, store)

@@ -38,7 +38,8 @@ Read = Callable[[Any], Any]
 Hold = Callable[[str, int, Any], Any]
 """("carry", "in" or "out", number, value) -> the value in the layout that the plan has for that carry, operand or stacked
 result of a layer, whatever dimensions come before it. So are buffers held, where the compiler would be free to lay them
-otherwise. "left", outside of the stages: a stacked result of theirs as the plan has it, with all layers on every device."""
+otherwise. "left", outside of the stages: a stacked result of theirs as the plan has it, with all layers on every device. "moved":
+what one layer has of a stacked operand that is kept elsewhere, on the way that the plan has from there."""
 
 
 class Stage:

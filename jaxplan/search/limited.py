@@ -4,7 +4,8 @@ Dantzig-Wolfe decomposition (Operations Research 1960): the best mixture of the 
 limit is a small linear program; its multipliers say what a unit costs at each step; a search that pays these prices finds the
 next assignment. Most steps get no price: the linear program prices as many as it mixes assignments, at most. Mixtures are none
 themselves, so of the best that fits those parts are replaced, one by one, that another assignment has cheaper and that still fit
-(a knapsack; parts are sets of connected nodes on which two assignments differ).
+(a knapsack; parts are sets of connected nodes on which two assignments differ). Then neighbourhoods of it are re-opened; small
+problems are solved exactly instead (`exactly.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from jaxplan.problem import ROUNDING, Assignment, Meter, Node, Problem, edge_prices, node_prices
+from jaxplan.search.exactly import exactly
 from jaxplan.search.neighbourhoods import merged, within_neighbourhoods
 
 Inner = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
@@ -104,8 +106,10 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
         mixed += [one for one in fresh if math.isfinite(one.seconds)]
         multipliers, _, _ = _master(mixed, problem.limit, dear)
     best = _put_together(parts, mixed, multipliers, allowed)
-    near = sorted(mixed, key=lambda one: (one.seconds, one.peak))
-    mended = within_neighbourhoods(problem, [best.choices, *[one.choices for one in near]], multipliers, allowed)
+    mended = exactly(problem, best.seconds if best.peak <= allowed else math.inf, allowed)
+    if mended is None or (not mended and best.peak > allowed):
+        near = sorted(mixed, key=lambda one: (one.seconds, one.peak))
+        mended = within_neighbourhoods(problem, [best.choices, *[one.choices for one in near]], multipliers, allowed)
     best = min([best, *map(parts.meet, mended)], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxplan.buckets import Bucket
-from jaxplan.problem import Meter, Problem, all_rows, edge_prices
+from jaxplan.problem import Meter, Node, Problem, all_rows, edge_prices
 from jaxplan.reduce import ILLEGAL, Pricer
 
 ENTRIES = 300_000
@@ -130,6 +130,21 @@ class Written:
         np.add.at(found.T, self._group, spans.T)
         return found
 
+    def pairs_of(self, v: int) -> list[tuple[tuple[int, int], np.ndarray]]:
+        """The tables of prices that a node shares with another, and whose they are."""
+        return [self.pairs[number] for number in self._incident[v]]
+
+    def alive(self) -> tuple[np.ndarray, np.ndarray]:
+        """((groups of usages, steps) how many of each live at a step, (steps,) what is taken whatever is chosen). Steps at which
+        the same live are one, and take the most of them."""
+        live = np.zeros((len(self.owners), self.meter.steps))
+        for group, usage in zip(self._group.tolist(), self._member.tolist(), strict=True):
+            live[group, self.meter.begins[usage] : self.meter.ends[usage]] += 1
+        found, same = np.unique(live, axis=1, return_inverse=True)
+        taken = np.full(found.shape[1], -math.inf)
+        np.maximum.at(taken, same.ravel(), self._nothing)
+        return found, taken
+
     def users(self, step: int) -> np.ndarray:
         """Nodes that may take something at a step."""
         begins, ends = self.meter.begins[self._member], self.meter.ends[self._member]
@@ -203,23 +218,9 @@ class _Flat:
 def options_near(problem: Problem, known: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Per node what may be chosen: all legal options where these are few, else those of known assignments, (nodes, axes), and
     what differs from the first one's along one axis, or no more than the former."""
-    legal: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
-
-    def allowed(node: Any, rows: np.ndarray) -> np.ndarray:
-        return rows[np.isfinite(node.price(rows))]
-
-    def within(counts: Sequence[int]) -> bool:
-        pairs = [(edge.tail, edge.head) for edge in problem.edges if edge.times]
-        return sum([counts[i] * counts[j] for i, j in pairs]) <= ENTRIES
-
-    if within([math.prod(node.options) for node in problem.nodes]):
-        found = []
-        for node in problem.nodes:
-            key = (id(node.price), node.options)
-            if key not in legal:
-                legal[key] = allowed(node, all_rows(node.options))
-            found.append(legal[key])
-        return found
+    every = legal_options(problem)
+    if every is not None:
+        return every
     seen = _seen(known)
     wide = []
     for node, rows in zip(problem.nodes, seen, strict=True):
@@ -228,9 +229,33 @@ def options_near(problem: Problem, known: Sequence[np.ndarray]) -> list[np.ndarr
             changed = np.tile(rows[0], (count, 1))
             changed[:, axis] = np.arange(count)
             one.append(changed)
-        every = np.array(list(dict.fromkeys(map(tuple, np.concatenate([rows, *one]).tolist()))))
-        wide.append(allowed(node, every))
-    return wide if within([len(rows) for rows in wide]) else seen
+        either = np.array(list(dict.fromkeys(map(tuple, np.concatenate([rows, *one]).tolist()))))
+        wide.append(_legal(node, either))
+    return wide if _are_few(problem, [len(rows) for rows in wide]) else seen
+
+
+def legal_options(problem: Problem) -> list[np.ndarray] | None:
+    """Per node all its legal options, (count, axes); None where these are not few."""
+    if not _are_few(problem, [math.prod(node.options) for node in problem.nodes]):
+        return None
+    known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+    found = []
+    for node in problem.nodes:
+        key = (id(node.price), node.options)
+        if key not in known:
+            known[key] = _legal(node, all_rows(node.options))
+        found.append(known[key])
+    return found
+
+
+def _legal(node: Node, rows: np.ndarray) -> np.ndarray:
+    return rows[np.isfinite(node.price(rows))]
+
+
+def _are_few(problem: Problem, counts: Sequence[int]) -> bool:
+    """Whether tables over so many options per node are written out."""
+    pairs = [(edge.tail, edge.head) for edge in problem.edges if edge.times]
+    return sum([counts[i] * counts[j] for i, j in pairs]) <= ENTRIES
 
 
 def _seen(known: Sequence[np.ndarray]) -> list[np.ndarray]:
