@@ -176,6 +176,8 @@ def test_one_loop_both_ways_sends_about_what_was_planned(m, monkeypatch):
     program = decoder(config, "unrolled")
     asked = {"mesh": mesh_of((2, 2, 2)), "machine": "cpu", "donate_argnums": program.donate or None}
     plan = jaxplan.make_plan(program.fn, *program.args, pipeline="x", microbatches=m, **asked)
+    assert plan.modelled.stages and plan.modelled.stages.moved
+    assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
     errors = plan.audit().errors
     assert max(errors["y"], errors["z"]) <= 0.06
 

@@ -67,8 +67,8 @@ class Stages:
     """`graph`: of one micro-batch, the same tensors, operators and clusters as in `whole`. `options`: per cluster the one thing
     that the axis does there, where it is not free. `inside`: clusters that run at every tick, and the scan that they are in.
     `divided`: tensors, and operators, that hold or work on a micro-batch's share. `middle`: clusters that run once per
-    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops. `gathered`: {stacked tensor: what one layer
-    has of it} that all stages get of stages of unequal length."""
+    micro-batch; `apiece`: (cluster, tensor) that are read so, outside of the loops; `moved`: those of which a part is read every
+    tick. `gathered`: {stacked tensor: what one layer has of it} that all stages get of stages of unequal length."""
 
     asked: Staging
     whole: Graph
@@ -80,6 +80,7 @@ class Stages:
     gathered: Mapping[int, int] = field(default_factory=dict)
     middle: frozenset[int] = frozenset()
     apiece: frozenset[tuple[int, int]] = frozenset()
+    moved: frozenset[tuple[int, int]] = frozenset()
 
     @cached_property
     def own(self) -> dict[int, float]:
@@ -129,7 +130,7 @@ def stage_graph(graph: Graph, asked: Staging) -> Stages:
     micro = replace(graph, tensors=tuple(cut.tensors), clusters=tuple(clusters))
     return Stages(
         asked, graph, micro, options, inside, frozenset(cut.divided), frozenset(worked), cut.gathered, frozenset(middle),
-        frozenset(cut.apiece),
+        frozenset(cut.apiece), frozenset(cut.moved),
     )  # fmt: skip
 
 
@@ -171,6 +172,7 @@ class _Cut:
         self.walked = dict(asked.rows) if asked.middle else self.rows
         self.divided = set(self.rows)
         self.apiece: set[tuple[int, int]] = set()
+        self.moved: set[tuple[int, int]] = set()
         self.gathered: dict[int, int] = {}
         self.tensors, self.operators = list(graph.tensors), graph.operators
         for tensor, dim in asked.ringed.items():
@@ -240,11 +242,13 @@ class _Cut:
         Where stages have unequal numbers of layers, no axis can lie so: what is stacked enters whole, and is gathered in the
         end, every stage filled up to the longest."""
         units = self._units(cluster, self._batch(cluster))
-        self.apiece |= {(index, t.tensor) for t in cluster.reads if t.tensor in self.between - self.inner}
+        ringed = {t.tensor for t in cluster.reads if t.tensor in self.asked.ringed and op.path[-2] == "in"} - self.inner
+        self.moved |= {(index, tensor) for tensor in ringed}
+        self.apiece |= {(index, t.tensor) for t in cluster.reads if t.tensor in self.between - self.inner - ringed}
         times = tuple([
             often * (
                 self.more[op.path[:-2]] if read.tensor in self.inner
-                else self.ticks / self.asked.slots if read.tensor in self.asked.ringed and op.path[-2] == "in"
+                else self.ticks / self.asked.slots if read.tensor in ringed
                 else self.asked.microbatches if read.tensor in self.between else 1.0
             )
             for read, often in zip(cluster.reads, cluster.read_times, strict=True)

@@ -228,9 +228,17 @@ class Symbols:
     def ticks(self) -> Any:
         return pipeline_ticks(self.microbatches, self.sizes[self.stages.asked.axis]) if self.stages else 1
 
-    def repeats(self, loop: Path | None, times: float, middle: bool = False) -> tuple[Any, float]:
+    @property
+    def slots(self) -> Any:
+        """Micro-batches of which a stage keeps what is ringed."""
+        asked = self.stages.asked if self.stages else None
+        return 2 * self.sizes[asked.axis] - 1 if asked and asked.slots < asked.microbatches else self.microbatches
+
+    def repeats(self, loop: Path | None, times: float, middle: bool = False, moved: bool = False) -> tuple[Any, float]:
         """(factor in symbols, number) of what runs so many times; `loop`: a scan of the pipeline, if it does so at every tick;
-        `middle`: whether it does so for every micro-batch."""
+        `middle`: whether it does so for every micro-batch; `moved`: whether at every tick for one of those that are kept."""
+        if moved and self.stages is not None:
+            return self.ticks / self.slots, times * self.stages.asked.slots / self.stages.ticks
         if middle and self.stages is not None:
             return self.microbatches, times / self.stages.asked.microbatches
         if loop is None or self.stages is None:
@@ -246,9 +254,7 @@ class Symbols:
         if self.stages is not None and tensor in self.stages.divided:
             value = value / self.microbatches
         if self.stages is not None and tensor in self.stages.asked.ringed:
-            asked = self.stages.asked
-            kept = 2 * self.sizes[asked.axis] - 1 if asked.slots < asked.microbatches else self.microbatches
-            value = value * kept / self.microbatches
+            value = value * self.slots / self.microbatches
         return self.graph.tensors[tensor].itemsize * value
 
     def flops(self, work: Work) -> Any:
@@ -290,9 +296,9 @@ def symbolic_cost(
     symbols, stages = Symbols(modelled.graph, modelled.numbers, names, modelled.stages), modelled.stages
     parts: dict[Any, float] = {}
 
-    def pay(value: Any, times: float, loop: Path | None, middle: bool = False) -> None:
+    def pay(value: Any, times: float, loop: Path | None, middle: bool = False, moved: bool = False) -> None:
         if value != 0 and times:
-            factor, times = symbols.repeats(loop, times, middle)
+            factor, times = symbols.repeats(loop, times, middle, moved)
             parts[value * factor] = parts.get(value * factor, 0.0) + times
 
     for index, cluster in enumerate(modelled.graph.clusters):
@@ -306,8 +312,9 @@ def symbolic_cost(
             nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None
             middle = stages is not None and (reading.reader, reading.tensor) in stages.apiece
+            moved = stages is not None and (reading.reader, reading.tensor) in stages.moved
             times = share(reading.reader) * reading.times
-            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), times, loop, middle)
+            pay(sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols), times, loop, middle, moved)
     return sympy.Add(*[_count(times) * value for value, times in parts.items()]), symbols.values
 
 
