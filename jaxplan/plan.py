@@ -307,8 +307,18 @@ class Plan:
                     moved[tensor, step, *apart] = reading.times
                     share = shares.get((reading.tensor, step), 1.0)
                     more = self.moved((step,), reading.tensor, reader, reading.times - already, share)
-                    found += [(path, exchange) for exchange in more]
+                    found += [(path, self._at_a_tick(exchange, reading)) for exchange in more]
         return tuple(sorted(self._of_worst_branches(found), key=lambda e: -e.total_bytes))
+
+    def _at_a_tick(self, exchange: PlannedExchange, reading: Reading) -> PlannedExchange:
+        """Of what stages keep of several micro-batches, and move at every tick, what one of these has; anything else as it is."""
+        stages = self.modelled.stages
+        if stages is None or (reading.reader, reading.tensor) not in stages.moved:
+            return exchange
+        slots, dim = stages.asked.slots, stages.asked.ringed[reading.tensor]
+        shape = (*exchange.shape[:dim], exchange.shape[dim] // slots, *exchange.shape[dim + 1 :])
+        sent = {axis: nbytes / slots for axis, nbytes in exchange.wire_bytes.items()}
+        return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots)))
 
     def _dropped(self, index: int) -> bool:
         """Whether a compiler leaves a cluster out."""
