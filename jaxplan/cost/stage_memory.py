@@ -101,15 +101,15 @@ def as_one_loop(
     stages: Stages, facts: Facts, buffers: Sequence[Buffer], roots: Roots, copied: Copied
 ) -> list[Buffer]:
     """Buffers where the forward scan, the backward scan and what stands between them are one loop: what comes from outside, and
-    what leaves it or is handed from scan to scan, lives as long as the loop. Residuals that are read in another layout are
-    brought there layer by layer, and never copied whole."""
+    what leaves it or is handed from scan to scan, lives as long as the loop, and so do copies of it in another layout. Residuals
+    that are read in another layout are brought there layer by layer, and never copied whole."""
     asked = stages.asked
     begin, end = (f(at[loop] for loop in asked.loops) for f, at in ((min, facts.order.begins), (max, facts.order.ends)))
     middle = {facts.place[index] for index in asked.middle}
     edges = {place for place, op in enumerate(facts.operators) if op.name == BOUNDARY and op.path[:-2] in asked.loops}
     bodies = {place for loop in asked.loops for place in range(facts.order.begins[loop], facts.order.ends[loop] + 1)} - edges
     inside = middle | edges | bodies
-    own, copies = set[int](), set[int]()
+    own, copies = set[int](), {tensor for tensor, loop in copied if loop in asked.loops}
     for tensor in {*facts.made, *facts.readers}:
         made, readers = facts.made.get(tensor, -1), facts.readers.get(tensor, ())
         entered = inside.intersection(readers) if made not in inside else ()
