@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,9 @@ EdgePrice = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 It may have a method `alike(rows, end)`: a number per row of options of the tail (`end` 0) or the head (1); rows of one
 number have equal prices, so that a bound need not look at each. And an attribute `ends`, a key for the tail and one for the head:
-`alike` is the same function of rows for all ends of one key. A `family` then answers for many, given (price, rows, end).
+`alike` is the same function of rows for all ends of one key. A
+`family` is what answers for many in one go: `prices(asked)`, a matrix (of node prices a vector) for each of a list of `Asked`
+(`AskedNode`); and, if it has it, `alike(asked)`, given (price, rows, end).
 """
 ROUNDING = 1e-9
 """By what fraction usages may exceed a limit, against sums of rounded numbers."""
@@ -29,14 +31,6 @@ Asked = tuple[Any, np.ndarray, np.ndarray]
 """An edge price, options of the tail, options of the head."""
 AskedNode = tuple[Any, np.ndarray]
 """A node price, options."""
-
-
-class Family(Protocol):
-    """Prices may have an attribute `family`: what answers for many of them in one go."""
-
-    def prices(self, asked: Sequence[Any]) -> list[np.ndarray]:
-        """A matrix of seconds for each question (`Asked`); of node prices a vector (`AskedNode`)."""
-        ...
 
 
 class Node(NamedTuple):
@@ -185,30 +179,32 @@ def node_prices(asked: Sequence[AskedNode]) -> list[np.ndarray]:
 def edge_labels(asked: Sequence[tuple[Any, np.ndarray, int]]) -> list[np.ndarray]:
     """Per (edge price, rows, end), the numbers that the price has for rows that are alike to it: all different where it tells
     none."""
+    return _answered(asked, "alike", _labels)
+
+
+def _labels(price: Any, rows: np.ndarray, end: int) -> np.ndarray:
+    alike = getattr(price, "alike", None)
+    return alike(rows, end) if alike else np.arange(len(rows))
+
+
+def _priced(price: Any, *rows: np.ndarray) -> np.ndarray:
+    return price(*rows)
+
+
+def _answered(
+    asked: Sequence[tuple[Any, ...]], together: str = "prices", alone: Callable[..., np.ndarray] = _priced
+) -> list[np.ndarray]:
+    """Answers to questions, each about a price: by the method `together` of its family, if that has one, else `alone`."""
     found: dict[int, np.ndarray] = {}
     families: dict[int, tuple[Any, list[int]]] = {}
-    for number, (price, rows, end) in enumerate(asked):
-        family, alike = getattr(price, "family", None), getattr(price, "alike", None)
-        if hasattr(family, "alike"):
+    for number, question in enumerate(asked):
+        family = getattr(question[0], "family", None)
+        if hasattr(family, together):
             families.setdefault(id(family), (family, []))[1].append(number)
         else:
-            found[number] = alike(rows, end) if alike else np.arange(len(rows))
+            found[number] = alone(*question)
     for family, numbers in families.values():
-        found.update(zip(numbers, family.alike([asked[number] for number in numbers]), strict=True))
-    return [found[number] for number in range(len(asked))]
-
-
-def _answered(asked: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
-    found: dict[int, np.ndarray] = {}
-    families: dict[int, tuple[Family, list[int]]] = {}
-    for number, (price, *rows) in enumerate(asked):
-        family: Family | None = getattr(price, "family", None)
-        if family is None:
-            found[number] = price(*rows)
-        else:
-            families.setdefault(id(family), (family, []))[1].append(number)
-    for family, numbers in families.values():
-        found.update(zip(numbers, family.prices([asked[number] for number in numbers]), strict=True))
+        found.update(zip(numbers, getattr(family, together)([asked[number] for number in numbers]), strict=True))
     return [found[number] for number in range(len(asked))]
 
 

@@ -149,12 +149,16 @@ class _Loop:
 
     # ---- inside of the manual region ---------------------------------------------------------------------------
 
+    def _stacks(self, given: dict[str, list[Any]], ahead: Stage, back: Stage) -> tuple[list[Any], list[Any]]:
+        """What layers read of stacks that enter, each way, laid as planned; None for what the loop itself keeps."""
+        xs = [v if twin is None else given["xs"][twin] for v, twin in zip(given["back xs"], self.alike, strict=True)]
+        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(xs)]
+        return ahead.held("in", range(len(given["xs"])), given["xs"]), back_xs
+
     def region(self, given: dict[str, list[Any]], outside: Sequence[Any]) -> Any:
         ahead, back = (Stage(side.equation, side.chain, self.pipeline, side.hold) for side in (self.ahead, self.back))
         carries = ahead.held("carry", range(len(given["carries"])), given["carries"])
-        xs = ahead.held("in", range(len(given["xs"])), given["xs"])
-        back_xs = [v if twin is None else given["xs"][twin] for v, twin in zip(given["back xs"], self.alike, strict=True)]
-        back_xs = [None if v is None else back.hold("in", k, v) for k, v in enumerate(back_xs)]
+        xs, back_xs = self._stacks(given, ahead, back)
         known = dict(zip(outside, given["outside"], strict=True))
         last, first = ahead.position == self.k - 1, back.position == self.k - 1
 
@@ -184,8 +188,7 @@ class _Loop:
                 self._residual(stores[source], row, role, source, k) if source is not None else back.read(v, role, row)
                 for k, (v, role, source) in enumerate(zip(back_xs, back.chain.xs, self.sources, strict=True))
             ]
-            slots = [row] * len(ys)
-            after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, slots, valid)
+            after, ys = back.layers(self.back.body_of, row, given["back consts"], start, reads, ys, [row] * len(ys), valid)
             return (*back.parted(back.held("carry", range(len(after)), after)), ys)
 
         def tick(state: Any, t: Any, go: bool, come: bool) -> Any:
