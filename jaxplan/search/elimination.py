@@ -83,19 +83,21 @@ def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> 
 
 
 def solve(
-    tables: Tables, order: list[int], incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP
+    tables: Tables, order: list[int], incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP,
+    piece: int | None = None,
 ) -> tuple[np.ndarray, bool]:
     """(an option per variable, whether it is proven optimal). `order`: the variables as they are to be eliminated.
 
-    Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets, then two rounds that start from what
-    they found. With an `incumbent` (an option per variable): variables that would grow a table too far keep the incumbent's
-    option this time, so the result is never worse. `tally` counts how often each was kept, so that the next call keeps others.
+    Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets of at most `piece` entries (None: `cap`),
+    then two rounds that start from what they found and build no larger tables. With an `incumbent` (an option per variable):
+    variables that would grow a table too far keep the incumbent's option this time, so the result is never worse. `tally` counts
+    how often each was kept, so that the next call keeps others.
     """
     tally = tally if tally is not None else [0] * len(tables.costs)
     if incumbent is None:
-        found, exact = _Buckets(tables, cap).run(order, None, tally)
+        found, exact = _Buckets(tables, cap, piece).run(order, None, tally)
         for _ in range(0 if exact else 2):
-            found, _ = solve(tables, order, found, tally, cap)
+            found, _ = solve(tables, order, found, tally, piece or cap)
         return found, exact
     found, exact = _Buckets(tables, cap).run(order, incumbent, tally)
     return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
@@ -125,8 +127,8 @@ def _entries(table: _Table) -> int:
 class _Buckets:
     """One elimination."""
 
-    def __init__(self, tables: Tables, cap: int) -> None:
-        self.cap = cap
+    def __init__(self, tables: Tables, cap: int, piece: int | None = None) -> None:
+        self.cap, self.piece = cap, piece or cap
         self.bound = 0.0  # what the variables eliminated so far cost at least; unless some were conditioned
         self.sizes = [len(cost) for cost in tables.costs]
         self.costs = list(tables.costs)
@@ -222,7 +224,7 @@ class _Buckets:
         groups: list[tuple[set[int], list[_Table]]] = []
         for table in sorted(tables, key=lambda table: -table.array.size):
             for union, members in groups:
-                if math.prod(self.sizes[w] for w in union.union(table.scope)) <= self.cap:
+                if math.prod(self.sizes[w] for w in union.union(table.scope)) <= self.piece:
                     union.update(table.scope)
                     members.append(table)
                     break

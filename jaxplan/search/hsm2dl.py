@@ -27,6 +27,8 @@ RECURSIONS = 2
 """Prices of usages at which the recursion starts anew; later ones go on from what is known."""
 FIRST_CAP = 1 << 18
 """Entries of a table in the first solution of each axis, where nothing is known that could be kept."""
+PIECE = 1 << 16
+"""Entries of the tables into which a larger one is split there: a wide graph is not solved exactly anyway."""
 
 
 def hsm2dl(problem: Problem) -> Assignment:
@@ -141,7 +143,7 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     is found when axes are re-opened, once all of them are known."""
     choices = choices.copy()
     for axis in axes:
-        choices[:, axis], _ = solve(pricer.along((axis,), choices, alone=True)[0], elimination, cap=FIRST_CAP)
+        choices[:, axis], _ = solve(pricer.along((axis,), choices, alone=True)[0], elimination, cap=FIRST_CAP, piece=PIECE)
     return choices
 
 
