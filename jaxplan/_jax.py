@@ -94,6 +94,12 @@ def name_stack(equation: Any) -> str:
     return str(equation.source_info.name_stack)
 
 
+def without_dead(closed: Any) -> Any:
+    """A closed jaxpr less the equations that nothing comes of, also inside of loops and calls; inputs, outputs, effects stay."""
+    jaxpr, _ = _partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), True)
+    return closed.replace(jaxpr=jaxpr)
+
+
 def sub_jaxprs(equation: Any) -> Iterator[Any]:
     """Every jaxpr among an equation's parameters."""
     found = getattr(_core, "jaxprs_in_params", None) or jax.core.jaxprs_in_params  # where it was before JAX 0.10

@@ -287,14 +287,14 @@ class Plan:
         found: list[tuple[Path, PlannedExchange]] = []
         for index, cluster in enumerate(graph.clusters):
             path = graph.operators[cluster.members[-1]].path
-            found += [(path, exchange) for exchange in (() if self._dropped(index) else self.combined(index))]
+            found += [(path, exchange) for exchange in self.combined(index)]
         moved: dict[tuple[int, Step, Path, Path], float] = {}
         shares = self._shares if rounded else {}
         for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
             if written == read:
                 continue
             steps = reshard_steps(written, read, len(reading.read.leads), setting.slow_first)
-            if sends_a_number(graph, graph.clusters[reading.writer], steps) or self._dropped(reading.reader):
+            if sends_a_number(graph, graph.clusters[reading.writer], steps):
                 continue
             reader = graph.clusters[reading.reader].members[0]
             if graph.operators[reader].equation is None and graph.clusters[reading.writer].members:
@@ -319,11 +319,6 @@ class Plan:
         shape = (*exchange.shape[:dim], exchange.shape[dim] // slots, *exchange.shape[dim + 1 :])
         sent = {axis: nbytes / slots for axis, nbytes in exchange.wire_bytes.items()}
         return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots)))
-
-    def _dropped(self, index: int) -> bool:
-        """Whether a compiler leaves a cluster out."""
-        dropped, cluster = self.modelled.graph.dropped, self.modelled.graph.clusters[index]
-        return bool(dropped) and bool(cluster.writes) and all(write.tensor in dropped for write in cluster.writes)
 
     def _of_worst_branches(self, found: Sequence[tuple[Path, PlannedExchange]]) -> list[PlannedExchange]:
         """Of every conditional the exchanges of the branch that sends most, as often as they run; and all others. `found`: with

@@ -24,7 +24,8 @@ class TraceError(ValueError):
 class Traced:
     """A function as JAX sees it.
 
-    `jaxpr`: the closed jaxpr; its flat inputs and outputs are described by the other fields.
+    `jaxpr`: the closed jaxpr, without equations that nothing comes of; its flat inputs and outputs are described by the other
+    fields.
     `in_paths`, `out_paths`: a readable pytree path per flat input ("params/blk/wq") and output.
     `in_avals`, `out_avals`: objects with `shape` and `dtype`. `in_tree`: structure of `(args, kwargs)` without static
     arguments; `out_tree`: structure of the result. `donated`: per flat input. `apart`: paths of calls that are compiled as
@@ -100,7 +101,7 @@ def trace(
     names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
-        jaxpr=staged.jaxpr,
+        jaxpr=_jax.without_dead(staged.jaxpr),
         name=name,
         in_tree=in_tree,
         out_tree=out_tree,

@@ -194,3 +194,22 @@ def test_random_numbers_are_made_in_rounds_that_are_stored(mesh, draw):
     args = jax.random.key(0), jnp.ones((256, 64), jnp.float32)
     plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.05)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (8,)])
+def test_equations_that_nothing_comes_of_hold_nothing(mesh):
+    """The tangent that goes with a square, of which only the nearest is asked for, would keep all distances."""
+
+    def fn(codes, x):
+        def loss(codes):
+            nearest = ((x[:, None] - codes[None]) ** 2).sum(-1).argmin(-1)
+            return jnp.mean((x - codes[nearest]) ** 2)
+
+        value, grad = jax.value_and_grad(loss)(codes)
+        return codes - grad, value
+
+    plan = jaxplan.make_plan(fn, shape(128, 64), shape(1024, 64), mesh=mesh_of(mesh), machine="cpu")
+    assert not any(op.name == "mul" and plan.modelled.graph.tensors[op.results[0]].shape == (1024, 128, 64)
+                   for op in plan.modelled.graph.operators)  # fmt: skip
+    found = plan.audit()
+    assert 1 / WORST <= plan.peak_bytes / found.compiled_peak_bytes <= WORST

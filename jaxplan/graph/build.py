@@ -21,7 +21,7 @@ def graph_of(traced: Traced, flat: Flat) -> Graph:
     clusters = fuse(flat.tensors, flat.operators, outputs, flat.sealed)
     return Graph(
         tuple(flat.tensors), tuple(flat.operators), tuple(clusters), tuple(inputs), tuple(outputs), tuple(ties), flat.calls,
-        flat.platform, flat.branches, flat.dropped,
+        flat.platform, flat.branches,
     )  # fmt: skip
 
 

@@ -42,8 +42,6 @@ class Flat:
         self.calls: dict[Path, tuple[int, ...]] = {}
         self.sealed: set[Path] = set()
         self.branches: dict[Path, float] = {}
-        self.decides: set[int] = set()  # tensors by which control flow is decided
-        self.dropped: frozenset[int] = frozenset()
         self.while_trips, self.platform = while_trips, platform
         self._scopes = 0
         self._kinds: dict[Any, Tensor] = {}
@@ -164,23 +162,7 @@ def flatten(traced: Traced, flat: Flat) -> tuple[list[int], list[int]]:
     inputs = [env[var] for var in jaxpr.invars]
     outputs = flat.walk(jaxpr, env, place)
     flat.operators = share_views(flat, traced.apart)
-    flat.dropped = _dropped(flat, outputs)
     return inputs, outputs
-
-
-def _dropped(flat: Flat, outputs: Sequence[int]) -> frozenset[int]:
-    """Tensors that nothing comes of: a compiler drops what makes them, as the values that go with a derivative of a gradient in
-    the body of a loop. What enters and leaves loops stays, and what has an effect or is not known."""
-    read = {*outputs, *flat.decides}.union(*flat.calls.values())
-    found = set[int]()
-    for operator in reversed(flat.operators):
-        equation = operator.equation
-        pure = operator.name == VIEW if equation is None else not equation.effects and operator.rule.known
-        if pure and not operator.asked and read.isdisjoint(operator.results):
-            found.update(operator.results)
-        else:
-            read.update(operator.operands)
-    return frozenset(found)
 
 
 def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
@@ -416,7 +398,7 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
         for k, operand in enumerate(initial)
     ]
     inner = [tensor for tensor, _, _ in loops]
-    flat.decides.update(flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond")))
+    flat.call(params["cond_jaxpr"].jaxpr, constants[:cond_consts] + inner, within.at("cond"))
     inside = len(flat.operators)
     produced = flat.call(body, constants[cond_consts:] + inner, within.at("body"))
     _hoist(flat, inside, constants[cond_consts:], within, place)
@@ -427,7 +409,6 @@ def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
 
 def _cond(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     branches = equation.params["branches"]
-    flat.decides.add(operands[0])
     produced, spans = [], []
     for number, branch in enumerate(branches):
         start = len(flat.operators)

@@ -189,8 +189,7 @@ class Graph:
 
     `ties`: (output, input) positions of state that goes round. `calls`: {path: operand tensors} of rematerialised calls.
     `platform`: whose branch is paid for where a program has one per platform. `branches`: {path of a branch of a conditional: the
-    share of its operators' times that is paid}, but for those for platforms. `dropped`: tensors that
-    nothing comes of. `memo`: see `remembered`.
+    share of its operators' times that is paid}, but for those for platforms. `memo`: see `remembered`.
     """
 
     tensors: tuple[Tensor, ...]
@@ -202,7 +201,6 @@ class Graph:
     calls: Mapping[Path, tuple[int, ...]]
     platform: str = ""
     branches: Mapping[Path, float] = field(default_factory=dict)
-    dropped: frozenset[int] = frozenset()
     memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def remembered(self, what: str, key: Hashable, make: Callable[[], Value], most: int = 8) -> Value:
