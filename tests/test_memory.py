@@ -213,3 +213,22 @@ def test_equations_that_nothing_comes_of_hold_nothing(mesh):
                    for op in plan.modelled.graph.operators)  # fmt: skip
     found = plan.audit()
     assert 1 / WORST <= plan.peak_bytes / found.compiled_peak_bytes <= WORST
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_what_is_moved_out_of_a_loop_is_stored_as_long_as_it(mesh):
+    """Twice the points is the same in every round; their transposed copy is no value of its own."""
+
+    def clusters(x, centres):
+        def turn(_, centres):
+            far = (x**2).sum(1, keepdims=True) - (2 * x) @ centres.T + (centres**2).sum(1)[None]
+            near = jax.nn.softmax(-far, axis=1)
+            return near.T @ x / near.sum(0)[:, None]
+
+        return jax.lax.fori_loop(0, 5, turn, centres)
+
+    plan = jaxplan.make_plan(clusters, shape(8192, 64), shape(16, 64), mesh=mesh_of(mesh), machine="cpu")
+    found = plan.audit()
+    assert 1 / WORST <= plan.peak_bytes / found.compiled_peak_bytes <= WORST
+    alike = [b for b in plan.memory.live if plan.modelled.graph.tensors[b.tensor].shape == (8192, 64)]
+    assert alike, "twice the points is there at the worst moment"

@@ -20,6 +20,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxplan.cost.hoisting import hoisted
 from jaxplan.cost.schedule import Order
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
@@ -47,8 +48,8 @@ class Spread(NamedTuple):
 class Kept(NamedTuple):
     """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
     {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored. `written_over`:
-    places where loops write element by element what they read. `begins`: {tensor that starts as a broadcast, of which places are
-    updated: where that is made}."""
+    places where loops write element by element what they read. `begins`: {tensor: where its buffer is made}, of those that start
+    as a broadcast, of which places are updated, and of those that are computed before the loop in whose body they stand."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
@@ -95,7 +96,13 @@ def kept(
         values.take(place, index, sent, partial)
     for tensor in leaving:
         values.leave(tensor)
-    return values.kept()
+    before: dict[int, int] = {}
+    for tensor, path in hoisted(graph).items():
+        loop = next(path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in order.begins)
+        values.leave(tensor, order.ends[loop])
+        before[tensor] = order.begins[loop]
+    found = values.kept()
+    return found._replace(begins={**found.begins, **{t: at for t, at in before.items() if t not in found.computed}})
 
 
 class _Computed(NamedTuple):
