@@ -179,6 +179,7 @@ class _Loop:
         def backward(
             row: Any, valid: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any], ys: Sequence[Any]
         ) -> Any:
+            starts, arrived = (back.held("carry", moves, values) for values in (starts, arrived))
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
                 self._residual(stores[source], row, role, source, k) if source is not None else back.read(v, role, row)
