@@ -314,15 +314,16 @@ def _side(replay: Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Si
         return _body(replay.on_rows(Rows(edits, row, pipeline.microbatches)), equation, consts, chain.path)
 
     def hold(what: str, number: int, value: Any) -> Any:
-        kind = {"left": "out", "moved": "in"}.get(what, what)
+        kind = {"left": "out", "moved": "in", "kept": "in"}.get(what, what)
         first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[kind]
         at = replay.found.at.get((*chain.path, kind, number + first), -1), 0
-        specs = (replay.found.reads if what == "moved" else replay.found.writes).get(at, ())
+        on_way = what in ("moved", "kept")
+        specs = (replay.found.reads if on_way else replay.found.writes).get(at, ())
         if not specs:
             return value
         inner = replay.on_rows(Rows(edits, None, pipeline.microbatches))
-        if what == "moved":  # of what is stacked, what a layer has of it
-            return inner.constrain(value, [spec[1:] for spec in specs])
+        if on_way:  # one dimension more or less: micro-batches, or layers
+            return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec[-value.ndim :] for spec in specs])
         if what == "left":
             rows = chain.ys[number].kind is Kind.CUT
             return (inner if rows else replay).constrain(value, [((),) * rows + ((), *specs[-1][1:])])

@@ -362,12 +362,19 @@ class Plan:
             ticks = self.modelled.numbers.ticks - handed.spared if handed.every_tick else 1.0
             what = {EVERY_TICK: "next stage", GATHERED: "stages of unequal length", LEFT: op.name}[handed.how]
             kind = {EVERY_TICK: "permute", GATHERED: "all_gather", LEFT: "all_reduce"}[handed.how]
+            if handed.how == GATHERED and self._of_a_number(handed.operand.tensor):
+                continue
             if (handed.operand.tensor, axis) in self._left_scattered:
                 kind, sent = "reduce_scatter", sent / 2
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
         return found
+
+    def _of_a_number(self, tensor: int) -> bool:
+        graph = self.modelled.graph
+        writers = [cluster for cluster in graph.clusters if any(write.tensor == tensor for write in cluster.writes)]
+        return any(sends_a_number(graph, writer, ()) for writer in writers)
 
     @cached_property
     def _ends(self) -> list[tuple[Layout, Layout]]:

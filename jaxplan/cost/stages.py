@@ -246,12 +246,13 @@ class _Cut:
         ringed = {t.tensor for t in cluster.reads if t.tensor in self.asked.ringed and op.path[-2] == "in"} - self.inner
         self.moved |= {(index, tensor) for tensor in ringed}
         self.apiece |= {(index, t.tensor) for t in cluster.reads if t.tensor in self.between - self.inner - ringed}
-        moved = self.ticks / self.asked.slots * (1.0 if even else most / length)
+        share = 1.0 if even else most / length  # of what stages keep of a stack
         times = tuple([
             often * (
                 self.more[op.path[:-2]] if read.tensor in self.inner
-                else moved if read.tensor in ringed
-                else self.asked.microbatches if read.tensor in self.between else 1.0
+                else self.ticks / self.asked.slots * share if read.tensor in ringed
+                else self.asked.microbatches if read.tensor in self.between
+                else share if read.tensor in self.asked.resident else 1.0
             )
             for read, often in zip(cluster.reads, cluster.read_times, strict=True)
         ])  # fmt: skip
