@@ -165,9 +165,7 @@ class _Loop:
             return (*ahead.parted(ahead.held("carry", range(len(after)), after)), stores)
 
         def between(row: Any, out: Sequence[Any]) -> Any:
-            moving = iter(out)
-            numbers = [k for k, r in enumerate(ahead.chain.carries) if r.kind is not Kind.TOTAL]
-            have = {self.ahead.equation.outvars[k]: next(moving) for k in numbers}
+            have = {self.ahead.equation.outvars[k]: v for k, v in zip(ahead.chain.circulating, out, strict=True)}
             values = {**have, **self.middle(row, {**known, **have})}
             starts = [
                 self._start(values, k, var, given["starts"][k], row)
@@ -206,7 +204,6 @@ class _Loop:
                 row, valid = back.microbatch(t, self.k - 1)
                 home, more, ys = backward(row, valid, starts, returned, stores, ys)
                 added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
-                roles = [back.chain.carries[k] for k in back.chain.circulating]
                 finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
                 finals, returned = (back.held("carry", moves, values) for values in (finals, back.handed_on(home)))
             return (arrived, returned, left, totals, finals, added, stores, ys), None
