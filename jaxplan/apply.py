@@ -42,9 +42,7 @@ def flat_function(plan: Plan, mesh: Mesh) -> Callable[..., list[Any]]:
     def planned(*inputs: Any) -> list[Any]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whatever mesh, of whatever types, is set outside
             outs = replay.run(plan.traced.jaxpr, inputs, ())
-            return [
-                replay.constrain(value, plan.constraints.outputs.get(position, ())) for position, value in enumerate(outs)
-            ]
+            return [replay.constrain(value, plan.constraints.outputs.get(k, ())) for k, value in enumerate(outs)]
 
     planned.__name__ = planned.__qualname__ = plan.traced.name
     return planned
@@ -137,7 +135,7 @@ class Replay:
             self.equations(jaxpr, range(len(jaxpr.eqns)), env, path, moved)
         else:
             self.equations(jaxpr, fused.before(), env, path, moved)
-            env.update(_alternating(self, jaxpr, fused, env))
+            env.update(_alternating(self, jaxpr, fused, env, moved))
             self.equations(jaxpr, (*fused.later, *range(fused.backward + 1, len(jaxpr.eqns))), env, path, moved)
         return [_read(var, env) for var in jaxpr.outvars]
 
@@ -233,9 +231,13 @@ class Replay:
 
     def leaving(self, value: Any, path: Path, slot: int, moved: Moved) -> Any:
         """The same at the end of a round, or of a branch, whose readers have `moved` what they read."""
+        return self.shared(value, self._boundary_specs(path, slot), moved)
+
+    def shared(self, value: Any, specs: Sequence[Spec], moved: Moved) -> Any:
+        """`brought`, with readers that have `moved` what they read."""
         around, self._moved = self._moved, moved
         try:
-            return self.brought(value, self._boundary_specs(path, slot))
+            return self.brought(value, specs)
         finally:
             self._moved = around
 
@@ -290,10 +292,8 @@ def _body(replay: Replay, equation: Any, consts: Sequence[Any], path: Path) -> C
         inner = [replay.boundary_written(v, (*path, *m)) for v, m in zip((*consts, *carry, *x), _marks(equation), strict=True)]
         moved: Moved = {}
         outs = replay.run(equation.params["jaxpr"], inner, path, moved, carries)
-        state = [
-            replay.carried(replay.leaving(v, mark, 1, moved), mark)
-            for v, mark in zip(outs, [(*path, "carry", k) for k in range(carries)], strict=False)
-        ]  # fmt: skip
+        ends = zip(outs, [(*path, "carry", k) for k in range(carries)], strict=False)
+        state = [replay.carried(replay.leaving(v, mark, 1, moved), mark) for v, mark in ends]
         ys = [replay.leaving(v, (*path, "out", carries + k), 0, moved) for k, v in enumerate(outs[carries:])]
         return tuple(state), tuple(ys)
 
@@ -314,15 +314,16 @@ def _side(replay: Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Si
         return _body(replay.on_rows(Rows(edits, row, pipeline.microbatches)), equation, consts, chain.path)
 
     def hold(what: str, number: int, value: Any) -> Any:
-        kind = {"left": "out", "moved": "in"}.get(what, what)
+        kind = {"left": "out", "moved": "in", "kept": "in"}.get(what, what)
         first = {"in": len(chain.consts) + len(chain.carries), "out": len(chain.carries), "carry": 0}[kind]
         at = replay.found.at.get((*chain.path, kind, number + first), -1), 0
-        specs = (replay.found.reads if what == "moved" else replay.found.writes).get(at, ())
+        on_way = what in ("moved", "kept")
+        specs = (replay.found.reads if on_way else replay.found.writes).get(at, ())
         if not specs:
             return value
         inner = replay.on_rows(Rows(edits, None, pipeline.microbatches))
-        if what == "moved":  # of what is stacked, what a layer has of it
-            return inner.constrain(value, [spec[1:] for spec in specs])
+        if on_way:  # one dimension more or less: micro-batches, or layers
+            return inner.constrain(value, [((),) * (value.ndim - len(spec)) + spec[-value.ndim :] for spec in specs])
         if what == "left":
             rows = chain.ys[number].kind is Kind.CUT
             return (inner if rows else replay).constrain(value, [((),) * rows + ((), *specs[-1][1:])])
@@ -332,8 +333,9 @@ def _side(replay: Replay, equation: Any, chain: Chain, pipeline: Pipeline) -> Si
     return Side(equation, chain, body_of, hold)
 
 
-def _alternating(replay: Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What the one loop makes of a forward scan, a backward scan and all between them."""
+def _alternating(replay: Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any], moved: Moved) -> dict[Any, Any]:
+    """What the one loop makes of a forward scan, a backward scan and all between them. What they are given is brought to the
+    layouts that they read before the loop begins, with all others who read it so (`moved`)."""
     pipeline = replay.pipeline
     assert pipeline is not None
     chains = dict(zip((fused.forward, fused.backward), pipeline.chains, strict=True))
@@ -342,11 +344,23 @@ def _alternating(replay: Replay, jaxpr: Any, fused: Fused, env: Mapping[Any, Any
     def middle(row: Any, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
         inner = replay.on_rows(Rows(fused.edits, row, pipeline.microbatches))
         found = dict(values)
-        inner.equations(jaxpr, fused.middle, found, fused.path, {})
+        there = {(id(values[v]), spec): (values[v], values[v]) for v, way in ways.items() for spec in way}
+        inner.equations(jaxpr, fused.middle, found, fused.path, there)
         return found
 
-    sides = [_side(replay, equations[number], chain, pipeline) for number, chain in chains.items()]
-    made = run_fused(jaxpr, fused, pipeline, replay.mesh, lambda var: _read(var, env), (sides[0], sides[1]), middle)
+    def side(number: int) -> Side:
+        equation, here = equations[number], (*fused.path, number)
+        given = [
+            None if fused.makes(var) else replay.leaving(_read(var, env), (*here, *mark), 0, moved)
+            for var, mark in zip(equation.invars, _marks(equation), strict=True)
+        ]
+        return replace(_side(replay, equation, chains[number], pipeline), given=given)
+
+    outside = fused.inputs(jaxpr)
+    asked = replay.found.asked(jaxpr, fused.path, outside, fused.middle)
+    ways = {var: () if fused.cuts(jaxpr, var) else way for var, way in zip(outside, asked, strict=True)}
+    entering = {var: replay.shared(env[var], way, moved) for var, way in ways.items()}
+    made = run_fused(fused, pipeline, replay.mesh, entering, (side(fused.forward), side(fused.backward)), middle)
     for number, equation in equations.items():
         here, (_, carries) = (*fused.path, number), scan_arity(equation)
         for k, var in enumerate(equation.outvars):

@@ -28,7 +28,7 @@ from jaxplan.cost import (
 )
 from jaxplan.cost.exchange import step_bytes
 from jaxplan.cost.price import halo_bytes, handed_bytes
-from jaxplan.cost.scatters import scattered_sums, sends_a_number
+from jaxplan.cost.scatters import scattered_left, scattered_sums, sends_a_number
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
 from jaxplan.graph.branches import branches_around, worst_branches
@@ -82,11 +82,14 @@ class Constraints:
     at: Mapping[tuple[Any, ...], int]
     sums: Mapping[int, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
-    def asked(self, jaxpr: Any, path: tuple[Any, ...]) -> list[tuple[Spec, ...]]:
-        """Per operand of a call, the specs that all who read it there ask for, calls in it among them; () where they differ."""
-        found: dict[Any, set[tuple[Spec, ...]]] = {var: set() for var in jaxpr.invars}
-        for number, equation in enumerate(jaxpr.eqns):
-            here = (*path, number)
+    def asked(
+        self, jaxpr: Any, path: tuple[Any, ...], some: Sequence[Any] | None = None, numbers: Sequence[int] | None = None
+    ) -> list[tuple[Spec, ...]]:
+        """Per operand of a call, the specs that all who read it there ask for, calls in it among them; () where they differ.
+        `some`: of these variables instead; `numbers`: by these equations only."""
+        found: dict[Any, set[tuple[Spec, ...]]] = {var: set() for var in (jaxpr.invars if some is None else some)}
+        for number in range(len(jaxpr.eqns)) if numbers is None else numbers:
+            here, equation = (*path, number), jaxpr.eqns[number]
             inner = equation.params["jaxpr"].jaxpr if equation.primitive is _jax.jit_p else None
             specs = [self.reads.get((self.at.get(here, -1), slot), ()) for slot in range(len(equation.invars))]
             for var, spec in zip(equation.invars, specs if inner is None else self.asked(inner, here), strict=True):
@@ -311,14 +314,18 @@ class Plan:
         return tuple(sorted(self._of_worst_branches(found), key=lambda e: -e.total_bytes))
 
     def _at_a_tick(self, exchange: PlannedExchange, reading: Reading) -> PlannedExchange:
-        """Of what stages keep of several micro-batches, and move at every tick, what one of these has; anything else as it is."""
+        """Of what stages keep of several micro-batches, and move at every tick, layer by layer, what a layer has of one of these;
+        anything else as it is."""
         stages = self.modelled.stages
         if stages is None or (reading.reader, reading.tensor) not in stages.moved:
             return exchange
         slots, dim = stages.asked.slots, stages.asked.ringed[reading.tensor]
-        shape = (*exchange.shape[:dim], exchange.shape[dim] // slots, *exchange.shape[dim + 1 :])
-        sent = {axis: nbytes / slots for axis, nbytes in exchange.wire_bytes.items()}
-        return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots)))
+        graph = self.modelled.graph
+        loop = graph.operators[graph.clusters[reading.reader].members[-1]].path[:-2]
+        layers = stages.asked.loops[loop][1 if stages.asked.even(loop) else 0]  # stages of unequal length: all, but not as often
+        shape = (*exchange.shape[1:dim], exchange.shape[dim] // slots, *exchange.shape[dim + 1 :])
+        sent = {axis: nbytes / slots / layers for axis, nbytes in exchange.wire_bytes.items()}
+        return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots * layers)))
 
     def _of_worst_branches(self, found: Sequence[tuple[Path, PlannedExchange]]) -> list[PlannedExchange]:
         """Of every conditional the exchanges of the branch that sends most, as often as they run; and all others. `found`: with
@@ -350,16 +357,32 @@ class Plan:
             ticks = self.modelled.numbers.ticks - handed.spared if handed.every_tick else 1.0
             what = {EVERY_TICK: "next stage", GATHERED: "stages of unequal length", LEFT: op.name}[handed.how]
             kind = {EVERY_TICK: "permute", GATHERED: "all_gather", LEFT: "all_reduce"}[handed.how]
+            if handed.how == GATHERED and self._of_a_number(handed.operand.tensor):
+                continue
+            if (handed.operand.tensor, axis) in self._left_scattered:
+                kind, sent = "reduce_scatter", sent / 2
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
         return found
 
+    def _of_a_number(self, tensor: int) -> bool:
+        graph = self.modelled.graph
+        writers = [cluster for cluster in graph.clusters if any(write.tensor == tensor for write in cluster.writes)]
+        return any(sends_a_number(graph, writer, ()) for writer in writers)
+
+    @cached_property
+    def _ends(self) -> list[tuple[Layout, Layout]]:
+        pairs = zip(self.modelled.graph.outputs, self.output_layouts, strict=True)
+        return [(self.layouts.get(tensor, self._replicated), to) for tensor, to in pairs]
+
     @cached_property
     def _scattered(self) -> Mapping[int, Step]:
-        graph = self.modelled.graph
-        pairs = [(self.layouts.get(t, self._replicated), to) for t, to in zip(graph.outputs, self.output_layouts, strict=True)]
-        return scattered_sums(self.modelled, self.choices, pairs)
+        return scattered_sums(self.modelled, self.choices, self._ends)
+
+    @cached_property
+    def _left_scattered(self) -> frozenset[tuple[int, int]]:
+        return scattered_left(self.modelled, self.choices, self._ends)
 
     @property
     def _shares(self) -> dict[tuple[int, Step], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -232,3 +233,27 @@ def test_what_is_moved_out_of_a_loop_is_stored_as_long_as_it(mesh):
     assert 1 / WORST <= plan.peak_bytes / found.compiled_peak_bytes <= WORST
     alike = [b for b in plan.memory.live if plan.modelled.graph.tensors[b.tensor].shape == (8192, 64)]
     assert alike, "twice the points is there at the worst moment"
+
+
+ROWS_AND_KERNELS = r"= f32\[4,8,8,6\]", r"= f32\[(6,3,3|3,3,6),10\]"
+
+
+def test_convolutions_wait_for_copies_of_what_they_read():
+    """XLA's CPU compiler runs the gradient of the rows before that of the kernel, which needs the incoming gradient in another
+    order of dimensions: copies of the rows and of the kernel can be made from the start, this one cannot."""
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def gradients(x, kernel, g):
+        return jax.vjp(conv, x, kernel)[1](jnp.tanh(g))
+
+    x, kernel = jax.ShapeDtypeStruct((4, 8, 8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 3, 6, 10), jnp.float32)
+    graph = build_graph(trace(gradients, (x, kernel, jax.ShapeDtypeStruct((4, 8, 8, 10), jnp.float32)), {}))
+    products = [i for i in run_order(graph, True).sequence if graph.operators[i].rule.spatial]
+    made = [graph.tensors[graph.operators[i].results[0]].shape for i in products]
+    assert made[-2:] == [(4, 8, 8, 6), (3, 3, 6, 10)]
+    text = jax.jit(gradients).lower(x, kernel, jax.ShapeDtypeStruct((4, 8, 8, 10), jnp.float32)).compile().as_text()
+    lines = [line for line in text[text.index("ENTRY") :].splitlines()[1:] if " parameter(" not in line]
+    rows, kernels = (next(k for k, line in enumerate(lines) if re.search(sizes, line)) for sizes in ROWS_AND_KERNELS)
+    assert rows < kernels

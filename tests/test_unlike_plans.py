@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -20,8 +21,10 @@ import jaxplan
 from jaxplan.api import StagedPlan
 from jaxplan.files import PlanFileError
 from jaxplan.graph import build_graph
-from jaxplan.graph.flatten import VIEW
+from jaxplan.graph.flatten import BOUNDARY, VIEW
 from jaxplan.trace import trace
+from jaxplan.unlike.holding import _Held
+from jaxplan.unlike.stage import cut
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "check_stages.py"))
 
@@ -201,12 +204,29 @@ def test_an_input_is_explained_by_the_stage_where_it_lies():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shape", "m"), [("unet", (2, 2, 2), 4), ("encoder_decoder", (2, 4), 2)])
+@pytest.mark.parametrize(("name", "shape", "m"), [("unet", (2, 4), 8), ("encoder_decoder", (2, 4), 2), ("tagger", (2, 4), 8)])
 def test_stages_hold_what_was_predicted(name, shape, m):
     plan, args = SCRIPT["planned"](name, shape, m)
     held = SCRIPT["held"](plan, args)
     for stage, nbytes in held.items():
         assert plan.staged.peaks[stage] == pytest.approx(nbytes, rel=0.15)
+
+
+def test_all_that_a_part_leaves_has_a_layout():
+    """What a loop inside of a part stacks, and what no cluster leaves, is not taken to lie whole on every device."""
+    plan, _ = SCRIPT["planned"]("tagger", (2, 2), 2)
+    stacked = 0
+    for program, own in zip(plan.staged.programs, plan.staged.plans, strict=True):
+        held = _Held(plan.staged.parts.micro, program, own)
+        for var in cut(held.body, range(held.loop.turn))[1]:
+            tensor = held.tensors[var]
+            if not var.aval.shape:  # the loss
+                continue
+            layout = own.layouts.get(tensor, held.inner.get(tensor))
+            shards = math.prod([held.plan.modelled.numbers.sizes[axis] for axis, dim in enumerate(layout) if dim >= 0])
+            assert held.nbytes(var) == math.prod(var.aval.shape) * var.aval.dtype.itemsize / shards
+            stacked += any(op.name == BOUNDARY and op.path[-2] == "out" and tensor in op.results for op in held.graph.operators)
+    assert stacked >= 2
 
 
 def test_the_step_of_measured_parts_is_that_of_their_order():

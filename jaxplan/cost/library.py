@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxplan.cost.hoisting import hoisted
-from jaxplan.cost.schedule import Order
+from jaxplan.cost.schedule import Order, wanted_order
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.graph.nouns import constant
@@ -225,7 +225,7 @@ class _Values:
         node = self.nodes[number]
         if op.rule.product and node.turns and not op.rule.spatial:
             return node.sources[0]
-        order = _order(op.rule, slot) if op.rule.product and slot < 2 else None
+        order = wanted_order(op.rule, slot) if op.rule.product and slot < 2 else None
         if order is None:
             return number
         key = (op.scope, "copied", number, order)
@@ -425,29 +425,6 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
     """Whether an operand is met whole in every dimension."""
     sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
     return sizes == list(shape)
-
-
-def _order(rule: Rule, slot: int) -> tuple[int, ...] | None:
-    """The order of dimensions in which a product wants an operand, where it is another: the left as batch, rows, summed; the
-    right as batch, summed, columns. Of a matrix it takes either. Convolutions want batch, space, summed; space, summed, new."""
-    other = {f for dim in rule.operands[1 - slot] for f in dim}
-    result = {f for dim in rule.results[0] for f in dim}
-    ranks = []
-    for dim in rule.operands[slot]:
-        if dim:
-            summed, shared = dim[0] not in result, dim[0] in other and dim[0] in result
-            if rule.spatial and (dim[0] in rule.spatial or dim[0] not in other | result):
-                ranks.append(1 - slot)
-            elif rule.spatial:
-                ranks.append((2 if summed else 0) if slot == 0 else (1 if summed else 2))
-            else:
-                ranks.append(0 if shared else (2 if summed else 1) if slot == 0 else (1 if summed else 2))
-    order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    if order == list(range(len(ranks))):
-        return None
-    batch = ranks.count(0)
-    matrix = not rule.spatial and ranks.count(1) <= 1 and ranks.count(2) <= 1 and ranks[:batch] == [0] * batch
-    return None if matrix else tuple(order)
 
 
 def _reduces(rule: Rule) -> bool:

@@ -237,7 +237,7 @@ def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) 
                 if handed.how == GATHERED:
                     local = all_gather_bytes(size, size * handed.layers * local)
                 elif handed.how == LEFT:
-                    local = all_reduce_bytes(size, local)
+                    local = all_reduce_bytes(size, _written_bytes(handed.operand, options, algebra))
                 found.append((handed, axis, local))
     return found
 
@@ -255,6 +255,14 @@ def _local_bytes(terminal: Terminal, used: Sequence[tuple[int, int]], algebra: A
     for axis, factor in used:
         if factor in terminal.leads:
             value = value / algebra.sizes[axis]
+    return value
+
+
+def _written_bytes(terminal: Terminal, options: Sequence[Option], algebra: Algebra) -> Value:
+    """The same where partial sums are combined, and may be scattered."""
+    value = algebra.nbytes(terminal.tensor)
+    for axis, dim in enumerate(write_layout(terminal.leads, options)):
+        value = value / algebra.sizes[axis] if dim >= 0 else value
     return value
 
 

@@ -4,7 +4,7 @@ become one reduce-scatter; and constants, of which no part is gathered."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.price import cluster_exchanges
 from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY
+from jaxplan.graph.nouns import LEFT
 from jaxplan.layout import Layout
 
 Kept = set[tuple[int, Layout]]
@@ -36,16 +37,34 @@ def scattered_sums(modelled: Modelled, choices: np.ndarray, outputs: Sequence[tu
     return found
 
 
-class _Uses:
-    """What becomes of a tensor."""
+def scattered_left(
+    modelled: Modelled, choices: np.ndarray, outputs: Sequence[tuple[Layout, Layout]]
+) -> frozenset[tuple[int, int]]:
+    """{(tensor, axis)} of what leaves the last stage of a pipeline to be read in parts that lie along the stages: the sum over
+    them becomes a reduce-scatter, too. `outputs`: as above."""
+    stages, found = modelled.stages, list[tuple[int, int]]()
+    left = [h.operand.tensor for cluster in modelled.graph.clusters for h in cluster.handed if h.how == LEFT] if stages else []
+    if stages is not None and left:
+        uses = _Uses(modelled, choices, outputs, stages.asked.middle)
+        for tensor in left:
+            kept = uses.kept(tensor, frozenset([stages.asked.axis])) if modelled.graph.tensors[tensor].shape else None
+            if kept is not None and len(kept) == 1:
+                found.append((tensor, stages.asked.axis))
+    return frozenset(found)
 
-    def __init__(self, modelled: Modelled, choices: np.ndarray, outputs: Sequence[tuple[Layout, Layout]]) -> None:
+
+class _Uses:
+    """What becomes of a tensor. `but`: operators that read it before it is summed."""
+
+    def __init__(
+        self, modelled: Modelled, choices: np.ndarray, outputs: Sequence[tuple[Layout, Layout]], but: Set[int] = frozenset()
+    ) -> None:
         graph = modelled.graph
         self.modelled, self.outputs = modelled, outputs
         self.cluster = {member: index for index, cluster in enumerate(graph.clusters) for member in cluster.members}
         self.readers: dict[int, list[int]] = {}
         for number, operator in enumerate(graph.operators):
-            for tensor in set(operator.operands):
+            for tensor in set(operator.operands) if number not in but else ():
                 self.readers.setdefault(tensor, []).append(number)
         layouts = modelled.layouts_of(choices)
         self.read: Mapping[tuple[int, int], tuple[Layout, Layout]] = {

@@ -18,11 +18,12 @@ from typing import Any
 from jaxplan import _jax
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.rules import Rule
 
 Loop = tuple[Any, ...]
 """The path of a loop or branch; () is the program itself."""
 Unit = tuple[str, Any]
-"""What is ordered as one: a cluster, or a whole loop."""
+"""What is ordered as one: a cluster, a whole loop, or the copy of an operand."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class _Breadth:
         for index, op in enumerate(operators):
             chain, unit = self._at(index)
             self._members.setdefault(chain[-1], {}).setdefault(unit, []).append(index)
-            for tensor in op.operands:
+            for slot, tensor in enumerate(op.operands):
                 if tensor in producer:
-                    self._needs_from(index, producer[tensor])
+                    self._needs_from(index, producer[tensor], tensor, slot)
             path = op.path if waits and op.name != VIEW else ()
             for tensor in next((graph.calls[path[:n]] for n in range(len(path), 0, -1) if path[:n] in graph.calls), ()):
                 if tensor in producer:
@@ -106,7 +107,9 @@ class _Breadth:
         loop = next((path[:depth] for depth in range(len(path) - 1, 0, -1) if path[:depth] in self._known), ())
         return self._chain(loop), ("cluster", self._cluster.get(index, -index - 1))
 
-    def _needs_from(self, reader: int, source: int) -> None:
+    def _needs_from(self, reader: int, source: int, tensor: int = -1, slot: int = -1) -> None:
+        """One operator runs after another. What a convolution reads in another order of dimensions is copied between the two, by
+        a kernel like others: the reader is ready one step later."""
         (inner, one), (other, two) = self._at(reader), self._at(source)
         depth = 0
         while depth < min(len(inner), len(other)) and inner[depth] == other[depth]:
@@ -114,8 +117,17 @@ class _Breadth:
         loop = inner[depth - 1]
         mine = one if len(inner) == depth else ("loop", inner[depth])
         theirs = two if len(other) == depth else ("loop", other[depth])
-        if mine != theirs:
-            self._needs.setdefault(loop, {}).setdefault(mine, {})[theirs] = None
+        if mine == theirs:
+            return
+        needs = self._needs.setdefault(loop, {})
+        rule, near = self.operators[reader].rule, len(inner) == len(other) == depth
+        order = wanted_order(rule, slot) if near and rule.spatial and 0 <= slot < 2 else None
+        if order is not None:
+            copy = ("copy", (tensor, order))
+            self._members.setdefault(loop, {}).setdefault(copy, [])
+            needs.setdefault(copy, {})[theirs] = None
+            theirs = copy
+        needs.setdefault(mine, {})[theirs] = None
 
     def run(self, loop: Loop) -> list[int]:
         """Operator indices of a computation in order, loops inside it written out."""
@@ -140,3 +152,26 @@ class _Breadth:
             else:
                 sequence += edges
         return sequence
+
+
+def wanted_order(rule: Rule, slot: int) -> tuple[int, ...] | None:
+    """The order of dimensions in which a product wants an operand, where it is another: the left as batch, rows, summed; the
+    right as batch, summed, columns. Of a matrix it takes either. Convolutions want batch, space, summed; space, summed, new."""
+    other = {f for dim in rule.operands[1 - slot] for f in dim}
+    result = {f for dim in rule.results[0] for f in dim}
+    ranks = []
+    for dim in rule.operands[slot]:
+        if dim:
+            summed, shared = dim[0] not in result, dim[0] in other and dim[0] in result
+            if rule.spatial and (dim[0] in rule.spatial or dim[0] not in other | result):
+                ranks.append(1 - slot)
+            elif rule.spatial:
+                ranks.append((2 if summed else 0) if slot == 0 else (1 if summed else 2))
+            else:
+                ranks.append(0 if shared else (2 if summed else 1) if slot == 0 else (1 if summed else 2))
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    if order == list(range(len(ranks))):
+        return None
+    batch = ranks.count(0)
+    matrix = not rule.spatial and ranks.count(1) <= 1 and ranks.count(2) <= 1 and ranks[:batch] == [0] * batch
+    return None if matrix else tuple(order)

@@ -242,14 +242,17 @@ class _Cut:
         Where stages have unequal numbers of layers, no axis can lie so: what is stacked enters whole, and is gathered in the
         end, every stage filled up to the longest."""
         units = self._units(cluster, self._batch(cluster))
+        even, (length, most) = self.asked.even(op.path[:-2]), self.asked.loops[op.path[:-2]]
         ringed = {t.tensor for t in cluster.reads if t.tensor in self.asked.ringed and op.path[-2] == "in"} - self.inner
         self.moved |= {(index, tensor) for tensor in ringed}
         self.apiece |= {(index, t.tensor) for t in cluster.reads if t.tensor in self.between - self.inner - ringed}
+        share = 1.0 if even else most / length  # of what stages keep of a stack
         times = tuple([
             often * (
                 self.more[op.path[:-2]] if read.tensor in self.inner
-                else self.ticks / self.asked.slots if read.tensor in ringed
-                else self.asked.microbatches if read.tensor in self.between else 1.0
+                else self.ticks / self.asked.slots * share if read.tensor in ringed
+                else self.asked.microbatches if read.tensor in self.between
+                else share if read.tensor in self.asked.resident else 1.0
             )
             for read, often in zip(cluster.reads, cluster.read_times, strict=True)
         ])  # fmt: skip
@@ -269,8 +272,7 @@ class _Cut:
         stacked = {"in": op.operands[0], "out": op.results[0]}[op.path[-2]]
         if not stacks(op):
             return cluster
-        if not self.asked.even(op.path[:-2]):
-            most = self.asked.loops[op.path[:-2]][1]
+        if not even:
             layer = [t for t in cluster.reads if t.tensor == op.operands[0]]
             if op.path[-2] == "in" or stacked in self.asked.resident or not layer:
                 return cluster

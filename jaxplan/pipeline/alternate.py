@@ -44,12 +44,14 @@ TOTAL = Role(Kind.TOTAL)
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two scans: its equation, its chain, and how it is replayed."""
+    """One of the two scans: its equation, its chain, and how it is replayed. `given`: its operands, laid as it reads them; None
+    for what the loop makes."""
 
     equation: Any
     chain: Chain
     body_of: BodyOf
     hold: Hold
+    given: Sequence[Any] = ()
 
 
 Middle = Callable[[Any, Mapping[Any, Any]], Mapping[Any, Any]]
@@ -57,16 +59,16 @@ Middle = Callable[[Any, Mapping[Any, Any]], Mapping[Any, Any]]
 
 
 def run_fused(
-    jaxpr: Any, fused: Fused, pipeline: Pipeline, mesh: Any, read: Callable[[Any], Any], sides: tuple[Side, Side], middle: Middle
+    fused: Fused, pipeline: Pipeline, mesh: Any, outside: Mapping[Any, Any], sides: tuple[Side, Side], middle: Middle
 ) -> dict[Any, Any]:
-    """The values, by variable, of the backward scan's results and of all that leaves the loop. `read`: of what was made before
-    it."""
-    return _Loop(jaxpr, fused, pipeline, sides, middle).run(mesh, read)
+    """The values, by variable, of the backward scan's results and of all that leaves the loop. `outside`: what the middle reads
+    that was made before it."""
+    return _Loop(fused, pipeline, sides, middle).run(mesh, outside)
 
 
 class _Loop:
-    def __init__(self, jaxpr: Any, fused: Fused, pipeline: Pipeline, sides: tuple[Side, Side], middle: Middle) -> None:
-        self.jaxpr, self.fused, self.pipeline, self.middle = jaxpr, fused, pipeline, middle
+    def __init__(self, fused: Fused, pipeline: Pipeline, sides: tuple[Side, Side], middle: Middle) -> None:
+        self.fused, self.pipeline, self.middle = fused, pipeline, middle
         self.ahead, self.back = sides
         self.m, self.k, self.axis = pipeline.microbatches, pipeline.stages, pipeline.axis
         self.slots = min(self.m, 2 * self.k - 1)
@@ -79,12 +81,12 @@ class _Loop:
         self.starts = backs[len(self.back.chain.consts) : first]
         self.sources = [None if isinstance(v, _jax.Literal) else self.residuals.get(v) for v in backs[first:]]
         """Per stacked operand of the backward scan, the residual that it is, or None for what comes from outside."""
-        operands = zip(self.ahead.equation.invars[len(chain.consts) + len(chain.carries) :], chain.xs, strict=True)
-        known = {pair: k for k, pair in enumerate(operands) if not isinstance(pair[0], _jax.Literal)}
+        operands = zip(parts(chain, self.ahead.given)[2], chain.xs, strict=True)
+        known = {(id(value), role): k for k, (value, role) in enumerate(operands)}
         same = chain.layers == self.back.chain.layers
-        pairs = zip(backs[first:], self.back.chain.xs, strict=True)
-        self.alike = [known.get(pair) if same and not isinstance(pair[0], _jax.Literal) else None for pair in pairs]
-        """Per the same, the stacked operand of the forward scan that it is too: it enters once."""
+        pairs = zip(parts(self.back.chain, self.back.given)[2], self.back.chain.xs, strict=True)
+        self.alike = [known.get((id(value), role)) if same and value is not None else None for value, role in pairs]
+        """Per the same, the stacked operand of the forward scan that it is too, read in the same layout: it enters once."""
         left = [v for v in fused.leaving if v not in self.residuals]
         self.totals = [v for v in left if fused.roles[v].kind is Kind.TOTAL]
         self.leaving = [v for v in left if fused.roles[v].kind is not Kind.TOTAL]
@@ -94,24 +96,18 @@ class _Loop:
         """Whether a stacked operand of the backward scan is in the loop already."""
         return self.sources[number] is not None or self.alike[number] is not None
 
-    def made(self, var: Any) -> bool:
-        """Whether the loop makes a value."""
-        return not isinstance(var, _jax.Literal) and var in self.fused.roles
-
-    def run(self, mesh: Any, read: Callable[[Any], Any]) -> dict[Any, Any]:
+    def run(self, mesh: Any, outside: Mapping[Any, Any]) -> dict[Any, Any]:
         """Values enter the manual region, go round, and leave it."""
         ahead, back, m = self.ahead.chain, self.back.chain, self.m
-        consts, carries, xs = parts(ahead, [read(v) for v in self.ahead.equation.invars])
-        back_consts, _, back_xs = parts(back, self.back.equation.invars)
-        starts = [None if self.made(v) else read(v) for v in self.starts]
-        entering = [None if self._known(k) else read(v) for k, v in enumerate(back_xs)]
-        outside = self.fused.inputs(self.jaxpr)
+        consts, carries, xs = parts(ahead, self.ahead.given)
+        back_consts, starts, back_xs = parts(back, self.back.given)
+        entering = [None if self._known(k) else v for k, v in enumerate(back_xs)]
         given = {
             "consts": [by_microbatch(whole(v), r, m) for v, r in zip(consts, ahead.consts, strict=True)],
             "carries": [by_microbatch(whole(v), r, m) for v, r in zip(carries, ahead.carries, strict=True)],
-            "back consts": [by_microbatch(whole(read(v)), r, m) for v, r in zip(back_consts, back.consts, strict=True)],
+            "back consts": [by_microbatch(whole(v), r, m) for v, r in zip(back_consts, back.consts, strict=True)],
             "starts": [None if v is None else by_microbatch(whole(v), r, m) for v, r in zip(starts, back.carries, strict=True)],
-            "outside": [whole(read(v)) for v in outside],
+            "outside": [whole(v) for v in outside.values()],
             "xs": all_entering(xs, ahead, m, self.ahead.hold),
             "back xs": all_entering(entering, back, m, self.back.hold),
         }
@@ -121,7 +117,7 @@ class _Loop:
         }
         kept = [[stacked_spec(r, self.axis) for r in chain.ys] for chain in (ahead, back)]
         out = jax.shard_map(
-            lambda given: self.region(given, outside), mesh=mesh.abstract_mesh, in_specs=(specs,),
+            lambda given: self.region(given, list(outside)), mesh=mesh.abstract_mesh, in_specs=(specs,),
             out_specs=(P(), P(), P(), P(), *kept), axis_names={self.axis}, check_vma=False,
         )(given)  # fmt: skip
         return self.collected(out, carries, starts)
@@ -169,9 +165,7 @@ class _Loop:
             return (*ahead.parted(ahead.held("carry", range(len(after)), after)), stores)
 
         def between(row: Any, out: Sequence[Any]) -> Any:
-            moving = iter(out)
-            numbers = [k for k, r in enumerate(ahead.chain.carries) if r.kind is not Kind.TOTAL]
-            have = {self.ahead.equation.outvars[k]: next(moving) for k in numbers}
+            have = {self.ahead.equation.outvars[k]: v for k, v in zip(ahead.chain.circulating, out, strict=True)}
             values = {**have, **self.middle(row, {**known, **have})}
             starts = [
                 self._start(values, k, var, given["starts"][k], row)
@@ -183,6 +177,7 @@ class _Loop:
         def backward(
             row: Any, valid: Any, starts: Sequence[Any], arrived: Sequence[Any], stores: Sequence[Any], ys: Sequence[Any]
         ) -> Any:
+            starts, arrived = (back.held("carry", moves, values) for values in (starts, arrived))
             start = back.carried(where(back.position == 0, starts, arrived), zeros_back)
             reads = [
                 self._residual(stores[source], row, role, source, k) if source is not None else back.read(v, role, row)
@@ -209,18 +204,18 @@ class _Loop:
                 row, valid = back.microbatch(t, self.k - 1)
                 home, more, ys = backward(row, valid, starts, returned, stores, ys)
                 added = [keep(v, a, TOTAL, row, valid) for v, a in zip(added, more, strict=True)]
-                roles = [back.chain.carries[k] for k in back.chain.circulating]
                 finals = [keep(f, v, role, row, valid & first) for f, v, role in zip(finals, home, roles, strict=True)]
-                returned = back.held("carry", back.chain.circulating, back.handed_on(home))
+                finals, returned = (back.held("carry", moves, values) for values in (finals, back.handed_on(home)))
             return (arrived, returned, left, totals, finals, added, stores, ys), None
 
         row = jnp.int32(0)
         zeros_ahead, zeros_back = self._zeros(self.ahead), self._zeros(self.back)
         entering = ahead.entering(carries, row)
         first_starts, values = jax.eval_shape(between, row, entering)
-        roles = [back.chain.carries[k] for k in back.chain.circulating]
+        moves = back.chain.circulating
+        roles = [back.chain.carries[k] for k in moves]
         state = (
-            entering, blanks(first_starts),
+            ahead.held("carry", ahead.chain.circulating, entering), back.held("carry", moves, blanks(first_starts)),
             [self._room(v, self.fused.roles[var]) for v, var in zip(values, self.leaving, strict=True)],
             [blank(v.shape, v.dtype, TOTAL) for v in zeros_ahead],
             [self._room(v, r) for v, r in zip(first_starts, roles, strict=True)],

@@ -20,6 +20,7 @@ from jaxplan import _jax
 from jaxplan.pipeline.nouns import Chain, Kind, Pipeline, Role
 from jaxplan.pipeline.rowwise import SUM, micro_shape
 from jaxplan.pipeline.staged import (
+    Staged,
     all_entering,
     entering_spec,
     join_rows,
@@ -39,7 +40,7 @@ Hold = Callable[[str, int, Any], Any]
 """("carry", "in" or "out", number, value) -> the value in the layout that the plan has for that carry, operand or stacked
 result of a layer, whatever dimensions come before it. So are buffers held, where the compiler would be free to lay them
 otherwise. "left", outside of the stages: a stacked result of theirs as the plan has it, with all layers on every device. "moved":
-what one layer has of a stacked operand that is kept elsewhere, on the way that the plan has from there."""
+what one layer has of a stacked operand that is kept elsewhere, on the way that the plan has from there; "kept": what all have."""
 
 
 class Stage:
@@ -214,6 +215,7 @@ def run_chain(
     are. `mesh`: its axes of type Auto."""
     m, axis = pipeline.microbatches, pipeline.axis
     consts, carries, xs = parts(chain, values)
+    staged = [isinstance(x, Staged) and x.fits(chain, role, m) for x, role in zip(xs, chain.xs, strict=True)]
     initial = [v for v, role in zip(carries, chain.carries, strict=True) if role.kind is Kind.TOTAL]
     given = (
         [by_microbatch(whole(v), role, m) for v, role in zip(consts, chain.consts, strict=True)],
@@ -223,7 +225,8 @@ def run_chain(
 
     def stages(consts: list[Any], carries: list[Any], xs: list[Any]) -> Any:
         stage, moves = Stage(equation, chain, pipeline, hold), chain.circulating
-        carries, xs = stage.held("carry", range(len(carries)), carries), stage.held("in", range(len(xs)), xs)
+        carries = stage.held("carry", range(len(carries)), carries)
+        xs = [hold("kept" if kept else "in", k, x) for k, (x, kept) in enumerate(zip(xs, staged, strict=True))]
         moving, totals = stage.parted(carries)
         roles = [chain.carries[k] for k in moves]
         finals = [v if r.kind is not Kind.SUM else blank(v.shape, v.dtype, r) for v, r in zip(moving, roles, strict=True)]
@@ -250,7 +253,7 @@ def run_chain(
         (_, finals, totals, stores), _ = jax.lax.scan(tick, state, jnp.arange(pipeline.ticks, dtype=jnp.int32))
         holds = stage.position == stage.stages - 1
         finals = [from_stage(v, holds, axis) for v in finals]
-        return finals, [everywhere(v, axis) for v in totals], stores
+        return finals, [everywhere(v, axis) for v in totals], stage.held("out", range(len(stores)), stores)
 
     stacked, left = [entering_spec(role, chain, axis) for role in chain.xs], [stacked_spec(role, axis) for role in chain.ys]
     finals, totals, stores = jax.shard_map(

@@ -50,6 +50,16 @@ class Fused:
         )
         return list(read)
 
+    def makes(self, var: Any) -> bool:
+        """Whether the loop makes a value."""
+        return not isinstance(var, _jax.Literal) and var in self.roles
+
+    def cuts(self, jaxpr: Any, var: Any) -> bool:
+        """Whether the middle takes a micro-batch's rows of what it is given."""
+        places = [(n, k) for n in self.middle for k, v in enumerate(jaxpr.eqns[n].invars) if v is var]
+        edits = [(self.edits.get((*self.path, n)), k) for n, k in places]
+        return any(edit is not None and k in edit.operands for edit, k in edits)
+
 
 def fuse(jaxpr: Any, path: Path, pipeline: Pipeline) -> Fused:
     """The loop of a pipeline whose two scans stand in `jaxpr`, at `path`. Raises PipelineError where they cannot run as one,

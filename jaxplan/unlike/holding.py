@@ -22,9 +22,11 @@ from jaxplan.cost import (
     gathered_state,
     local_sizes,
     piece_bytes,
+    terminal_layout,
 )
 from jaxplan.cost.buffers import TRANSIENT
-from jaxplan.graph.flatten import BOUNDARY, SEEN_THROUGH, VIEW, scan_arity
+from jaxplan.graph.flatten import BOUNDARY, SEEN_THROUGH, VIEW, scan_arity, total_path
+from jaxplan.layout import Layout
 from jaxplan.pipeline.nouns import Kind
 from jaxplan.plan import Plan
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, Micro
@@ -119,6 +121,16 @@ class _Held:
             self._alike(equation.outvars, inner.outvars)
         elif path in self.at:
             self.tensors.update(zip(equation.outvars, self.at[path].results, strict=True))
+        else:
+            self._name_left(equation, path)
+
+    def _name_left(self, equation: Any, path: tuple[Any, ...]) -> None:
+        """What leaves a loop or a conditional."""
+        for k, var in enumerate(equation.outvars):
+            for mark in (total_path(path, k), (*path, "out", k), (*path, "carry", k)):
+                if mark in self.at:
+                    self.tensors[var] = self.at[mark].results[-1]
+                    break
 
     def _alike(self, some: Sequence[Any], known: Sequence[Any]) -> None:
         for v, other in zip(some, known, strict=True):
@@ -134,8 +146,9 @@ class _Held:
     def nbytes(self, var: Any) -> float:
         """Per device, of a variable of the stage's program."""
         tensor = self.tensors.get(var, -1)
-        if tensor in self.plan.layouts:
-            return self.local(tensor, self.plan.layouts[tensor])
+        layout = self.plan.layouts.get(tensor, self.inner.get(tensor))
+        if layout is not None:
+            return self.local(tensor, layout)
         return math.prod(var.aval.shape) * var.aval.dtype.itemsize / self.rows_over
 
     def total(self, some: Iterable[Any]) -> float:
@@ -167,6 +180,15 @@ class _Held:
         return compiled_piece_bytes(
             self.plan.modelled, self.plan.choices, self.facts, self.plan.layouts, piece, besides, {b.tensor for b in combined}
         )
+
+    @cached_property
+    def inner(self) -> dict[int, Layout]:
+        """The layouts of what clusters do not leave."""
+        modelled, found = self.plan.modelled, dict[int, Layout]()
+        for index, cluster in enumerate(self.graph.clusters):
+            options = modelled.chosen(self.plan.choices, index) if cluster.inner else ()
+            found.update({value.tensor: terminal_layout(value.leads, options) for value in cluster.inner})
+        return found
 
     @cached_property
     def widened(self) -> list[Buffer]:
