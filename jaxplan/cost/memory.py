@@ -26,6 +26,7 @@ from jaxplan.cost.buffers import (
     Roots,
     axes_of,
     outside_outputs,
+    stored_besides,
 )
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
@@ -114,9 +115,7 @@ def memory(
     held = [buffer for buffer in held if buffer.tensor not in cut]
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
-    for spread in facts.kept.spreads:
-        layout = layouts.get(spread.tensor, facts.inner.get(spread.tensor))
-        buffers.append(Buffer(spread.tensor, TRANSIENT, local(spread.tensor, layout), spread.first, spread.last, axes_of(layout)))
+    buffers += stored_besides(graph, facts, layouts, local)
     buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
