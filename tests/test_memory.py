@@ -197,8 +197,8 @@ def test_random_numbers_are_made_in_rounds_that_are_stored(mesh, draw):
 
 
 def test_a_copy_that_kernels_read_later_lives_as_long():
-    """A product reads what was gathered before it was transposed, and so does the one for its gradient: the copy stays from the one
-    to the other. It was modelled to go with the transposition, 36% too small."""
+    """A product reads what was gathered before it was transposed, and so does the one for its gradient: the copy stays from the
+    one to the other. It was modelled to go with the transposition, 36% too small."""
 
     def gradient(w, scores, values):
         def loss(w):
@@ -207,7 +207,8 @@ def test_a_copy_that_kernels_read_later_lives_as_long():
 
         return jax.grad(loss)(w)
 
-    args, pins = (shape(256, 1024), shape(8, 4, 64, 64), shape(8, 64, 4, 64)), {"scores": P("x"), "values": P("x"), "w": P(None, "x")}
+    args = shape(256, 1024), shape(8, 4, 64, 64), shape(8, 64, 4, 64)
+    pins = {"scores": P("x"), "values": P("x"), "w": P(None, "x")}
     options = {"mesh": mesh_of((8,)), "machine": SCRIPT["busy_machine"](), "pipeline": None, "memory_budget": 1e9}
     plan = jaxplan.make_plan(gradient, *args, pins=pins, **options)
     graph, whole = plan.modelled.graph, plan.choices.copy()
@@ -250,8 +251,8 @@ def test_what_is_rounded_to_bfloat16_is_computed_once():
 @pytest.mark.parametrize("mesh", [(1,), (4, 2)])
 @pytest.mark.parametrize(("scanned", "within"), [(False, 0.13), (True, 0.02)])
 def test_drawn_words_are_stored_until_the_gradient_has_read_them(mesh, scanned, within):
-    """Two words per element, from which all readers make the bits; and two more with the elements' numbers beside loops that draw.
-    It was 34% to 37% and 13% to 14% too small."""
+    """Two words per element, from which all readers make the bits; and two more with the elements' numbers beside loops that
+    draw. It was 34% to 37% and 13% to 14% too small."""
 
     def gradient(ws, x, key):
         def layer(x, given):

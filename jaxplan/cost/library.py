@@ -45,8 +45,8 @@ def wider(dtype: str, itemsize: int) -> float:
 
 
 class Spread(NamedTuple):
-    """What is stored besides tensors, from place `first` to place `last`: has as many elements as `tensor`, which is computed from
-    it. `width`: bytes of each, 0 for as many as the tensor's."""
+    """What is stored besides tensors, from place `first` to place `last`: with as many elements as `tensor`, which is computed
+    from it. `width`: bytes of each, 0 for as many as the tensor's."""
 
     tensor: int
     first: int
@@ -61,8 +61,9 @@ class Spread(NamedTuple):
 class Kept(NamedTuple):
     """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
     {tensor: the one of whose elements it consists, in the same order}. `spreads`: what is stored besides. `written_over`: places
-    where loops write element by element what they read. `begins`: {tensor that starts as a broadcast, of which places are updated:
-    where that is made}. `sent`: {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}."""
+    where loops write element by element what they read. `begins`: {tensor that starts as a broadcast, of which places are
+    updated: where that is made}. `sent`: {(tensor, place where it is read in another layout): the last place where a kernel reads
+    that copy}."""
 
     computed: frozenset[int]
     until: Mapping[int, int]

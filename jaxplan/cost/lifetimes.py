@@ -201,7 +201,8 @@ def _copied(
         elif users:
             users += [_last(facts, op.results[0]) for op in map(graph.operators.__getitem__, members) if _as_it_is(facts, op)]
             users = read_until(facts, reading.tensor, users)
-            own.setdefault(reading.tensor, {})[reading.reader] = Life(min(users), max(users), sent_wider(graph, facts, reading.tensor))
+            share = sent_wider(graph, facts, reading.tensor)
+            own.setdefault(reading.tensor, {})[reading.reader] = Life(min(users), max(users), share)
     return {(tensor, reader): found for tensor, lives in own.items() for reader, found in _with_gaps(lives).items()}, handed
 
 

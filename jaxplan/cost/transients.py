@@ -32,8 +32,8 @@ def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) ->
 
 
 def read_until(facts: Facts, tensor: int, users: Sequence[int]) -> list[int]:
-    """Places where a copy in another layout is read: those of its readers, and where else kernels read it because they compute what
-    these make themselves."""
+    """Places where a copy in another layout is read: those of its readers, and where else kernels read it because they compute
+    themselves what these make."""
     return [*users, *[facts.kept.sent[tensor, user] for user in users if (tensor, user) in facts.kept.sent]]
 
 
@@ -87,8 +87,8 @@ def sent_wider(graph: Graph, facts: Facts, tensor: int) -> float:
 
 def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
     """Of operators that make their results in rounds: what goes into the last round (what comes out of it is stored as long as it
-    is read, `cost/library.py`). In a loop, the numbers of the elements, from which the first round starts, are the same every time
-    and made before it, once for all of one shape and layout."""
+    is read, `cost/library.py`). In a loop, the numbers of the elements, from which the first round starts, are the same every
+    time and made before it, once for all of one shape and layout."""
     graph, found = modelled.graph, list[Buffer]()
     drawn = [(at, op) for at, op in enumerate(facts.operators) if op.rule.rounds_words and op.results[0] >= 0]
     if not drawn:
