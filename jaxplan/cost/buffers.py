@@ -9,7 +9,7 @@ from jaxplan.cost.fusing import NOTHING, Stored
 from jaxplan.cost.library import NO_MORE, Kept
 from jaxplan.cost.schedule import Order
 from jaxplan.cost.stages import Path
-from jaxplan.graph import Operator
+from jaxplan.graph import Graph, Operator
 from jaxplan.layout import Layout
 
 Local = Callable[[int, Layout | None], float]
@@ -70,6 +70,16 @@ class Roots:
 
 def axes_of(layout: Layout | None) -> tuple[int, ...]:
     return tuple([axis for axis, dim in enumerate(layout or ()) if dim >= 0])
+
+
+def stored_besides(graph: Graph, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """The buffers of `facts.kept.spreads`."""
+    found = []
+    for spread in facts.kept.spreads:
+        layout = layouts.get(spread.tensor, facts.inner.get(spread.tensor))
+        nbytes = local(spread.tensor, layout) * spread.times(graph.tensors[spread.tensor].itemsize)
+        found.append(Buffer(spread.tensor, TRANSIENT, nbytes, spread.first, spread.last, axes_of(layout)))
+    return found
 
 
 def outside_outputs(buffers: Sequence[Buffer], written_over: frozenset[int] = frozenset()) -> list[Buffer]:

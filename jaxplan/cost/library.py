@@ -33,23 +33,38 @@ PREFERRED = 4096
 FLOATS = ("float32", "float64")
 OFTEN = 15
 """A kernel computes a value at no more places (fusion_node_indexing_evaluation.cc, `kAllowedCodeDuplication`)."""
+WIDER, WIDER_PRODUCTS = {"bfloat16": 4}, {"bfloat16": 4, "float16": 4}
+"""Bytes of the numbers in which all kernels but loops compute what has this type, and exchanges send it (float_normalization.cc);
+and those in which products do (change_op_data_type.cc)."""
 OUTSIDE = -1
 """Who reads what leaves, or what another kernel than those of this page reads."""
 
 
+def wider(dtype: str, itemsize: int) -> float:
+    """How many times as large what exchanges send is, as what loops store."""
+    return WIDER.get(dtype, itemsize) / itemsize
+
+
 class Spread(NamedTuple):
-    """A broadcast that is stored: as large as `tensor`, which is computed from it, from place `first` to place `last`."""
+    """What is stored besides tensors, from place `first` to place `last`: with as many elements as `tensor`, which is computed
+    from it. `width`: bytes of each, 0 for as many as the tensor's."""
 
     tensor: int
     first: int
     last: int
+    width: int = 0
+
+    def times(self, itemsize: int) -> float:
+        """How many times the bytes of the tensor, whose elements take so many."""
+        return self.width / itemsize if self.width else 1.0
 
 
 class Kept(NamedTuple):
     """`computed`: tensors that are never stored. `until`: {stored tensor: the last place where a kernel reads it}. `same`:
-    {tensor: the one of whose elements it consists, in the same order}. `spreads`: broadcasts that are stored. `written_over`:
-    places where loops write element by element what they read. `begins`: {tensor: where its buffer is made}, of those that start
-    as a broadcast, of which places are updated, and of those that are computed before the loop in whose body they stand."""
+    {tensor: the one of whose elements it consists, in the same order}. `spreads`: what is stored besides. `written_over`: places
+    where loops write element by element what they read. `begins`: {tensor: where its buffer is made}, of those that start as a
+    broadcast, of which places are updated, and of those that are computed before the loop in whose body they stand. `sent`:
+    {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
@@ -57,9 +72,10 @@ class Kept(NamedTuple):
     spreads: tuple[Spread, ...]
     written_over: frozenset[int]
     begins: Mapping[int, int]
+    sent: Mapping[tuple[int, int], int]
 
 
-NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {})
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {})
 
 
 @dataclass(slots=True)
@@ -67,7 +83,8 @@ class _Node:
     """A value: made at `place` from `sources`, by a `loop` (or another kernel), as large as `tensor`. `library`: what the library
     can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
     changes; `apart`: never computed inside of readers; `copied`: for a
-    product, with dimensions in another order. `left`: the last place where somebody else reads it."""
+    product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
+    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read."""
 
     place: int
     tensor: int
@@ -82,6 +99,8 @@ class _Node:
     apart: bool = False
     copied: bool = False
     left: int = 0
+    width: int = 0
+    wide: bool = False
     users: list[int] = field(default_factory=list)
 
 
@@ -134,6 +153,7 @@ class _Values:
         self.of: dict[int, int] = {}
         self.same: dict[int, int] = {}
         self._made: dict[Hashable, int] = {}
+        self._copies: dict[int, tuple[int, int]] = {}
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
         for place, op in enumerate(operators):
@@ -182,6 +202,10 @@ class _Values:
             self.of[op.results[0]] = source
             if operands[0] not in moved:
                 self.same[op.results[0]] = self.same.get(operands[0], operands[0])
+        elif len(op.results) == 1 and rule.rounds_words:  # of the words that the last round leaves, loops make the result
+            sources = tuple(moved.get(t, self.of[t]) for t in operands)
+            words = [self._new(_Node(place, op.results[0], sources, width=4)) for _ in range(rule.rounds_words // 2)]
+            self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(words), True))
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
@@ -192,11 +216,11 @@ class _Values:
             sources = tuple(self._taken(place, op, slot, moved) for slot, t in enumerate(op.operands) if t >= 0)
             product = rule.product and self._floats(op)
             for tensor in op.results:
-                self.of[tensor] = self._new(_Node(place, tensor, sources, library=product))
+                self.of[tensor] = self._narrowed(_Node(place, tensor, sources, library=product), self._wider(op, tensor))
         if index in partial:
             for tensor in op.results:
                 self.leave(tensor, place)
-                self.of[tensor] = self._new(_Node(place, tensor))
+                self.of[tensor] = self._narrowed(_Node(place, tensor), WIDER.get(self.graph.tensors[tensor].dtype, 0))
 
     def _repeats(self, op: Operator) -> bool:
         """Whether it computes what was computed before: compilers merge the two."""
@@ -216,22 +240,45 @@ class _Values:
 
     def _sent(self, place: int, tensor: int) -> int:
         self.leave(tensor, place)
-        return self._new(_Node(place, tensor))
+        number = self._new(_Node(place, tensor, wide=self.graph.tensors[tensor].dtype in WIDER))
+        self._copies[number] = (tensor, place)
+        return number
+
+    def _wider(self, op: Operator, tensor: int) -> int:
+        """Bytes of the numbers in which a kernel other than a loop has a tensor, if these are others than its own."""
+        if op.equation is None or any(share < 1 for share in op.rule.touched):
+            return 0
+        return (WIDER_PRODUCTS if op.rule.product else WIDER).get(self.graph.tensors[tensor].dtype, 0)
+
+    def _narrowed(self, node: _Node, width: int) -> int:
+        """What readers see of a kernel's result: itself, or, where that has other numbers, what loops make of them."""
+        if not width:
+            return self._new(node)
+        node.width, node.wide = width, True
+        return self._new(_Node(node.place, node.tensor, (self._new(node),), True, costly=self._rounded(node.tensor)))
+
+    def _rounded(self, tensor: int) -> bool:
+        """Whether loops compute it in wider numbers; to round these is costly (cpu_instruction_fusion.cc)."""
+        return self.graph.tensors[tensor].dtype in WIDER
 
     def _taken(self, place: int, op: Operator, slot: int, moved: Mapping[int, int]) -> int:
         """What a kernel other than a loop reads. Products read a matrix that is transposed where it lies; others are copied."""
         tensor = op.operands[slot]
         number = moved.get(tensor, self.of[tensor])
-        node = self.nodes[number]
+        node, order = self.nodes[number], None
         if op.rule.product and node.turns and not op.rule.spatial:
-            return node.sources[0]
-        order = wanted_order(op.rule, slot) if op.rule.product and slot < 2 else None
-        if order is None:
+            number = node.sources[0]
+            node = self.nodes[number]
+        elif op.rule.product and slot < 2:
+            order = wanted_order(op.rule, slot)
+        width = self._wider(op, tensor)
+        if order is None and (not width or node.wide):
             return number
-        key = (op.scope, "copied", number, order)
+        key = (op.scope, "copied", number, order, width)
         if key not in self._spreads:
             first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
-            self._spreads[key] = self._new(_Node(first, tensor, (number,), True, moves=True, copied=True))
+            copy = _Node(first, tensor, (number,), True, moves=order is not None, copied=True, width=width, wide=width > 0)
+            self._spreads[key] = self._new(copy)
         return self._spreads[key]
 
     def _floats(self, op: Operator) -> bool:
@@ -267,7 +314,7 @@ class _Values:
             place, result, tuple(sources), True,
             library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
             reduces=reduces,
-            costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0),
+            costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0) or (rule.flops > 0 and self._rounded(result)),
             moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
             turns=broadcast and bool(known) and whole == self._whole(known[0]),
             apart=rule.costly == 3,
@@ -337,8 +384,8 @@ class _Values:
                 begun = self._updated(number, others)
                 if begun is not None:
                     begins[begun] = node.place
-                elif node.spread or node.copied:
-                    spreads.append(Spread(node.tensor, node.place, last))
+                elif node.spread or node.copied or node.width:
+                    spreads.append(Spread(node.tensor, node.place, last, node.width))
                 until[number] = last
                 again.append(found[number])
             if inside:
@@ -348,7 +395,9 @@ class _Values:
         computed = frozenset(t for t, number in self.of.items() if number in unstored or nodes[number].spread)
         places = {t: until[number] for t, number in self.of.items() if number in until}
         over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
-        return Kept(computed, places, self.same, tuple(spreads), over, begins)
+        over -= {node.place for node in nodes if node.width and not node.loop}  # of a kernel's result, loops there make another
+        sent = {copy: until[number] for number, copy in self._copies.items() if number in until}
+        return Kept(computed, places, self.same, tuple(spreads), over, begins, sent)
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""

@@ -20,7 +20,7 @@ from jaxplan.cost.memory import (
     rounds_of,
 )
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.transients import computes, until_sliced, users_of
+from jaxplan.cost.transients import computes, read_until, sent_wider, until_sliced, users_of
 from jaxplan.graph import Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 
@@ -107,7 +107,8 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], 
     for result, life in _rounded_parts(modelled, facts).items():
         held.setdefault(result, []).append(life)
     for spread in facts.kept.spreads:
-        held.setdefault(spread.tensor, []).append(Life(spread.first, spread.last))
+        times = spread.times(graph.tensors[spread.tensor].itemsize)
+        held.setdefault(spread.tensor, []).append(Life(spread.first, spread.last, times))
 
     def stored(tensor: int) -> Hashable:
         about = graph.tensors[tensor]
@@ -199,7 +200,9 @@ def _copied(
             handed[key] = Life(min(users), max(users))
         elif users:
             users += [_last(facts, op.results[0]) for op in map(graph.operators.__getitem__, members) if _as_it_is(facts, op)]
-            own.setdefault(reading.tensor, {})[reading.reader] = Life(min(users), max(users))
+            users = read_until(facts, reading.tensor, users)
+            share = sent_wider(graph, facts, reading.tensor)
+            own.setdefault(reading.tensor, {})[reading.reader] = Life(min(users), max(users), share)
     return {(tensor, reader): found for tensor, lives in own.items() for reader, found in _with_gaps(lives).items()}, handed
 
 

@@ -26,6 +26,7 @@ from jaxplan.cost.buffers import (
     Roots,
     axes_of,
     outside_outputs,
+    stored_besides,
 )
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
@@ -114,9 +115,7 @@ def memory(
     held = [buffer for buffer in held if buffer.tensor not in cut]
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
-    for spread in facts.kept.spreads:
-        layout = layouts.get(spread.tensor, facts.inner.get(spread.tensor))
-        buffers.append(Buffer(spread.tensor, TRANSIENT, local(spread.tensor, layout), spread.first, spread.last, axes_of(layout)))
+    buffers += stored_besides(graph, facts, layouts, local)
     buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
@@ -357,14 +356,18 @@ def _at_loops(facts: Facts, copied: Copied) -> Iterator[tuple[int, int, int]]:
                 yield op.operands[0], made, max(made, copied.get((op.operands[0], op.path[:-2]), end))
 
 
-def _join_views(graph: Graph, operators: Sequence[Operator], layouts: Mapping[int, Layout], roots: Roots) -> None:
-    """What a view or the entry of a loop hands on as it is shares the buffer."""
-    for op in operators:
+def _join_views(graph: Graph, facts: Facts, layouts: Mapping[int, Layout], roots: Roots) -> None:
+    """What a view or the entry of a loop hands on as it is shares the buffer. What loops are given in one other layout is brought
+    there once, where compilers materialise, and stays from the first to the last of them."""
+    given: dict[tuple[int, Layout | None], int] = {}
+    for op in facts.operators:
         if op.name == VIEW or (op.name == BOUNDARY and op.path[-2] == "in"):
             source, result = op.operands[0], op.results[0]
             alike = graph.tensors[source].shape == graph.tensors[result].shape
             if alike and layouts.get(source) == layouts.get(result):
                 roots.join(result, source)
+            elif alike and op.name == BOUNDARY and not facts.fuses and result not in facts.fused:
+                roots.join(result, given.setdefault((source, layouts.get(result)), result))
 
 
 def held_buffers(
@@ -389,7 +392,7 @@ def held_buffers(
         first[root], last[root] = min(first.get(root, start), start), max(last.get(root, stop), stop)
 
     carries = [(k, op.operands, op.results) for k, op in enumerate(operators) if op.name == BOUNDARY and op.path[-2] == "carry"]
-    _join_views(graph, operators, layouts, roots)
+    _join_views(graph, facts, layouts, roots)
     for tensor, source in facts.kept.same.items():
         if local(tensor, layouts.get(tensor)) == local(source, layouts.get(source)):
             roots.join(tensor, source)

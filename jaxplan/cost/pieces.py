@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxplan.cost.buffers import HELD, OUTPUT, TRANSIENT, Buffer, Facts, axes_of, outside_outputs
+from jaxplan.cost.buffers import HELD, OUTPUT, Buffer, Facts, outside_outputs, stored_besides
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.library import NO_MORE
 from jaxplan.cost.memory import held_buffers, kept_of, lives_of, local_sizes, sunk
@@ -71,9 +71,7 @@ def compiled_piece_bytes(
     elsewhere = {roots.of(t) for t in (*piece.given, *piece.leaves)}
     found = [buffer for buffer in held if own.made.get(buffer.tensor) and buffer.tensor not in elsewhere]
     found += [buffer for buffer in transients(modelled, choices, own, local) if buffer.tensor not in instead]
-    for spread in own.kept.spreads:
-        layout = layouts.get(spread.tensor, own.inner.get(spread.tensor))
-        found.append(Buffer(spread.tensor, TRANSIENT, local(spread.tensor, layout), spread.first, spread.last, axes_of(layout)))
+    found += stored_besides(modelled.graph, own, layouts, local)
     for buffer in besides:
         first, last = piece.spans(buffer)
         found.append(replace(buffer, first=first + 1, last=last + 1))

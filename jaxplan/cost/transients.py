@@ -11,6 +11,7 @@ import numpy as np
 from jaxplan.cost.buffers import TRANSIENT, Buffer, Facts, Local, axes_of
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
+from jaxplan.cost.library import wider
 from jaxplan.cost.price import cluster_exchanges, write_layout
 from jaxplan.cost.stage_memory import staged
 from jaxplan.graph import Graph, Operator
@@ -30,6 +31,12 @@ def users_of(graph: Graph, facts: Facts, tensor: int, members: Sequence[int]) ->
     return [facts.order.begins[loop], facts.order.ends[loop]] if loop in facts.order.begins else []
 
 
+def read_until(facts: Facts, tensor: int, users: Sequence[int]) -> list[int]:
+    """Places where a copy in another layout is read: those of its readers, and where else kernels read it because they compute
+    themselves what these make."""
+    return [*users, *[facts.kept.sent[tensor, user] for user in users if (tensor, user) in facts.kept.sent]]
+
+
 def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
     """Copies that exchanges make: a tensor in its readers' layout, from the first to the last of them; a partial result, once."""
     graph, sizes, place = modelled.graph, modelled.numbers.sizes, facts.place
@@ -43,12 +50,13 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
         steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
         if staged(modelled, graph.operators[members[-1]]) or any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)
-            share = 1.0 if reading.tensor in facts.more.narrow else reading.share
+            share = 1.0 if reading.tensor in facts.more.narrow else reading.share * sent_wider(graph, facts, reading.tensor)
             shares[reading.tensor, wanted] = max(shares.get((reading.tensor, wanted), 0.0), share)
-    found = [
-        Buffer(tensor, TRANSIENT, shares[tensor, layout] * local(tensor, layout), min(users), max(users), axes_of(layout))
-        for (tensor, layout), users in asked.items() if users
-    ]  # fmt: skip
+    found = list[Buffer]()
+    for (tensor, layout), users in asked.items():
+        if users:
+            nbytes, last = shares[tensor, layout] * local(tensor, layout), max(read_until(facts, tensor, users))
+            found.append(Buffer(tensor, TRANSIENT, nbytes, min(users), last, axes_of(layout)))
     if not facts.fuses:
         found += _on_the_way(modelled, choices, facts, local, asked) + _masked(modelled, choices, facts, local)
         found += _in_rounds(modelled, choices, facts, local)
@@ -57,6 +65,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
             if exchange.operator in place:
                 split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
                 size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
+                size *= sent_wider(graph, facts, exchange.tensor)
                 at = place[exchange.operator]
                 last = facts.more.waits.get(exchange.tensor, at)
                 if any(step.kind == "reduce_scatter" for step in exchange.steps):
@@ -70,8 +79,16 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
     return found
 
 
+def sent_wider(graph: Graph, facts: Facts, tensor: int) -> float:
+    """How many times as large exchanges have a tensor as loops do."""
+    about = graph.tensors[tensor]
+    return 1.0 if facts.fuses else wider(about.dtype, about.itemsize)
+
+
 def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
-    """What is stored between the rounds in which operators make their results; the result of the last is stored in its place."""
+    """Of operators that make their results in rounds: what goes into the last round (what comes out of it is stored as long as it
+    is read, `cost/library.py`). In a loop, the numbers of the elements, from which the first round starts, are the same every
+    time and made before it, once for all of one shape and layout."""
     graph, found = modelled.graph, list[Buffer]()
     drawn = [(at, op) for at, op in enumerate(facts.operators) if op.rule.rounds_words and op.results[0] >= 0]
     if not drawn:
@@ -80,12 +97,19 @@ def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
     for index, cluster in enumerate(graph.clusters):
         options = modelled.chosen(choices, index)
         layouts.update({write.tensor: write_layout(write.leads, options) for write in cluster.writes})
+    loops = {op.path[:-2] for op in facts.operators if op.name == BOUNDARY and op.path[-2] != "out"}
+    counted: dict[tuple[tuple[int, ...], Layout | None], list[Buffer]] = {}
     for at, op in drawn:
-        tensor, layout = op.results[0], layouts.get(op.results[0])
-        words = op.rule.rounds_words - (tensor not in facts.fused)
+        tensor, layout, words = op.results[0], layouts.get(op.results[0]), op.rule.rounds_words // 2
         word = local(tensor, layout) / graph.tensors[tensor].itemsize * 4
         found += [Buffer(tensor, TRANSIENT, word, at, at, axes_of(layout)) for _ in range(words)]
-    return found
+        loop = next((op.path[:depth] for depth in range(1, len(op.path)) if op.path[:depth] in loops), None)
+        last = facts.order.ends.get(loop, at) if loop is not None else -1
+        if last >= 0:
+            same = counted.setdefault((graph.tensors[tensor].shape, layout), [])
+            until = max([last, *[numbers.last for numbers in same]])
+            same[:] = [Buffer(tensor, TRANSIENT, word, 0, until, axes_of(layout)) for _ in range(words)]
+    return found + [numbers for same in counted.values() for numbers in same]
 
 
 def until_sliced(facts: Facts, tensor: int, at: int) -> int:
