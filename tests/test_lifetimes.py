@@ -51,7 +51,7 @@ def shape(*extents):
 
 LAYERS = [shape(256, 512), shape(512, 128)]
 SMALL = {
-    "train": (train_step, ((LAYERS, LAYERS), shape(4096, 256)), 0),
+    "train": (train_step, ((LAYERS, LAYERS), shape(2048, 256)), 0),
     "scan": (scanned, (shape(4, 256, 256), shape(4096, 256)), None),
     "product": (lambda a, b: (a @ b) @ a.T, (shape(512, 1024), shape(1024, 1024)), None),
 }

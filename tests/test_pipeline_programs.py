@@ -22,7 +22,7 @@ SLOW_WORK = jaxplan.Machine(
 """So slow that it is worth splitting even the smallest of programs."""
 LAYERS, ROWS, LENGTH, WIDTH, WORDS = 4, 8, 4, 8, 16
 MEMORY = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "check_memory.py"))
-WORST = 1.15
+WITHIN = 0.15
 """The goal: the modelled peak of a stage is off by 15% at most."""
 
 
@@ -231,7 +231,7 @@ QUICK = [(((2,), 4, 4), ["perceptrons, written out"]), (((2, 2), 5, 4), ["convol
 def test_a_stage_holds_what_is_modelled(case, only, schedule):
     """Layers kept and rematerialised, as a scan and written out, in stages of equal and of unequal length, beside other axes."""
     for name, where, modelled, compiled in MEMORY["staged_rows"]([schedule], [case], only):
-        assert 1 / WORST <= modelled / compiled <= WORST, (name, where, modelled, compiled)
+        assert abs(modelled / compiled - 1) <= WITHIN, (name, where, modelled, compiled)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
