@@ -189,7 +189,7 @@ def _traced(parts: Parts, own: Sequence[Part], program: StageProgram) -> Traced:
     some = [shape_of(micro, v) for v in program.received]
     stacked = [jax.ShapeDtypeStruct((m, *s.shape), s.dtype) for s in some]
     last = [_told_shape(parts, v) for v in program.late]
-    found = trace(stage, (tuple(spec), others, stacked, last), {})
+    found = trace(stage, (tuple(spec), others, stacked, last), {}, keep_dead=True)
     paths = dict(zip(micro.jaxpr.invars, micro.traced.in_paths, strict=True))
     names = [paths.get(v) or _name(parts, v) for v in program.arguments]
     ends = dict(zip([v for v in micro.jaxpr.outvars if not isinstance(v, _jax.Literal)], micro.traced.out_paths, strict=False))
