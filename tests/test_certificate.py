@@ -302,8 +302,9 @@ def test_within_a_limit_the_bound_rises_and_stays_below_the_best_that_is_within_
 
 
 def momentum(w, m, x):
-    m = 0.9 * m + jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
-    return w - 0.1 * m, m
+    loss, gradient = jax.value_and_grad(lambda w: jnp.sum((x @ w) ** 2))(w)
+    m = 0.9 * m + gradient
+    return w - 0.1 * m, m, loss
 
 
 def scanned(w, x):
