@@ -34,9 +34,9 @@ def train_step(state, x):
         return jnp.sum(hidden**2)
 
     weights, momentum = state
-    gradients = jax.grad(loss)(weights)
+    value, gradients = jax.value_and_grad(loss)(weights)
     momentum = [0.9 * m + g for m, g in zip(momentum, gradients)]
-    return [w - 0.1 * m for w, m in zip(weights, momentum)], momentum
+    return [w - 0.1 * m for w, m in zip(weights, momentum)], momentum, value
 
 
 def scanned(w, x):
@@ -51,7 +51,7 @@ def shape(*extents):
 
 LAYERS = [shape(256, 512), shape(512, 128)]
 SMALL = {
-    "train": (train_step, ((LAYERS, LAYERS), shape(2048, 256)), 0),
+    "train": (train_step, ((LAYERS, LAYERS), shape(4096, 256)), 0),
     "scan": (scanned, (shape(4, 256, 256), shape(4096, 256)), None),
     "product": (lambda a, b: (a @ b) @ a.T, (shape(512, 1024), shape(1024, 1024)), None),
 }
