@@ -117,9 +117,10 @@ def kept(
         values.leave(tensor)
     before: dict[int, int] = {}
     for tensor, path in hoisted(graph).items():
-        loop = next(path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in order.begins)
-        values.leave(tensor, order.ends[loop])
-        before[tensor] = order.begins[loop]
+        loop = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in order.begins), None)
+        if loop is not None and tensor in values.of:  # else it stands in another part of the program
+            values.leave(tensor, order.ends[loop])
+            before[tensor] = order.begins[loop]
     found = values.kept()
     return found._replace(begins={**found.begins, **{t: at for t, at in before.items() if t not in found.computed}})
 
