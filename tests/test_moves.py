@@ -5,7 +5,7 @@ import pytest
 from test_certificate import at_random, modelled
 from test_search import random_layouts, random_tables
 
-from jaxplan.problem import Node, Problem, evaluate
+from jaxplan.problem import Node, Problem, evaluate, from_tables
 from jaxplan.reduce import Pricer
 from jaxplan.search import brute, hsm2dl, joint, search
 from jaxplan.search.dual import Relaxation
@@ -45,6 +45,16 @@ def test_fusing_takes_the_best_of_each(seed):
     crossed = fused(Pricer(problem), elimination_order(problem), some)
     assert evaluate(problem, crossed) <= min(evaluate(problem, choices) for choices in some) + 1e-12
     assert all(any(choices[i] == crossed[i] for choices in some) for i in range(6))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fusing_is_not_dearer_than_the_first_where_elimination_is_not_exact(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(i, j, 4 * rng.random((4, 4))) for i in range(24) for j in range(i + 1, 24)]
+    problem = from_tables([rng.random(4) for _ in range(24)], pairs)
+    best = search(problem)
+    crossed = fused(Pricer(problem), elimination_order(problem), [best.choices, *rng.integers(0, 4, (3, 24, 1))])
+    assert evaluate(problem, crossed) <= best.seconds * (1 + 1e-12)
 
 
 def test_joint_is_the_optimum_where_single_axes_are_not():

@@ -115,7 +115,10 @@ def fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarray
         return proposals[0]
     choices = np.stack(proposals, axis=1)
     candidates = [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in choices.tolist()]
-    options, _ = solve(pricer.among(candidates), elimination)
+    tables, first = pricer.among(candidates), np.zeros(len(candidates), dtype=np.int64)
+    options, exact = solve(tables, elimination)
+    if not exact and tables.price(first) < tables.price(options):
+        options, _ = solve(tables, elimination, first)
     return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
 
 
