@@ -26,6 +26,7 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
+from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
 Literal = _core.Literal
@@ -52,6 +53,8 @@ shard_map_p = _shard_map.shard_map_p
 dot_general_p = _primitives.dot_general_p
 gather_p = _primitives.gather_p
 reshape_p = _primitives.reshape_p
+slice_p = _primitives.slice_p
+concatenate_p = _primitives.concatenate_p
 broadcast_in_dim_p = _primitives.broadcast_in_dim_p
 iota_p = _primitives.iota_p
 
@@ -98,6 +101,23 @@ def without_dead(closed: Any) -> Any:
     """A closed jaxpr less the equations that nothing comes of, also inside of loops and calls; inputs, outputs, effects stay."""
     jaxpr, _ = _partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), True)
     return closed.replace(jaxpr=jaxpr)
+
+
+roll_p = Primitive("roll")
+"""A tensor turned round along a `dimension` by `shift` places: the slices and their concatenation in one (`rolls.py`). It stands
+in jaxprs only; `bind` writes it out."""
+
+
+def rolled(value: Any, *, shift: int, dimension: int) -> Any:
+    """What was at i is at i + shift, modulo the extent: as `jax.numpy.roll` writes it, which compilers know."""
+    at = -shift % value.shape[dimension]
+    parts = jax.lax.slice_in_dim(value, at, None, axis=dimension), jax.lax.slice_in_dim(value, 0, at, axis=dimension)
+    return jax.lax.concatenate(parts, dimension)
+
+
+roll_p.def_impl(rolled)
+roll_p.def_abstract_eval(lambda aval, *, shift, dimension: aval)
+mlir.register_lowering(roll_p, mlir.lower_fun(rolled, multiple_results=False))
 
 
 def sub_jaxprs(equation: Any) -> Iterator[Any]:
@@ -203,6 +223,8 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
     primitive, params = equation.primitive, {**equation.params, **(changed or {})}
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
+    if primitive is roll_p:
+        return [rolled(values[0], **params)]
     if primitive in _STARTS:
         values = _clamped(values, *_STARTS[primitive](equation))
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:

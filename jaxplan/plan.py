@@ -348,9 +348,9 @@ class Plan:
             found += self.moved(steps, exchange.tensor, exchange.operator, cluster.times)
         for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
             about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
-            name = self.axis_names[axis]
+            names = tuple([name for name, o in zip(self.axis_names, options, strict=True) if o.factor == halo.factor])
             found.append(PlannedExchange(
-                "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
+                "permute", names, {self.axis_names[axis]: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
             ))  # fmt: skip
         for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
             about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]

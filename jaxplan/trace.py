@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from jaxplan import _jax
+from jaxplan.rolls import with_rolls
 
 
 class TraceError(ValueError):
@@ -104,7 +105,7 @@ def trace(
     names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
-        jaxpr=staged.jaxpr if keep_dead else _jax.without_dead(staged.jaxpr),
+        jaxpr=staged.jaxpr if keep_dead else with_rolls(_jax.without_dead(staged.jaxpr)),
         name=name,
         in_tree=in_tree,
         out_tree=out_tree,

@@ -295,7 +295,7 @@ class _Values:
         sides = rule.operands[0], rule.results[0]
         before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in sides)
         shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
-        turned = shapes[0] == shapes[1] and any(f.kind is Kind.WHOLE and f.size > 1 for f in rule.factors)
+        turned = shapes[0] == shapes[1] and _shifts(rule)
         moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
 
@@ -317,7 +317,7 @@ class _Values:
             reduces=reduces,
             costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0) or (rule.flops > 0 and self._rounded(result)),
             moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
-            turns=broadcast and bool(known) and whole == self._whole(known[0]),
+            turns=broadcast and bool(known) and whole == self._whole(known[0]) and not _shifts(rule),
             apart=rule.costly == 3,
         ))  # fmt: skip
 
@@ -475,6 +475,11 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
     """Whether an operand is met whole in every dimension."""
     sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
     return sizes == list(shape)
+
+
+def _shifts(rule: Rule) -> bool:
+    """Whether elements may come from other places of a dimension."""
+    return any(f.kind in (Kind.WHOLE, Kind.HALO) and f.size > 1 for f in rule.factors)
 
 
 def _reduces(rule: Rule) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxplan._jax import primitives
+from jaxplan._jax import primitives, roll_p
 from jaxplan.rules.build import Builder, share
 from jaxplan.rules.nouns import Dim, Kind, Rule
 from jaxplan.rules.table import register
@@ -46,6 +46,19 @@ def concatenate(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     dims = _whole_at(build, results[0].shape, joined)
     parts = [[dim if a.shape[d] != 1 else () for d, dim in enumerate(dims)] for a in operands]
     return build.rule(parts, [dims], flops=0.0, fusible=True)
+
+
+@register(roll_p, reads=("shift", "dimension"))
+def roll(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Every device hands a slab to its neighbour, the last one to the first. One that is wider than a shard is charged in full,
+    although no device sends more than it has."""
+    build = Builder()
+    turned, width = params["dimension"], abs(params["shift"])
+    dims = [
+        build.factor(size, Kind.HALO, halo=width) if d == turned else build.factor(size)
+        for d, size in enumerate(results[0].shape)
+    ]
+    return build.rule([dims], [dims], flops=0.0, fusible=True)
 
 
 @register(*primitives("split"), reads=("axis",))
