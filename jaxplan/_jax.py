@@ -53,8 +53,6 @@ shard_map_p = _shard_map.shard_map_p
 dot_general_p = _primitives.dot_general_p
 gather_p = _primitives.gather_p
 reshape_p = _primitives.reshape_p
-slice_p = _primitives.slice_p
-concatenate_p = _primitives.concatenate_p
 broadcast_in_dim_p = _primitives.broadcast_in_dim_p
 iota_p = _primitives.iota_p
 
@@ -103,19 +101,26 @@ def without_dead(closed: Any) -> Any:
     return closed.replace(jaxpr=jaxpr)
 
 
-roll_p = Primitive("roll")
-"""A tensor turned round along a `dimension` by `shift` places: the slices and their concatenation in one (`rolls.py`). It stands
-in jaxprs only; `bind` writes it out."""
+class _Roll(Primitive):
+    """Stands in jaxprs only: whoever evaluates one, also under a transformation, gets it written out."""
+
+    def bind(self, *values: Any, **params: Any) -> Any:
+        return rolled(*values, **params)
+
+
+roll_p = _Roll("roll")
+"""A tensor turned round along a `dimension` by `shift` places: its two slices and their concatenation in one (`rolls.py`)."""
 
 
 def rolled(value: Any, *, shift: int, dimension: int) -> Any:
     """What was at i is at i + shift, modulo the extent: as `jax.numpy.roll` writes it, which compilers know."""
+    if not shift:
+        return value
     at = -shift % value.shape[dimension]
     parts = jax.lax.slice_in_dim(value, at, None, axis=dimension), jax.lax.slice_in_dim(value, 0, at, axis=dimension)
     return jax.lax.concatenate(parts, dimension)
 
 
-roll_p.def_impl(rolled)
 roll_p.def_abstract_eval(lambda aval, *, shift, dimension: aval)
 mlir.register_lowering(roll_p, mlir.lower_fun(rolled, multiple_results=False))
 
@@ -223,8 +228,6 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
     primitive, params = equation.primitive, {**equation.params, **(changed or {})}
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
-    if primitive is roll_p:
-        return [rolled(values[0], **params)]
     if primitive in _STARTS:
         values = _clamped(values, *_STARTS[primitive](equation))
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:

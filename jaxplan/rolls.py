@@ -1,22 +1,42 @@
 """Room `rolls`: the equations that turn a tensor round along a dimension become one, before anything is planned.
 
-`jax.numpy.roll` is traced to two slices and their concatenation. Apart, each of them needs the dimension whole; together they
-move a slab from every device to its neighbour, and XLA compiles them so (`FindRotateRightPattern` in
+`jax.numpy.roll` is traced to two slices and their concatenation, its gradient to the parts of a split, each padded with zeros, and
+their sum. Apart, each of these needs the dimension whole; together they move a slab from every device to its neighbour, and XLA
+compiles them so where they are written as slices and their concatenation (`FindRotateRightPattern` in
 xla/service/spmd/spmd_partitioner.cc).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxplan import _jax
 
-INSIDE = {
+_SLICE, _SPLIT, _PAD, _CONCATENATE, _ADD = _jax.primitives("slice split pad concatenate add_any")
+_INSIDE = frozenset((
     _jax.jit_p, _jax.closed_call_p, _jax.remat_p, _jax.scan_p, _jax.while_p, _jax.cond_p, _jax.custom_jvp_call_p,
     _jax.custom_vjp_call_p,
-}  # fmt: skip
+))  # fmt: skip
 """Calls, loops and branches: jaxprs among their parameters are searched too."""
+_TOLD_BY = frozenset((_CONCATENATE, _PAD))
+"""Without any of these a jaxpr has no roll."""
+
+Known = dict[int, tuple[Any, Any]]
+"""{id of a jaxpr: (the jaxpr, what becomes of it)}: jaxprs that are shared stay so."""
+
+
+class _Part(NamedTuple):
+    """Elements `start` to `stop` of `source` along a dimension, which come to lie from `place` on, and the equations in between."""
+
+    source: Any
+    start: int
+    stop: int
+    place: int
+    equations: tuple[Any, ...]
 
 
 def with_rolls(closed: Any) -> Any:
@@ -24,59 +44,103 @@ def with_rolls(closed: Any) -> Any:
     return _changed(closed, {})
 
 
-def _changed(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """A parameter of an equation; jaxprs that are shared stay so."""
-    if isinstance(value, tuple):
+def _changed(value: Any, known: Known) -> Any:
+    """A parameter of an equation."""
+    if type(value) is tuple:
         parts = tuple([_changed(part, known) for part in value])
         return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
     if not isinstance(value, (_jax.Jaxpr, _jax.ClosedJaxpr)):
         return value
     if id(value) not in known:
         jaxpr = getattr(value, "jaxpr", value)
-        equations = _equations(jaxpr, known)
-        new = value
+        equations, new = _equations(jaxpr, known), value
         if equations is not None:
             inner = jaxpr.replace(eqns=equations)
-            new = inner if isinstance(value, _jax.Jaxpr) and not hasattr(value, "jaxpr") else value.replace(jaxpr=inner)
+            new = inner if jaxpr is value else value.replace(jaxpr=inner)
         known[id(value)] = value, new
     return known[id(value)][1]
 
 
-def _equations(jaxpr: Any, known: dict[int, tuple[Any, Any]]) -> list[Any] | None:
-    """Those of a jaxpr with rolls in them; None where nothing changes."""
-    found, changed = [], False
-    for equation in jaxpr.eqns:
-        if equation.primitive in INSIDE:
+def _equations(jaxpr: Any, known: Known) -> list[Any] | None:
+    """Those of a jaxpr with rolls among them; None where nothing changes."""
+    found, changed, told = jaxpr.eqns, False, False
+    for number, equation in enumerate(jaxpr.eqns):
+        if equation.primitive in _INSIDE:
             params = {name: _changed(value, known) for name, value in equation.params.items()}
             if any(params[name] is not value for name, value in equation.params.items()):
-                equation, changed = equation.replace(params=params), True
-        found.append(equation)
-    made: dict[Any, Any] = {}
-    uses: Counter[Any] = Counter()
-    if any(equation.primitive is _jax.concatenate_p for equation in found):
-        made = {e.outvars[0]: e for e in found if e.primitive is _jax.slice_p}
-        uses = Counter(v for vs in (jaxpr.outvars, *[e.invars for e in found]) for v in vs if not isinstance(v, _jax.Literal))
-    gone = set()
-    for number, equation in enumerate(found if made else ()):
-        parts = [made.get(v) for v in equation.invars if not isinstance(v, _jax.Literal)]
-        if equation.primitive is _jax.concatenate_p and len(equation.invars) == 2 and None not in parts and len(parts) == 2:
-            shift = _shift(*parts, equation.params["dimension"])
-            if shift and all(uses[part.outvars[0]] == 1 for part in parts):
-                params = {"shift": shift, "dimension": equation.params["dimension"]}
-                found[number] = equation.replace(primitive=_jax.roll_p, invars=parts[0].invars[:1], params=params)
-                gone.update(id(part) for part in parts)
-    return [equation for equation in found if id(equation) not in gone] if gone or changed else None
+                found = found if changed else list(found)
+                found[number], changed = equation.replace(params=params), True
+        elif equation.primitive in _TOLD_BY:
+            told = True
+    rolled = _rolled(jaxpr, found) if told else None
+    return rolled or (found if changed else None)
 
 
-def _shift(head: Any, tail: Any, dimension: int) -> int:
-    """By how many places two slices, put together, are their operand turned round (the shorter way); 0 where they are not."""
-    operand = head.invars[0]
-    if operand is not tail.invars[0] or isinstance(operand, _jax.Literal):
-        return 0
-    shape, at = operand.aval.shape, head.params["start_indices"][dimension]
-    for part, start, stop in ((head, at, shape[dimension]), (tail, 0, at)):
-        starts, stops, strides = (part.params[name] for name in ("start_indices", "limit_indices", "strides"))
-        wanted = [(start, stop) if d == dimension else (0, extent) for d, extent in enumerate(shape)]
-        if list(zip(starts, stops, strict=True)) != wanted or any(stride != 1 for stride in strides or ()):
-            return 0
-    return -at if 2 * at <= shape[dimension] else shape[dimension] - at
+def _rolled(jaxpr: Any, equations: list[Any]) -> list[Any] | None:
+    """The same with a roll in the place of the last equation of each group, and the others gone; None where there is no group."""
+    made = {v: e for e in equations if e.primitive in (_SLICE, _SPLIT, _PAD) for v in e.outvars}
+    uses = Counter(v for vs in (jaxpr.outvars, *[e.invars for e in equations]) for v in vs if not isinstance(v, _jax.Literal))
+    found, gone = list(equations), set[int]()
+    for number, equation in enumerate(equations):
+        if equation.primitive not in (_CONCATENATE, _ADD) or len(equation.invars) != 2:
+            continue
+        dimension, parts = _parts(equation, made) or (-1, [])
+        shift = _shift(equation, parts, dimension) if parts else None
+        inner = {id(e): e for part in parts for e in part.equations}
+        if shift is not None and all(uses[v] == 1 for e in inner.values() for v in e.outvars):
+            params = {"shift": shift, "dimension": dimension}
+            found[number] = equation.replace(primitive=_jax.roll_p, invars=[parts[0].source], params=params)
+            gone.update(inner)
+    return [equation for equation in found if id(equation) not in gone] if gone else None
+
+
+def _parts(equation: Any, made: Mapping[Any, Any]) -> tuple[int, list[_Part]] | None:
+    """(dimension, parts) that an equation puts together, as they come; None where it does something else."""
+    makers = [None if isinstance(v, _jax.Literal) else made.get(v) for v in equation.invars]
+    if equation.primitive is _CONCATENATE:
+        dimension = equation.params["dimension"]
+        parts = [_cut(v, maker, dimension) for v, maker in zip(equation.invars, makers, strict=True)]
+        if parts[0] is not None and parts[1] is not None:
+            return dimension, [parts[0], parts[1]._replace(place=parts[0].stop - parts[0].start)]
+        return None
+    if any(maker is None or maker.primitive is not _PAD for maker in makers):
+        return None
+    dims = {d for pad in makers for d, widths in enumerate(pad.params["padding_config"]) if any(widths)}
+    if len(dims) != 1:
+        return None
+    (dimension,), found = dims, []
+    for pad in makers:
+        inner, filling = pad.invars
+        part = None if isinstance(inner, _jax.Literal) else _cut(inner, made.get(inner), dimension)
+        low, _, between = pad.params["padding_config"][dimension]
+        if part is None or between or not isinstance(filling, _jax.Literal) or np.any(filling.val):
+            return None
+        found.append(part._replace(place=int(low), equations=(*part.equations, pad)))
+    return dimension, found
+
+
+def _cut(var: Any, maker: Any, dimension: int) -> _Part | None:
+    """What a variable has of another along a dimension, and all of it along the others; None where it is no such part."""
+    if maker is None or maker.primitive is _PAD:
+        return None
+    source, params = maker.invars[0], maker.params
+    if maker.primitive is _SPLIT:
+        sizes, number = params["sizes"], next(n for n, v in enumerate(maker.outvars) if v is var)
+        start = sum(sizes[:number])
+        return _Part(source, start, start + sizes[number], 0, (maker,)) if params["axis"] == dimension else None
+    bounds = list(zip(params["start_indices"], params["limit_indices"], strict=True))
+    rest = [bound == (0, n) for d, (bound, n) in enumerate(zip(bounds, source.aval.shape, strict=True)) if d != dimension]
+    plain = all(rest) and all(stride == 1 for stride in params["strides"] or ())
+    return _Part(source, *bounds[dimension], 0, (maker,)) if plain else None
+
+
+def _shift(equation: Any, parts: Sequence[_Part], dimension: int) -> int | None:
+    """By how many places two parts, put together, are their source turned round (the shorter way); None where they are not."""
+    source, shape = parts[0].source, parts[0].source.aval.shape
+    if source is not parts[1].source or isinstance(source, _jax.Literal) or equation.outvars[0].aval.shape != shape:
+        return None
+    first, second = sorted(parts, key=lambda part: (part.start, part.stop))
+    extent, at = shape[dimension], first.stop
+    if (first.start, first.place, second.start, second.stop, second.place) != (0, extent - at, at, extent, 0):
+        return None
+    return 0 if at in (0, extent) else -at if 2 * at <= extent else extent - at

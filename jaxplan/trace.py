@@ -105,7 +105,7 @@ def trace(
     names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
-        jaxpr=staged.jaxpr if keep_dead else with_rolls(_jax.without_dead(staged.jaxpr)),
+        jaxpr=with_rolls(staged.jaxpr if keep_dead else _jax.without_dead(staged.jaxpr)),
         name=name,
         in_tree=in_tree,
         out_tree=out_tree,

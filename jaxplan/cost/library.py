@@ -479,7 +479,7 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
 
 def _shifts(rule: Rule) -> bool:
     """Whether elements may come from other places of a dimension."""
-    return any(f.kind in (Kind.WHOLE, Kind.HALO) and f.size > 1 for f in rule.factors)
+    return any(f.kind in (Kind.WHOLE, Kind.ROLL) and f.size > 1 for f in rule.factors)
 
 
 def _reduces(rule: Rule) -> bool:

@@ -11,7 +11,7 @@ from jaxplan.machine import Machine, axis_links
 class Numbers:
     """Evaluates costs as floats."""
 
-    larger = staticmethod(max)
+    larger, smaller = staticmethod(max), staticmethod(min)
 
     def __init__(
         self, graph: Graph, mesh_shape: dict[str, int], machine: Machine, ticks: float = 1.0, microbatches: int = 1

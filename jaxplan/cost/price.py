@@ -27,6 +27,7 @@ class Algebra(Protocol):
     """Numbers or symbols: what the formulas are evaluated over."""
 
     larger: Callable[..., Value]
+    smaller: Callable[..., Value]
 
     @property
     def sizes(self) -> Sequence[Value]:
@@ -219,9 +220,10 @@ def halo_bytes(
         local: Value = halo.extent
         for axis in axes:
             local = local / algebra.sizes[axis]
-        slab = _local_bytes(halo.operand, used, algebra) / local * halo.width
+        width = algebra.smaller(halo.width, local) if halo.instead else halo.width
+        slab = _local_bytes(halo.operand, used, algebra) / local * width
         before = widened.get(halo.operator, 1)
-        widened[halo.operator] = before * (local + halo.width) / local
+        widened[halo.operator] = before * (local + width) / local
         found.append((halo, min(axes, key=setting.slow_first.index), slab * before))
     return found
 

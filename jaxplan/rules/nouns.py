@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     SUM = "sum"  # contracted: results are partial sums until combined (all-reduce or reduce-scatter)
     COMBINE = "combine"  # contracted by another associative operation (max, min, product, and, or): all-reduce
     HALO = "halo"  # parallel, but neighbours exchange a slab of `halo` elements of the operand
+    ROLL = "roll"  # the same, in the place of as many elements of its own: a device never takes more than it has
     WHOLE = "whole"  # needs its full extent on every device: never given an axis
 
 

@@ -50,12 +50,12 @@ def concatenate(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
 
 @register(roll_p, reads=("shift", "dimension"))
 def roll(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Every device hands a slab to its neighbour, the last one to the first. One that is wider than a shard is charged in full,
-    although no device sends more than it has."""
+    """Every device hands a slab to its neighbour, the last one to the first. Of one wider than a shard XLA makes two, each for one
+    device further on, that are a shard together."""
     build = Builder()
     turned, width = params["dimension"], abs(params["shift"])
     dims = [
-        build.factor(size, Kind.HALO, halo=width) if d == turned else build.factor(size)
+        build.factor(size, Kind.ROLL, halo=width) if width and d == turned else build.factor(size)
         for d, size in enumerate(results[0].shape)
     ]
     return build.rule([dims], [dims], flops=0.0, fusible=True)
