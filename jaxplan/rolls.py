@@ -1,8 +1,8 @@
 """Room `rolls`: the equations that turn a tensor round along a dimension become one, before anything is planned.
 
-`jax.numpy.roll` is traced to two slices and their concatenation, its gradient to the parts of a split, each padded with zeros, and
-their sum. Apart, each of these needs the dimension whole; together they move a slab from every device to its neighbour, and XLA
-compiles them so where they are written as slices and their concatenation (`FindRotateRightPattern` in
+`jax.numpy.roll` is traced to two slices and their concatenation, its gradient to the parts of a split, each padded with zeros,
+and their sum. Apart, each of these needs the dimension whole; together they move a slab from every device to its neighbour, and
+XLA compiles them so where they are written as slices and their concatenation (`FindRotateRightPattern` in
 xla/service/spmd/spmd_partitioner.cc).
 """
 
@@ -30,7 +30,7 @@ Known = dict[int, tuple[Any, Any]]
 
 
 class _Part(NamedTuple):
-    """Elements `start` to `stop` of `source` along a dimension, which come to lie from `place` on, and the equations in between."""
+    """Elements `start` to `stop` of `source` along a dimension, which come to lie from `place` on; the equations in between."""
 
     source: Any
     start: int
@@ -52,7 +52,7 @@ def _changed(value: Any, known: Known) -> Any:
     if not isinstance(value, (_jax.Jaxpr, _jax.ClosedJaxpr)):
         return value
     if id(value) not in known:
-        jaxpr = getattr(value, "jaxpr", value)
+        jaxpr: Any = getattr(value, "jaxpr", value)
         equations, new = _equations(jaxpr, known), value
         if equations is not None:
             inner = jaxpr.replace(eqns=equations)
@@ -96,7 +96,7 @@ def _rolled(jaxpr: Any, equations: list[Any]) -> list[Any] | None:
 
 def _parts(equation: Any, made: Mapping[Any, Any]) -> tuple[int, list[_Part]] | None:
     """(dimension, parts) that an equation puts together, as they come; None where it does something else."""
-    makers = [None if isinstance(v, _jax.Literal) else made.get(v) for v in equation.invars]
+    makers: list[Any] = [None if isinstance(v, _jax.Literal) else made.get(v) for v in equation.invars]
     if equation.primitive is _CONCATENATE:
         dimension = equation.params["dimension"]
         parts = [_cut(v, maker, dimension) for v, maker in zip(equation.invars, makers, strict=True)]

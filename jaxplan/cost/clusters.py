@@ -245,7 +245,7 @@ class ClusterPrice:
         """What neighbours send: halos, and what is handed on."""
         options, numbers = [axis[i] for axis, i in zip(self.options, row, strict=True)], self.family.numbers
         seconds = 0.0
-        for _, axis, slab in halo_bytes(self.cluster, options, self.family.combines.setting, numbers):
+        for _, _, axis, slab in halo_bytes(self.cluster, options, self.family.combines.setting, numbers):
             seconds += sent_seconds({axis: slab}, {axis: 1}, numbers)
         for handed, axis, slab in handed_bytes(self.cluster, options, numbers):
             often, rounds = handed_times(handed, numbers)

@@ -20,6 +20,7 @@ class Numbers:
         self.graph, self.machine, self.ticks, self.microbatches = graph, machine, ticks, microbatches
         self.axis_names = tuple(mesh_shape)
         self.sizes: Sequence[int] = tuple(mesh_shape.values())
+        self.counts = self.sizes
         links = axis_links(machine, mesh_shape)
         self._links = [(links[a].seconds_per_byte, links[a].latency_seconds) for a in mesh_shape]
         self._nbytes = [tensor.nbytes for tensor in graph.tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,6 +33,11 @@ class Algebra(Protocol):
     @property
     def sizes(self) -> Sequence[Value]:
         """Devices along each mesh axis."""
+        ...
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """The same as numbers."""
         ...
 
     @property
@@ -192,7 +198,7 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
             local = local + (value if share == 1.0 else share * value)
     sent, counted = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
     rounds: dict[int, Value] = {**counted}
-    for _, axis, value in halo_bytes(cluster, options, setting, algebra):
+    for _, _, axis, value in halo_bytes(cluster, options, setting, algebra):
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
     for handed, axis, value in handed_bytes(cluster, options, algebra):
@@ -204,8 +210,8 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
 
 def halo_bytes(
     cluster: Cluster, options: Sequence[Option], setting: Setting, algebra: Algebra
-) -> list[tuple[Halo, int, Value]]:
-    """(halo, axis, bytes sent per device) of every slab that neighbours exchange.
+) -> list[tuple[Halo, tuple[int, ...], int, Value]]:
+    """(halo, axes that it crosses, axis that is charged, bytes sent per device) of every slab that neighbours exchange.
 
     Of several axes that cut one dimension the slowest is charged, as some neighbour lies across it. A second dimension's slab
     takes in what the first one's brought: the corners.
@@ -214,7 +220,7 @@ def halo_bytes(
     found = []
     widened: dict[int, Value] = {}
     for halo in cluster.halos:
-        axes = [axis for axis, factor in used if factor == halo.factor]
+        axes = tuple([axis for axis, factor in used if factor == halo.factor])
         if not axes:
             continue
         local: Value = halo.extent
@@ -224,8 +230,20 @@ def halo_bytes(
         slab = _local_bytes(halo.operand, used, algebra) / local * width
         before = widened.get(halo.operator, 1)
         widened[halo.operator] = before * (local + width) / local
-        found.append((halo, min(axes, key=setting.slow_first.index), slab * before))
+        crossed = _crossed(halo, axes, algebra.counts)
+        found.append((halo, crossed, min(crossed, key=setting.slow_first.index), slab * before))
     return found
+
+
+def _crossed(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The axes, of those that cut a dimension, along which a slab moves: not the minor ones where whole shards go that far."""
+    local = halo.extent // math.prod([sizes[axis] for axis in axes])
+    if not halo.instead or not local or halo.width % local:
+        return axes
+    distance = halo.width // local
+    while len(axes) > 1 and distance % sizes[axes[-1]] == 0:
+        distance, axes = distance // sizes[axes[-1]], axes[:-1]
+    return axes
 
 
 def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[Handed, int, Value]]:

@@ -111,8 +111,8 @@ class Combine:
 
 @dataclass(frozen=True)
 class Halo:
-    """A member that needs `width` of the operand's `extent` elements from its neighbours along cluster factor `factor`; `instead`:
-    of its own, so that it is never more than a device has."""
+    """A member that needs `width` of the operand's `extent` elements from its neighbours along cluster factor `factor`.
+    `instead`: in the place of its own, so that it is never more than a device has."""
 
     operator: int
     operand: Terminal

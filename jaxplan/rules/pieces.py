@@ -50,8 +50,8 @@ def concatenate(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
 
 @register(roll_p, reads=("shift", "dimension"))
 def roll(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Every device hands a slab to its neighbour, the last one to the first. Of one wider than a shard XLA makes two, each for one
-    device further on, that are a shard together."""
+    """Every device hands a slab to its neighbour, the last one to the first. Where that is wider than a shard, XLA sends two that
+    are a shard together, to two devices further on."""
     build = Builder()
     turned, width = params["dimension"], abs(params["shift"])
     dims = [
