@@ -3,7 +3,8 @@
 `jax.numpy.roll` is traced to two slices and their concatenation, its gradient to the parts of a split, each padded with zeros,
 and their sum. Apart, each of these needs the dimension whole; together they move a slab from every device to its neighbour, and
 XLA compiles them so where they are written as slices and their concatenation (`FindRotateRightPattern` in
-xla/service/spmd/spmd_partitioner.cc).
+xla/service/spmd/spmd_partitioner.cc). Shifts along one dimension that follow one another become one: of two, XLA's simplifier
+makes slices that are none any more. Calls of nothing but shifts, as `roll` itself is one, are seen through for it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,6 @@ _INSIDE = frozenset((
 _TOLD_BY = frozenset((_CONCATENATE, _PAD))
 """Without any of these a jaxpr has no roll."""
 
-Known = dict[int, tuple[Any, Any]]
-"""{id of a jaxpr: (the jaxpr, what becomes of it)}: jaxprs that are shared stay so."""
-
 
 class _Part(NamedTuple):
     """Elements `start` to `stop` of `source` along a dimension, which come to lie from `place` on; the equations in between."""
@@ -39,45 +37,87 @@ class _Part(NamedTuple):
     equations: tuple[Any, ...]
 
 
-def with_rolls(closed: Any) -> Any:
-    """A closed jaxpr with every such group of equations as one `roll`, also in calls and loops; itself where there is none."""
-    return _changed(closed, {})
+def with_rolls(closed: Any, *, see_through: bool = True) -> Any:
+    """A closed jaxpr with every such group of equations as one `roll`, also in calls and loops; itself where there is none.
+
+    `see_through`: calls of nothing but rolls become these rolls; else all calls stay, for who counts on them.
+    """
+    return _Search(see_through).changed(closed)
 
 
-def _changed(value: Any, known: Known) -> Any:
-    """A parameter of an equation."""
-    if type(value) is tuple:
-        parts = tuple([_changed(part, known) for part in value])
-        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
-    if not isinstance(value, (_jax.Jaxpr, _jax.ClosedJaxpr)):
-        return value
-    if id(value) not in known:
-        jaxpr: Any = getattr(value, "jaxpr", value)
-        equations, new = _equations(jaxpr, known), value
-        if equations is not None:
-            inner = jaxpr.replace(eqns=equations)
-            new = inner if jaxpr is value else value.replace(jaxpr=inner)
-        known[id(value)] = value, new
-    return known[id(value)][1]
+class _Search:
+    """Of one program. `known`: {id of a jaxpr: (the jaxpr, what becomes of it)}, so that jaxprs that are shared stay so."""
+
+    def __init__(self, see_through: bool) -> None:
+        self.see_through = see_through
+        self.known: dict[int, tuple[Any, Any]] = {}
+
+    def changed(self, value: Any) -> Any:
+        """A parameter of an equation."""
+        if type(value) is tuple:
+            parts = tuple([self.changed(part) for part in value])
+            return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+        if not isinstance(value, (_jax.Jaxpr, _jax.ClosedJaxpr)):
+            return value
+        if id(value) not in self.known:
+            jaxpr: Any = getattr(value, "jaxpr", value)
+            equations, new = self.equations(jaxpr), value
+            if equations is not None:
+                inner = jaxpr.replace(eqns=equations)
+                new = inner if jaxpr is value else value.replace(jaxpr=inner)
+            self.known[id(value)] = value, new
+        return self.known[id(value)][1]
+
+    def equations(self, jaxpr: Any) -> list[Any] | None:
+        """Those of a jaxpr with rolls among them; None where nothing changes."""
+        found, told = dict[int, list[Any]](), False
+        for number, equation in enumerate(jaxpr.eqns):
+            if equation.primitive in _INSIDE:
+                params = {name: self.changed(value) for name, value in equation.params.items()}
+                if any(params[name] is not value for name, value in equation.params.items()):
+                    call = equation.replace(params=params)
+                    found[number] = _seen_through(call) if self.see_through else [call]
+            elif equation.primitive in _TOLD_BY:
+                told = True
+        if not found and not told:
+            return None
+        equations = [e for number, equation in enumerate(jaxpr.eqns) for e in found.get(number, (equation,))]
+        rolled = (_rolled(jaxpr, equations) if told else None) or (equations if found else None)
+        return rolled and _one_by_one(jaxpr, rolled)
 
 
-def _equations(jaxpr: Any, known: Known) -> list[Any] | None:
-    """Those of a jaxpr with rolls among them; None where nothing changes."""
-    found, changed, told = jaxpr.eqns, False, False
-    for number, equation in enumerate(jaxpr.eqns):
-        if equation.primitive in _INSIDE:
-            params = {name: _changed(value, known) for name, value in equation.params.items()}
-            if any(params[name] is not value for name, value in equation.params.items()):
-                found = found if changed else list(found)
-                found[number], changed = equation.replace(params=params), True
-        elif equation.primitive in _TOLD_BY:
-            told = True
-    rolled = _rolled(jaxpr, found) if told else None
-    return rolled or (found if changed else None)
+def _seen_through(equation: Any) -> list[Any]:
+    """The rolls of a call that does nothing else; the call, of any other."""
+    inner = equation.params["jaxpr"].jaxpr if equation.primitive is _jax.jit_p else None
+    if inner is None or inner.constvars or any(e.primitive is not _jax.roll_p for e in inner.eqns):
+        return [equation]
+    made = {v for e in inner.eqns for v in e.outvars}
+    if len(set(inner.outvars)) < len(inner.outvars) or not made.issuperset(inner.outvars):
+        return [equation]
+    names = dict(zip(inner.invars, equation.invars, strict=True))
+    names.update((v, _jax.Var(v.aval)) for e in inner.eqns for v in e.outvars)
+    names.update(zip(inner.outvars, equation.outvars, strict=True))
+    sides = [{"invars": [names[v] for v in e.invars], "outvars": [names[v] for v in e.outvars]} for e in inner.eqns]
+    return [e.replace(**side, source_info=equation.source_info) for e, side in zip(inner.eqns, sides, strict=True)]
+
+
+def _one_by_one(jaxpr: Any, equations: list[Any]) -> list[Any]:
+    """Equations with rolls that follow one another along one dimension as one."""
+    made = {e.outvars[0]: e for e in equations if e.primitive is _jax.roll_p}
+    for number, equation in enumerate(equations):
+        before = made.get(equation.invars[0]) if equation.primitive is _jax.roll_p else None
+        dimension = equation.params["dimension"] if before is not None else -1
+        if before is not None and before.params["dimension"] == dimension:
+            extent = max(1, equation.outvars[0].aval.shape[dimension])
+            shift = (before.params["shift"] + equation.params["shift"] + extent // 2) % extent - extent // 2
+            params = {"shift": shift, "dimension": dimension}
+            equations[number] = made[equation.outvars[0]] = equation.replace(invars=before.invars, params=params)
+    used = {v for vs in (jaxpr.outvars, *[e.invars for e in equations]) for v in vs if not isinstance(v, _jax.Literal)}
+    return [e for e in equations if e.primitive is not _jax.roll_p or e.outvars[0] in used]
 
 
 def _rolled(jaxpr: Any, equations: list[Any]) -> list[Any] | None:
-    """The same with a roll in the place of the last equation of each group, and the others gone; None where there is no group."""
+    """Equations with a roll in the place of the last one of each group, and the others gone; None where there is no group."""
     made = {v: e for e in equations if e.primitive in (_SLICE, _SPLIT, _PAD) for v in e.outvars}
     uses = Counter(v for vs in (jaxpr.outvars, *[e.invars for e in equations]) for v in vs if not isinstance(v, _jax.Literal))
     found, gone = list(equations), set[int]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
@@ -214,7 +215,8 @@ def halo_bytes(
     """(halo, axes that it crosses, axis that is charged, bytes sent per device) of every slab that neighbours exchange.
 
     Of several axes that cut one dimension the slowest is charged, as some neighbour lies across it. A second dimension's slab
-    takes in what the first one's brought: the corners.
+    takes in what the first one's brought: the corners. What is taken in the place of a device's own elements comes from two
+    devices where it is more than one has.
     """
     used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
     found = []
@@ -230,20 +232,26 @@ def halo_bytes(
         slab = _local_bytes(halo.operand, used, algebra) / local * width
         before = widened.get(halo.operator, 1)
         widened[halo.operator] = before * (local + width) / local
-        crossed = _crossed(halo, axes, algebra.counts)
-        found.append((halo, crossed, min(crossed, key=setting.slow_first.index), slab * before))
+        for share, crossed in _senders(halo, axes, algebra.counts):
+            part = slab * before if share == 1 else slab * before * share
+            found.append((halo, crossed, min(crossed, key=setting.slow_first.index), part))
     return found
 
 
-def _crossed(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The axes, of those that cut a dimension, along which a slab moves: not the minor ones where whole shards go that far."""
+def _senders(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> list[tuple[Fraction, tuple[int, ...]]]:
+    """(share of a slab, axes that it crosses) by the devices from which it comes."""
     local = halo.extent // math.prod([sizes[axis] for axis in axes])
-    if not halo.instead or not local or halo.width % local:
-        return axes
-    distance = halo.width // local
-    while len(axes) > 1 and distance % sizes[axes[-1]] == 0:
-        distance, axes = distance // sizes[axes[-1]], axes[:-1]
-    return axes
+    if not halo.instead or halo.width <= local or not local:
+        return [(Fraction(1), axes)]
+    far, rest = divmod(halo.width, local)
+    found = []
+    for distance, width in ((far, local - rest), (far + 1, rest)):
+        crossed, steps = axes, distance
+        while len(crossed) > 1 and steps % sizes[crossed[-1]] == 0:  # by so many devices, minor axes stay where they are
+            steps, crossed = steps // sizes[crossed[-1]], crossed[:-1]
+        if width:
+            found.append((Fraction(width, local), crossed))
+    return found
 
 
 def handed_bytes(cluster: Cluster, options: Sequence[Option], algebra: Algebra) -> list[tuple[Handed, int, Value]]:
