@@ -57,6 +57,10 @@ broadcast_in_dim_p = _primitives.broadcast_in_dim_p
 iota_p = _primitives.iota_p
 
 
+JOINS_EARLY = jaxlib.version.__version_info__ >= (0, 11, 1)
+"""Whether XLA on CPU stores what is put together along the innermost dimension from 64 bytes of that on (and 2 KiB of all), as
+jaxlib 0.12 does; else from 128 elements of it on, as 0.10 does."""
+
 REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU runs a rematerialised call only once all that it reads is there (else at once, where outside of loops)."""
 

@@ -20,6 +20,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxplan import _jax
 from jaxplan.cost.hoisting import hoisted
 from jaxplan.cost.schedule import Order, wanted_order
 from jaxplan.graph import Graph, Operator
@@ -36,6 +37,10 @@ OFTEN = 15
 WIDER, WIDER_PRODUCTS = {"bfloat16": 4}, {"bfloat16": 4, "float16": 4}
 """Bytes of the numbers in which all kernels but loops compute what has this type, and exchanges send it (float_normalization.cc);
 and those in which products do (change_op_data_type.cc)."""
+JOINED = 8
+"""Loops put together no more parts (cpu_instruction_fusion.cc, `kMaxConcatenateArguments`)."""
+WINDOW = 32
+"""Of a reduction over more than this of a dimension, loops compute nothing: it is made in windows of this size first."""
 OUTSIDE = -1
 """Who reads what leaves, or what another kernel than those of this page reads."""
 
@@ -82,7 +87,8 @@ NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {})
 class _Node:
     """A value: made at `place` from `sources`, by a `loop` (or another kernel), as large as `tensor`. `library`: what the library
     can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
-    changes; `apart`: never computed inside of readers; `copied`: for a
+    changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
+    reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
     stored in so many bytes an element, besides the tensor; `wide`: in as many as products read."""
 
@@ -97,6 +103,7 @@ class _Node:
     moves: bool = False
     turns: bool = False
     apart: bool = False
+    joins: int = 0
     copied: bool = False
     left: int = 0
     width: int = 0
@@ -196,7 +203,7 @@ class _Values:
             if tensor not in self.of:
                 self.of[tensor] = self._new(_Node(place, tensor))
         moved = {t: self._sent(place, t) for t in dict.fromkeys(operands) if (t, index) in sent}
-        if not moved and index not in partial and self._repeats(op):
+        if not moved and index not in partial and not self._sends(op) and self._repeats(op):
             return
         if len(op.results) == 1 and operands and self._alike(op):
             source = moved.get(operands[0], self.of[operands[0]])
@@ -207,6 +214,8 @@ class _Values:
             sources = tuple(moved.get(t, self.of[t]) for t in operands)
             words = [self._new(_Node(place, op.results[0], sources, width=4)) for _ in range(rule.rounds_words // 2)]
             self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(words), True))
+        elif len(op.results) == 1 and self._joins_apart(op):
+            self._joined(place, op, moved)
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
@@ -299,6 +308,41 @@ class _Values:
         moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
 
+    def _in_windows(self, op: Operator) -> bool:
+        """Whether a reduction is made window by window first, which no loop does (tree_reduction_rewriter.cc)."""
+        kept = {f for dim in op.rule.results[0] for f in dim}
+        axes = list(zip(self._layouts.get(op.operands[0], ()), self._sizes, strict=False))
+        return any(
+            math.prod([op.rule.factors[f].size for f in dim]) > WINDOW * math.prod([size for at, size in axes if at == d])
+            for d, dim in enumerate(op.rule.operands[0]) if not kept.issuperset(dim)
+        )  # fmt: skip
+
+    def _sends(self, op: Operator) -> bool:
+        """Whether parts that it puts together come from other devices. Compilers do not merge two such."""
+        return op.rule.joins >= 0 and op.rule.joins in self._layouts.get(op.results[0], ())
+
+    def _joins_apart(self, op: Operator) -> bool:
+        """Whether putting parts together is a kernel of its own: of many, or along an innermost dimension that is long enough."""
+        if op.rule.joins < 0 or len(op.operands) > JOINED:
+            return op.rule.joins >= 0
+        if op.rule.joins != len(op.rule.results[0]) - 1:
+            return False
+        about, layout = self.graph.tensors[op.results[0]], self._layouts.get(op.results[0])
+        along = zip(layout or (), self._sizes, strict=False)
+        inner = about.shape[-1] / math.prod([size for dim, size in along if dim == op.rule.joins])
+        if not _jax.JOINS_EARLY:
+            return inner >= 128
+        return inner * about.itemsize >= 64 and self.elements(op.results[0]) * about.itemsize >= 2048
+
+    def _joined(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
+        """What such a kernel makes of what it reads, each stored. The parts of a single value are cut as soon as that is there."""
+        sources = [moved.get(t, self.of[t]) for t in op.operands if t >= 0]
+        if len(op.operands) == 1:
+            (number,), node = sources, self.nodes[sources[0]]
+            first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
+            sources = [self._new(_Node(first, op.results[0], (number,), True, moves=True, copied=True))]
+        self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(sources)))
+
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
         """What a loop computes."""
         rule, result = op.rule, op.results[0]
@@ -312,13 +356,14 @@ class _Values:
             return
         large = max(map(self.elements, (*known, result)))
         self.of[result] = self._new(_Node(
-            place, result, tuple(sources), True,
+            place, result, tuple(sources), not (reduces and not self._floats(op) and self._in_windows(op)),
             library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
             reduces=reduces,
             costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0) or (rule.flops > 0 and self._rounded(result)),
             moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
             turns=broadcast and bool(known) and whole == self._whole(known[0]) and not _shifts(rule),
             apart=rule.costly == 3,
+            joins=0 if rule.joins < 0 else 1 if self._sends(op) else 2 if len(known) == 1 else 1,
         ))  # fmt: skip
 
     def _whole(self, tensor: int) -> int:
@@ -411,13 +456,19 @@ class _Values:
             return [] if several or any(nodes[r].spread or found[r].reuses for r in loops) else loops
         if len(loops) < len(node.users) and not self._unary(node):
             return []
-        times = Counter(place[0] for place in self._places(loops, found))
+        places = self._places(loops, found)
+        if node.joins and len(places) > 1:
+            return []
+        times = Counter(place[0] for place in places)
         return loops if max(times.values(), default=0) <= OFTEN else []
 
     def _places(self, readers: Sequence[int], found: Sequence[_Computed]) -> frozenset[tuple[int, ...]]:
         """Where a value is read, by its readers' own places: those that move elements read it elsewhere than they write."""
         own = [(r, place) for r in readers for place in found[r].places]
-        return frozenset((*place, r) if self.nodes[r].moves or self.nodes[r].spread else place for r, place in own)
+        return frozenset(
+            (*place, r, part) if self.nodes[r].moves or self.nodes[r].spread else place
+            for r, place in own for part in range(max(1, self.nodes[r].joins))
+        )  # fmt: skip
 
     def _updated(self, number: int, readers: Sequence[int]) -> int | None:
         """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""

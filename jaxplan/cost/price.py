@@ -240,8 +240,8 @@ def halo_bytes(
 
 def _senders(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> list[tuple[Fraction, tuple[int, ...]]]:
     """(share of a slab, axes that it crosses) by the devices from which it comes."""
-    local = halo.extent // math.prod([sizes[axis] for axis in axes])
-    if not halo.instead or halo.width <= local or not local:
+    local = halo.extent // math.prod([sizes[axis] for axis in axes]) if halo.instead else 0
+    if not local or halo.width <= local:
         return [(Fraction(1), axes)]
     far, rest = divmod(halo.width, local)
     found = []

@@ -45,7 +45,7 @@ def concatenate(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     joined = params["dimension"]
     dims = _whole_at(build, results[0].shape, joined)
     parts = [[dim if a.shape[d] != 1 else () for d, dim in enumerate(dims)] for a in operands]
-    return build.rule(parts, [dims], flops=0.0, fusible=True)
+    return build.rule(parts, [dims], flops=0.0, fusible=True, joins=joined)
 
 
 @register(roll_p, reads=("shift", "dimension"))
@@ -58,7 +58,7 @@ def roll(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[A
         build.factor(size, Kind.ROLL, halo=width) if width and d == turned else build.factor(size)
         for d, size in enumerate(results[0].shape)
     ]
-    return build.rule([dims], [dims], flops=0.0, fusible=True)
+    return build.rule([dims], [dims], flops=0.0, fusible=True, joins=turned if width else -1)
 
 
 @register(*primitives("split"), reads=("axis",))
@@ -76,7 +76,7 @@ def stack(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[
     build = Builder()
     axis = params["axis"] % len(results[0].shape)
     dims = _whole_at(build, results[0].shape, axis)
-    return build.rule([dims[:axis] + dims[axis + 1 :]] * len(operands), [dims], flops=0.0, fusible=True)
+    return build.rule([dims[:axis] + dims[axis + 1 :]] * len(operands), [dims], flops=0.0, fusible=True, joins=axis)
 
 
 @register(*primitives("unstack?"), reads=("axis",))
