@@ -335,7 +335,7 @@ class _Values:
         return inner * about.itemsize >= 64 and self.elements(op.results[0]) * about.itemsize >= 2048
 
     def _joined(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
-        """What such a kernel makes of what it reads, each stored. The parts of a single value are cut as soon as that is there."""
+        """What such a kernel makes of what it reads, each stored. Parts of a single value are cut as soon as that is there."""
         sources = [moved.get(t, self.of[t]) for t in op.operands if t >= 0]
         if len(op.operands) == 1:
             (number,), node = sources, self.nodes[sources[0]]
