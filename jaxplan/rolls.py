@@ -128,7 +128,7 @@ def _rolled(jaxpr: Any, equations: list[Any]) -> list[Any] | None:
         shift = _shift(equation, parts, dimension) if parts else None
         inner = {id(e): e for part in parts for e in part.equations}
         if shift is not None and all(uses[v] == 1 for e in inner.values() for v in e.outvars):
-            params = {"shift": shift, "dimension": dimension}
+            params = {"shift": int(shift), "dimension": int(dimension)}
             found[number] = equation.replace(primitive=_jax.roll_p, invars=[parts[0].source], params=params)
             gone.update(inner)
     return [equation for equation in found if id(equation) not in gone] if gone else None

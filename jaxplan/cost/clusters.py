@@ -219,7 +219,7 @@ class Clusters:
         for axis in range(rows.shape[1]):
             numbers = numbers + known.codes[result, axis, rows[place, axis]]
         per_byte, fixed = self.combines.rates(numbers)
-        seconds = np.bincount(place, per_byte * known.nbytes[result] + fixed, len(rows))
+        seconds = np.bincount(place, per_byte * known.nbytes[result] + fixed, len(rows)).astype(float)  # whole numbers of nothing
         for n in np.flatnonzero(known.sends[owners]).tolist():
             seconds[n] += self._members[owners[n]].sent_seconds(rows[n].tolist())
         return seconds

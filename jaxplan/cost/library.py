@@ -69,7 +69,8 @@ class Kept(NamedTuple):
     {tensor: the one of whose elements it consists, in the same order}. `spreads`: what is stored besides. `written_over`: places
     where loops write element by element what they read. `begins`: {tensor: where its buffer is made}, of those that start as a
     broadcast, of which places are updated, and of those that are computed before the loop in whose body they stand. `sent`:
-    {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}."""
+    {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}. `shifted`: new values of
+    loop carries that are computed from the old ones' other elements."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
@@ -78,9 +79,10 @@ class Kept(NamedTuple):
     written_over: frozenset[int]
     begins: Mapping[int, int]
     sent: Mapping[tuple[int, int], int]
+    shifted: frozenset[int]
 
 
-NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {})
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {}, frozenset())
 
 
 @dataclass(slots=True)
@@ -443,7 +445,18 @@ class _Values:
         over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
         over -= {node.place for node in nodes if node.width and not node.loop}  # of a kernel's result, loops there make another
         sent = {copy: until[number] for number, copy in self._copies.items() if number in until}
-        return Kept(computed, places, self.same, tuple(spreads), over, begins, sent)
+        return Kept(computed, places, self.same, tuple(spreads), over, begins, sent, self._shifted(found, home))
+
+    def _shifted(self, found: Sequence[_Computed], home: Mapping[int, int]) -> frozenset[int]:
+        """The new values of carries that a single kernel computes from other elements of the old ones than it writes."""
+        new = set[int]()
+        for op in self.operators:
+            if op.name == BOUNDARY and op.path[-2] == "carry" and op.operands[1] in self.of and op.results[0] in self.of:
+                kernel, old = self.of[op.operands[1]], self.nodes[self.of[op.results[0]]]
+                loops = [r for r in old.users if r != OUTSIDE and self.nodes[r].loop and r not in home]
+                if any(place[0] == kernel and len(place) > 1 for place in self._places(loops, found)):
+                    new.add(op.operands[1])
+        return frozenset(new)
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""
