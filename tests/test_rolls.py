@@ -321,5 +321,6 @@ def test_stages_of_unlike_layers_know_shifts():
     plan = jaxplan.make_plan(step, *args, mesh=mesh_of((2, 2)), machine="cpu", pipeline="x", microbatches=4, pins=pins)
     assert isinstance(plan, StagedPlan)
     jax.tree.map(assert_close, step(*args), plan.jit()(*args))
+    assert all(rolls_of(stage.traced.jaxpr.jaxpr) for stage in plan.stage_plans)
     found = plan.audit()
-    assert any(row.kind == "collective-permute" for row in found.exchanges) and max(found.errors.values()) < 1e-3, str(found)
+    assert found.predicted["y"] > 0 and max(found.errors.values()) < 1e-3, str(found)

@@ -166,6 +166,7 @@ class _Values:
         self._copies: dict[int, tuple[int, int]] = {}
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        self._parts: dict[int, tuple[tuple[int, ...], int]] = {}
         for place, op in enumerate(operators):
             if op.name in (BOUNDARY, INPUT):
                 for tensor in op.results:
@@ -344,6 +345,8 @@ class _Values:
             first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
             sources = [self._new(_Node(first, op.results[0], (number,), True, moves=True, copied=True))]
         self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(sources)))
+        if len(op.operands) > 1:
+            self._parts[self.of[op.results[0]]] = tuple(sources), op.rule.joins
 
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
         """What a loop computes."""
@@ -353,6 +356,8 @@ class _Values:
         wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
         slots = [(slot, tensor) for slot, tensor in enumerate(op.operands) if wide or tensor >= 0]
         sources = [self._read(op, slot, tensor, place, moved, wide) for slot, tensor in slots]
+        if reduces:
+            sources = [part for source in sources for part in self._parts_of(op, source)]
         if broadcast and wide and sources and self.nodes[sources[0]].spread:
             self.of[result] = sources[0]
             return
@@ -367,6 +372,15 @@ class _Values:
             apart=rule.costly == 3,
             joins=0 if rule.joins < 0 else 1 if self._sends(op) else 2 if len(known) == 1 else 1,
         ))  # fmt: skip
+        if rule.joins >= 0 and len(sources) > 1:
+            self._parts[self.of[result]] = tuple(sources), rule.joins
+
+    def _parts_of(self, op: Operator, source: int) -> tuple[int, ...]:
+        """What a reduction reads of a value: the parts that are put together along a dimension that it reduces, each reduced by
+        itself (algebraic_simplifier.cc)."""
+        parts, joined = self._parts.get(source, ((), -1))
+        kept = {f for dim in op.rule.results[0] for f in dim}
+        return parts if parts and not kept.issuperset(op.rule.operands[0][joined]) else (source,)
 
     def _whole(self, tensor: int) -> int:
         return math.prod(self.graph.tensors[tensor].shape)
