@@ -91,6 +91,8 @@ def _seen_through(equation: Any) -> list[Any]:
     inner = equation.params["jaxpr"].jaxpr if equation.primitive is _jax.jit_p else None
     if inner is None or inner.constvars or any(e.primitive is not _jax.roll_p for e in inner.eqns):
         return [equation]
+    if any(isinstance(v, _jax.Literal) for v in (*equation.invars, *inner.outvars)):
+        return [equation]
     made = {v for e in inner.eqns for v in e.outvars}
     if len(set(inner.outvars)) < len(inner.outvars) or not made.issuperset(inner.outvars):
         return [equation]

@@ -250,6 +250,26 @@ def test_what_is_no_shift_stays_as_it_is(fn):
     assert_close(fn(x), plan.jit()(x))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: (jnp.roll(x, 1, 0), 1.0, x),
+        lambda x: (jnp.roll(x, 1, 0), 1.0),
+        lambda x: (lambda y: (y, y))(jnp.roll(x, 1, 0)),
+        lambda x: (jnp.roll(x, 1, 0), jnp.roll(jnp.roll(x, 1, 0), (2, 1), (0, 1))),
+    ],
+)
+def test_calls_of_shifts_keep_their_results(call):
+    x, inner = values(16, 8), jax.jit(call)
+
+    def fn(x):
+        return inner(x), inner(2 * inner(x)[0])
+
+    plan = jaxplan.make_plan(fn, x, mesh=mesh_of((8,)), machine=FAST, pins={"x": ("x", None)})
+    assert rolls_of(plan.traced.jaxpr.jaxpr)
+    jax.tree.map(assert_close, fn(x), plan.jit()(x))
+
+
 def test_who_evaluates_a_jaxpr_gets_slices():
     u = values(16, 16)
     closed = trace(heat, (u,), {}).jaxpr
