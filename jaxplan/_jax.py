@@ -26,6 +26,7 @@ from jax._src.interpreters import partial_eval as _partial_eval
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
+from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
 Literal = _core.Literal
@@ -55,6 +56,10 @@ reshape_p = _primitives.reshape_p
 broadcast_in_dim_p = _primitives.broadcast_in_dim_p
 iota_p = _primitives.iota_p
 
+
+JOINS_EARLY = jaxlib.version.__version_info__ >= (0, 11, 1)
+"""Whether XLA on CPU stores what is put together along the innermost dimension from 64 bytes of that on (and 2 KiB of all), as
+jaxlib 0.12 does; else from 128 elements of it on, as 0.10 does."""
 
 REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU runs a rematerialised call only once all that it reads is there (else at once, where outside of loops)."""
@@ -98,6 +103,30 @@ def without_dead(closed: Any) -> Any:
     """A closed jaxpr less the equations that nothing comes of, also inside of loops and calls; inputs, outputs, effects stay."""
     jaxpr, _ = _partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), True)
     return closed.replace(jaxpr=jaxpr)
+
+
+class _Roll(Primitive):
+    """Stands in jaxprs only: whoever evaluates one, also under a transformation, gets it written out."""
+
+    def bind(self, *values: Any, **params: Any) -> Any:
+        return rolled(*values, **params)
+
+
+roll_p = _Roll("roll")
+"""A tensor turned round along a `dimension` by `shift` places: its two slices and their concatenation in one (`rolls.py`)."""
+
+
+def rolled(value: Any, *, shift: int, dimension: int) -> Any:
+    """What was at i is at i + shift, modulo the extent: as `jax.numpy.roll` writes it, which compilers know."""
+    if not shift:
+        return value
+    at = -shift % value.shape[dimension]
+    parts = jax.lax.slice_in_dim(value, at, None, axis=dimension), jax.lax.slice_in_dim(value, 0, at, axis=dimension)
+    return jax.lax.concatenate(parts, dimension)
+
+
+roll_p.def_abstract_eval(lambda aval, *, shift, dimension: aval)
+mlir.register_lowering(roll_p, mlir.lower_fun(rolled, multiple_results=False))
 
 
 def sub_jaxprs(equation: Any) -> Iterator[Any]:

@@ -346,11 +346,11 @@ class Plan:
         for exchange in cluster_exchanges(cluster, options, setting):
             steps = (self._scattered[exchange.operator],) if exchange.operator in self._scattered else exchange.steps
             found += self.moved(steps, exchange.tensor, exchange.operator, cluster.times)
-        for halo, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
+        for halo, axes, axis, sent in halo_bytes(cluster, options, setting, self.modelled.numbers):
             about, op = graph.tensors[halo.operand.tensor], graph.operators[halo.operator]
-            name = self.axis_names[axis]
+            names = tuple([self.axis_names[crossed] for crossed in axes])
             found.append(PlannedExchange(
-                "permute", (name,), {name: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
+                "permute", names, {self.axis_names[axis]: sent}, cluster.times, about.shape, about.dtype, op.name, self.source(op)
             ))  # fmt: skip
         for handed, axis, sent in handed_bytes(cluster, options, self.modelled.numbers):
             about, op, name = graph.tensors[handed.operand.tensor], graph.operators[handed.operator], self.axis_names[axis]

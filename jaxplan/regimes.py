@@ -455,16 +455,18 @@ def _evaluated(terms: Sequence[Any], numbers: Mapping[Any, float]) -> list[float
 
 
 def _settled(cost: sympy.Expr, numbers: Mapping[Any, float]) -> sympy.Expr:
-    """A cost with every maximum replaced by the part that it comes to."""
+    """A cost with every maximum and minimum replaced by the part that it comes to."""
     import sympy
 
-    parts = sorted({part for maximum in cost.atoms(sympy.Max) for part in maximum.args}, key=str)
+    either = sympy.Max, sympy.Min
+    parts = sorted({part for found in cost.atoms(*either) for part in found.args}, key=str)
     sizes = dict(zip(parts, _evaluated(parts, numbers), strict=True))
 
     def settle(expr: Any) -> Any:
-        if isinstance(expr, sympy.Max):
-            return settle(max(expr.args, key=lambda part: (sizes[part], str(part))))
-        return expr.func(*map(settle, expr.args)) if expr.has(sympy.Max) else expr
+        if isinstance(expr, either):
+            best = max if isinstance(expr, sympy.Max) else min
+            return settle(best(expr.args, key=lambda part: (sizes[part], str(part))))
+        return expr.func(*map(settle, expr.args)) if expr.has(*either) else expr
 
     return settle(cost)
 

@@ -199,6 +199,8 @@ def _check_operator(
         raise CannotResize(f"{told} goes into or out of a shard_map: its inside is not read. Trace the other sizes anew")
     if not rule.known or _guessed(origin.graph, operator, moved):
         raise CannotResize(f"{told} goes through {where}, of which only a trace tells what comes out. Trace the other sizes anew")
+    if _turned(operator, moved):
+        raise CannotResize(f"{told} is turned round at {where}: how far, of other extents, is not in the trace. Trace them anew")
     starts, sides = slice_starts(operator.equation), []
     terminals = [(t, d, slot, True) for slot, (t, d) in enumerate(zip(operator.operands, rule.operands, strict=True))]
     terminals += [(t, d, slot, False) for slot, (t, d) in enumerate(zip(operator.results, rule.results, strict=True))]
@@ -233,6 +235,14 @@ def _check_operator(
     if len({frozenset(used) for used in sides}) > 1:
         raise CannotResize(f"{told} is cut into parts at {where}, and not evenly. Trace the other sizes anew")
     return limits
+
+
+def _turned(operator: Operator, moved: Sequence[bool]) -> bool:
+    """Whether elements change places along a dimension that changes, by a number written out."""
+    equation = operator.equation
+    if equation is None or equation.primitive is not _jax.roll_p:
+        return False
+    return any(moved[factor] for factor in operator.rule.operands[0][equation.params["dimension"]])
 
 
 def _guessed(graph: Graph, operator: Operator, moved: Sequence[bool]) -> bool:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_structure, tree_unflatten
 
 from jaxplan import _jax
+from jaxplan.rolls import with_rolls
 
 
 class TraceError(ValueError):
@@ -65,7 +66,8 @@ def trace(
 ) -> Traced:
     """Trace `fn(*args, **kwargs)` once. Arrays, `jax.ShapeDtypeStruct`s, scalars and pytrees of them are accepted.
 
-    `keep_dead`: equations that nothing comes of stay, and with them all that loops are given, for who counts on their places.
+    `keep_dead`: equations that nothing comes of stay, and with them all that loops are given, and calls, for who counts on their
+    places.
 
     A function already under `jax.jit` keeps its own static and donated arguments. Where arguments lie now does not matter, also
     where a mesh of Explicit axes has it in their types. Errors of the function itself are JAX's own, with one line of context
@@ -104,7 +106,7 @@ def trace(
     names = _argument_names(fn, len(info[0]), len(args), [key for key in static if isinstance(key, int)])
     out_entries, out_tree = tree_flatten_with_path(staged.out_info)
     return Traced(
-        jaxpr=staged.jaxpr if keep_dead else _jax.without_dead(staged.jaxpr),
+        jaxpr=with_rolls(staged.jaxpr, see_through=False) if keep_dead else with_rolls(_jax.without_dead(staged.jaxpr)),
         name=name,
         in_tree=in_tree,
         out_tree=out_tree,

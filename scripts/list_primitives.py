@@ -382,8 +382,9 @@ def _term(powers: Powers, value: float) -> str:
 class Names:
     """The algebra of jaxplan.cost over the names of one rule's factors, in capitals, and an axis of `n` devices."""
 
-    larger = max
+    larger, smaller = max, min
     sizes: Sequence[Any] = (Sum.of("n"),)
+    counts = (1,)
     seconds_per_byte = Sum.of("m")
 
     def __init__(self, graph: Graph) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(jaxplan.__file__).parent
 MOST_LINES = 600
 
 FLOW = (
-    "layout", "paths", "_jax", "problem", "machine", "trace", "rules", "graph", "cost", "buckets", "reduce", "search",
+    "layout", "paths", "_jax", "problem", "machine", "rolls", "trace", "rules", "graph", "cost", "buckets", "reduce", "search",
     "pipeline", "plan",
 )  # fmt: skip
 """The rooms in the order data flows: each may import those before it."""

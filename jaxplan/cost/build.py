@@ -356,7 +356,7 @@ def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None
     nbytes = numbers.nbytes
     sizes = tuple([(nbytes(t.tensor) if t.tensor >= 0 else 0, t.leads) for t in (*cluster.reads, *cluster.writes)])
     combines = tuple([(c.result.leads, nbytes(c.result.tensor), c.over, c.scatterable, c.left) for c in cluster.combines])
-    halos = tuple([(h.operand.leads, h.factor, h.width, h.extent, nbytes(h.operand.tensor)) for h in cluster.halos])
+    halos = tuple([(h.operand.leads, h.factor, h.width, h.extent, h.instead, nbytes(h.operand.tensor)) for h in cluster.halos])
     shares = (cluster.read_shares, cluster.write_shares)
     work = tuple([(w.flops, w.factors, w.dtype) for w in cluster.work])
     apart = cluster.apart

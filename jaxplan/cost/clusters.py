@@ -219,7 +219,7 @@ class Clusters:
         for axis in range(rows.shape[1]):
             numbers = numbers + known.codes[result, axis, rows[place, axis]]
         per_byte, fixed = self.combines.rates(numbers)
-        seconds = np.bincount(place, per_byte * known.nbytes[result] + fixed, len(rows))
+        seconds = np.bincount(place, per_byte * known.nbytes[result] + fixed, len(rows)).astype(float)  # whole numbers of nothing
         for n in np.flatnonzero(known.sends[owners]).tolist():
             seconds[n] += self._members[owners[n]].sent_seconds(rows[n].tolist())
         return seconds
@@ -245,7 +245,7 @@ class ClusterPrice:
         """What neighbours send: halos, and what is handed on."""
         options, numbers = [axis[i] for axis, i in zip(self.options, row, strict=True)], self.family.numbers
         seconds = 0.0
-        for _, axis, slab in halo_bytes(self.cluster, options, self.family.combines.setting, numbers):
+        for _, _, axis, slab in halo_bytes(self.cluster, options, self.family.combines.setting, numbers):
             seconds += sent_seconds({axis: slab}, {axis: 1}, numbers)
         for handed, axis, slab in handed_bytes(self.cluster, options, numbers):
             often, rounds = handed_times(handed, numbers)

@@ -20,6 +20,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxplan import _jax
 from jaxplan.cost.hoisting import hoisted
 from jaxplan.cost.schedule import Order, wanted_order
 from jaxplan.graph import Graph, Operator
@@ -36,6 +37,10 @@ OFTEN = 15
 WIDER, WIDER_PRODUCTS = {"bfloat16": 4}, {"bfloat16": 4, "float16": 4}
 """Bytes of the numbers in which all kernels but loops compute what has this type, and exchanges send it (float_normalization.cc);
 and those in which products do (change_op_data_type.cc)."""
+JOINED = 8
+"""Loops put together no more parts (cpu_instruction_fusion.cc, `kMaxConcatenateArguments`)."""
+WINDOW = 32
+"""Of a reduction over more than this of a dimension, loops compute nothing: it is made in windows of this size first."""
 OUTSIDE = -1
 """Who reads what leaves, or what another kernel than those of this page reads."""
 
@@ -64,7 +69,8 @@ class Kept(NamedTuple):
     {tensor: the one of whose elements it consists, in the same order}. `spreads`: what is stored besides. `written_over`: places
     where loops write element by element what they read. `begins`: {tensor: where its buffer is made}, of those that start as a
     broadcast, of which places are updated, and of those that are computed before the loop in whose body they stand. `sent`:
-    {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}."""
+    {(tensor, place where it is read in another layout): the last place where a kernel reads that copy}. `shifted`: new values of
+    loop carries that are computed from the old ones' other elements."""
 
     computed: frozenset[int]
     until: Mapping[int, int]
@@ -73,16 +79,18 @@ class Kept(NamedTuple):
     written_over: frozenset[int]
     begins: Mapping[int, int]
     sent: Mapping[tuple[int, int], int]
+    shifted: frozenset[int]
 
 
-NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {})
+NO_MORE = Kept(frozenset(), {}, {}, (), frozenset(), {}, {}, frozenset())
 
 
 @dataclass(slots=True)
 class _Node:
     """A value: made at `place` from `sources`, by a `loop` (or another kernel), as large as `tensor`. `library`: what the library
     can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
-    changes; `apart`: never computed inside of readers; `copied`: for a
+    changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
+    reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
     stored in so many bytes an element, besides the tensor; `wide`: in as many as products read."""
 
@@ -97,6 +105,7 @@ class _Node:
     moves: bool = False
     turns: bool = False
     apart: bool = False
+    joins: int = 0
     copied: bool = False
     left: int = 0
     width: int = 0
@@ -157,6 +166,7 @@ class _Values:
         self._copies: dict[int, tuple[int, int]] = {}
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        self._parts: dict[int, tuple[tuple[int, ...], int]] = {}
         for place, op in enumerate(operators):
             if op.name in (BOUNDARY, INPUT):
                 for tensor in op.results:
@@ -196,7 +206,7 @@ class _Values:
             if tensor not in self.of:
                 self.of[tensor] = self._new(_Node(place, tensor))
         moved = {t: self._sent(place, t) for t in dict.fromkeys(operands) if (t, index) in sent}
-        if not moved and index not in partial and self._repeats(op):
+        if not moved and index not in partial and not self._sends(op) and self._repeats(op):
             return
         if len(op.results) == 1 and operands and self._alike(op):
             source = moved.get(operands[0], self.of[operands[0]])
@@ -207,6 +217,8 @@ class _Values:
             sources = tuple(moved.get(t, self.of[t]) for t in operands)
             words = [self._new(_Node(place, op.results[0], sources, width=4)) for _ in range(rule.rounds_words // 2)]
             self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(words), True))
+        elif len(op.results) == 1 and self._joins_apart(op):
+            self._joined(place, op, moved)
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
@@ -295,9 +307,46 @@ class _Values:
         sides = rule.operands[0], rule.results[0]
         before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in sides)
         shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
-        turned = shapes[0] == shapes[1] and any(f.kind is Kind.WHOLE and f.size > 1 for f in rule.factors)
+        turned = shapes[0] == shapes[1] and _shifts(rule)
         moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
+
+    def _in_windows(self, op: Operator) -> bool:
+        """Whether a reduction is made window by window first, which no loop does (tree_reduction_rewriter.cc)."""
+        kept = {f for dim in op.rule.results[0] for f in dim}
+        axes = list(zip(self._layouts.get(op.operands[0], ()), self._sizes, strict=False))
+        return any(
+            math.prod([op.rule.factors[f].size for f in dim]) > WINDOW * math.prod([size for at, size in axes if at == d])
+            for d, dim in enumerate(op.rule.operands[0]) if not kept.issuperset(dim)
+        )  # fmt: skip
+
+    def _sends(self, op: Operator) -> bool:
+        """Whether parts that it puts together come from other devices. Compilers do not merge two such."""
+        return op.rule.joins >= 0 and op.rule.joins in self._layouts.get(op.results[0], ())
+
+    def _joins_apart(self, op: Operator) -> bool:
+        """Whether putting parts together is a kernel of its own: of many, or along an innermost dimension that is long enough."""
+        if op.rule.joins < 0 or len(op.operands) > JOINED:
+            return op.rule.joins >= 0
+        if op.rule.joins != len(op.rule.results[0]) - 1:
+            return False
+        about, layout = self.graph.tensors[op.results[0]], self._layouts.get(op.results[0])
+        along = zip(layout or (), self._sizes, strict=False)
+        inner = about.shape[-1] / math.prod([size for dim, size in along if dim == op.rule.joins])
+        if not _jax.JOINS_EARLY:
+            return inner >= 128
+        return inner * about.itemsize >= 64 and self.elements(op.results[0]) * about.itemsize >= 2048
+
+    def _joined(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
+        """What such a kernel makes of what it reads, each stored. Parts of a single value are cut as soon as that is there."""
+        sources = [moved.get(t, self.of[t]) for t in op.operands if t >= 0]
+        if len(op.operands) == 1:
+            (number,), node = sources, self.nodes[sources[0]]
+            first = min(place, max(self._begins[op.scope], node.place + 1 if node.place <= place else 0))
+            sources = [self._new(_Node(first, op.results[0], (number,), True, moves=True, copied=True))]
+        self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(sources)))
+        if len(op.operands) > 1:
+            self._parts[self.of[op.results[0]]] = tuple(sources), op.rule.joins
 
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
         """What a loop computes."""
@@ -307,19 +356,31 @@ class _Values:
         wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
         slots = [(slot, tensor) for slot, tensor in enumerate(op.operands) if wide or tensor >= 0]
         sources = [self._read(op, slot, tensor, place, moved, wide) for slot, tensor in slots]
+        if reduces:
+            sources = [part for source in sources for part in self._parts_of(op, source)]
         if broadcast and wide and sources and self.nodes[sources[0]].spread:
             self.of[result] = sources[0]
             return
         large = max(map(self.elements, (*known, result)))
         self.of[result] = self._new(_Node(
-            place, result, tuple(sources), True,
+            place, result, tuple(sources), not (reduces and not self._floats(op) and self._in_windows(op)),
             library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
             reduces=reduces,
             costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0) or (rule.flops > 0 and self._rounded(result)),
             moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
-            turns=broadcast and bool(known) and whole == self._whole(known[0]),
+            turns=broadcast and bool(known) and whole == self._whole(known[0]) and not _shifts(rule),
             apart=rule.costly == 3,
+            joins=0 if rule.joins < 0 else 1 if self._sends(op) else 2 if len(known) == 1 else 1,
         ))  # fmt: skip
+        if rule.joins >= 0 and len(sources) > 1:
+            self._parts[self.of[result]] = tuple(sources), rule.joins
+
+    def _parts_of(self, op: Operator, source: int) -> tuple[int, ...]:
+        """What a reduction reads of a value: the parts that are put together along a dimension that it reduces, each reduced by
+        itself (algebraic_simplifier.cc)."""
+        parts, joined = self._parts.get(source, ((), -1))
+        kept = {f for dim in op.rule.results[0] for f in dim}
+        return parts if parts and not kept.issuperset(op.rule.operands[0][joined]) else (source,)
 
     def _whole(self, tensor: int) -> int:
         return math.prod(self.graph.tensors[tensor].shape)
@@ -398,7 +459,18 @@ class _Values:
         over = frozenset(node.place for node in nodes if node.loop and not node.moves and not node.spread)
         over -= {node.place for node in nodes if node.width and not node.loop}  # of a kernel's result, loops there make another
         sent = {copy: until[number] for number, copy in self._copies.items() if number in until}
-        return Kept(computed, places, self.same, tuple(spreads), over, begins, sent)
+        return Kept(computed, places, self.same, tuple(spreads), over, begins, sent, self._shifted(found, home))
+
+    def _shifted(self, found: Sequence[_Computed], home: Mapping[int, int]) -> frozenset[int]:
+        """The new values of carries that a single kernel computes from other elements of the old ones than it writes."""
+        new = set[int]()
+        for op in self.operators:
+            if op.name == BOUNDARY and op.path[-2] == "carry" and op.operands[1] in self.of and op.results[0] in self.of:
+                kernel, old = self.of[op.operands[1]], self.nodes[self.of[op.results[0]]]
+                loops = [r for r in old.users if r != OUTSIDE and self.nodes[r].loop and r not in home]
+                if any(place[0] == kernel and len(place) > 1 for place in self._places(loops, found)):
+                    new.add(op.operands[1])
+        return frozenset(new)
 
     def _inside(self, number: int, found: Sequence[_Computed], home: Mapping[int, int]) -> list[int]:
         """The readers that compute a value themselves."""
@@ -411,13 +483,19 @@ class _Values:
             return [] if several or any(nodes[r].spread or found[r].reuses for r in loops) else loops
         if len(loops) < len(node.users) and not self._unary(node):
             return []
-        times = Counter(place[0] for place in self._places(loops, found))
+        places = self._places(loops, found)
+        if node.joins and len(places) > 1:
+            return []
+        times = Counter(place[0] for place in places)
         return loops if max(times.values(), default=0) <= OFTEN else []
 
     def _places(self, readers: Sequence[int], found: Sequence[_Computed]) -> frozenset[tuple[int, ...]]:
         """Where a value is read, by its readers' own places: those that move elements read it elsewhere than they write."""
         own = [(r, place) for r in readers for place in found[r].places]
-        return frozenset((*place, r) if self.nodes[r].moves or self.nodes[r].spread else place for r, place in own)
+        return frozenset(
+            (*place, r, part) if self.nodes[r].moves or self.nodes[r].spread else place
+            for r, place in own for part in range(max(1, self.nodes[r].joins))
+        )  # fmt: skip
 
     def _updated(self, number: int, readers: Sequence[int]) -> int | None:
         """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""
@@ -475,6 +553,11 @@ def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
     """Whether an operand is met whole in every dimension."""
     sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
     return sizes == list(shape)
+
+
+def _shifts(rule: Rule) -> bool:
+    """Whether elements may come from other places of a dimension."""
+    return any(f.kind in (Kind.WHOLE, Kind.ROLL) and f.size > 1 for f in rule.factors)
 
 
 def _reduces(rule: Rule) -> bool:

@@ -411,7 +411,8 @@ def held_buffers(
             roots.join(initial, final)
         if produced in made and operators[made[produced]].rule.fusible:
             old = [r for r in readers.get(inner, ()) if r != place]
-            if max(old, default=0) <= made[produced] and inner not in facts.more.shifted.get(produced, ()):
+            shifted = inner in facts.more.shifted.get(produced, ()) or produced in facts.kept.shifted
+            if max(old, default=0) <= made[produced] and not shifted:
                 roots.join(produced, goes_round[final])
     for tensor in (*layouts, *own):
         if tensor in facts.fused and tensor not in moved:

@@ -11,7 +11,7 @@ from jaxplan.machine import Machine, axis_links
 class Numbers:
     """Evaluates costs as floats."""
 
-    larger = staticmethod(max)
+    larger, smaller = staticmethod(max), staticmethod(min)
 
     def __init__(
         self, graph: Graph, mesh_shape: dict[str, int], machine: Machine, ticks: float = 1.0, microbatches: int = 1
@@ -20,6 +20,7 @@ class Numbers:
         self.graph, self.machine, self.ticks, self.microbatches = graph, machine, ticks, microbatches
         self.axis_names = tuple(mesh_shape)
         self.sizes: Sequence[int] = tuple(mesh_shape.values())
+        self.counts = self.sizes
         links = axis_links(machine, mesh_shape)
         self._links = [(links[a].seconds_per_byte, links[a].latency_seconds) for a in mesh_shape]
         self._nbytes = [tensor.nbytes for tensor in graph.tensors]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
@@ -27,10 +29,16 @@ class Algebra(Protocol):
     """Numbers or symbols: what the formulas are evaluated over."""
 
     larger: Callable[..., Value]
+    smaller: Callable[..., Value]
 
     @property
     def sizes(self) -> Sequence[Value]:
         """Devices along each mesh axis."""
+        ...
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """The same as numbers."""
         ...
 
     @property
@@ -191,7 +199,7 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
             local = local + (value if share == 1.0 else share * value)
     sent, counted = exchange_terms(cluster_exchanges(cluster, options, setting), algebra)
     rounds: dict[int, Value] = {**counted}
-    for _, axis, value in halo_bytes(cluster, options, setting, algebra):
+    for _, _, axis, value in halo_bytes(cluster, options, setting, algebra):
         sent[axis] = sent[axis] + value if axis in sent else value
         rounds[axis] = rounds.get(axis, 0) + 1
     for handed, axis, value in handed_bytes(cluster, options, algebra):
@@ -203,26 +211,46 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
 
 def halo_bytes(
     cluster: Cluster, options: Sequence[Option], setting: Setting, algebra: Algebra
-) -> list[tuple[Halo, int, Value]]:
-    """(halo, axis, bytes sent per device) of every slab that neighbours exchange.
+) -> list[tuple[Halo, tuple[int, ...], int, Value]]:
+    """(halo, axes that it crosses, axis that is charged, bytes sent per device) of every slab that neighbours exchange.
 
     Of several axes that cut one dimension the slowest is charged, as some neighbour lies across it. A second dimension's slab
-    takes in what the first one's brought: the corners.
+    takes in what the first one's brought: the corners. What is taken in the place of a device's own elements comes from two
+    devices where it is more than one has.
     """
     used = [(axis, o.factor) for axis, o in enumerate(options) if o.factor >= 0]
     found = []
     widened: dict[int, Value] = {}
     for halo in cluster.halos:
-        axes = [axis for axis, factor in used if factor == halo.factor]
+        axes = tuple([axis for axis, factor in used if factor == halo.factor])
         if not axes:
             continue
         local: Value = halo.extent
         for axis in axes:
             local = local / algebra.sizes[axis]
-        slab = _local_bytes(halo.operand, used, algebra) / local * halo.width
+        width = algebra.smaller(halo.width, local) if halo.instead else halo.width
+        slab = _local_bytes(halo.operand, used, algebra) / local * width
         before = widened.get(halo.operator, 1)
-        widened[halo.operator] = before * (local + halo.width) / local
-        found.append((halo, min(axes, key=setting.slow_first.index), slab * before))
+        widened[halo.operator] = before * (local + width) / local
+        for share, crossed in _senders(halo, axes, algebra.counts):
+            part = slab * before if share == 1 else slab * before * share
+            found.append((halo, crossed, min(crossed, key=setting.slow_first.index), part))
+    return found
+
+
+def _senders(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> list[tuple[Fraction, tuple[int, ...]]]:
+    """(share of a slab, axes that it crosses) by the devices from which it comes."""
+    local = halo.extent // math.prod([sizes[axis] for axis in axes]) if halo.instead else 0
+    if not local or halo.width <= local:
+        return [(Fraction(1), axes)]
+    far, rest = divmod(halo.width, local)
+    found = []
+    for distance, width in ((far, local - rest), (far + 1, rest)):
+        crossed, steps = axes, distance
+        while len(crossed) > 1 and steps % sizes[crossed[-1]] == 0:  # by so many devices, minor axes stay where they are
+            steps, crossed = steps // sizes[crossed[-1]], crossed[:-1]
+        if width:
+            found.append((Fraction(width, local), crossed))
     return found
 
 

@@ -210,6 +210,8 @@ class Symbols:
         self.values: dict[Any, float] = {}
         self._dimension = {name: sympy.Symbol(name, positive=True) for name in names.names}
         self.sizes = [self._symbol(f"n_{axis}", size) for axis, size in zip(numbers.axis_names, numbers.sizes, strict=True)]
+        self.counts = numbers.sizes
+        self.smaller = lambda a, b: sympy.Min(a, b, evaluate=False)
         self.larger = lambda a, b: a if b == 0 else b if a == 0 else sympy.Max(a, b, evaluate=False)
 
     def _symbol(self, name: str, value: float) -> Any:

@@ -203,7 +203,7 @@ class _Forms:
                 for c in model.combines
             ]),
             halos=tuple([
-                Halo(members[h.operator], Terminal(names[h.operand.tensor], h.operand.leads), h.factor, h.width, h.extent)
+                replace(h, operator=members[h.operator], operand=Terminal(names[h.operand.tensor], h.operand.leads))
                 for h in model.halos
             ]),
             times=model.times,
@@ -373,10 +373,10 @@ class _Form:
                 self.combines.append(Combine(index, Terminal(tensor, own), over, digest.scatterable))
         if digest.apart:
             self.apart += [(mapping[a], mapping[b]) for a, b in digest.apart]
-        for f, width in digest.halos:
+        for f, width, instead in digest.halos:
             if operands and operands[0] >= 0 and mapping[f] in mapped[0]:
                 extent = tensors[operands[0]].shape[mapped[0].index(mapping[f])]
-                self.halos.append(Halo(index, Terminal(operands[0], mapped[0]), mapping[f], width, extent))
+                self.halos.append(Halo(index, Terminal(operands[0], mapped[0]), mapping[f], width, extent, instead))
 
     def _works(self, factors: Leads, dtype: str, flops: float, members: tuple[int, ...]) -> None:
         """Operations that members do, whichever factors split them."""
@@ -438,7 +438,7 @@ class _Digest:
     distinct: tuple[Leads, ...]
     partial: tuple[int, ...]
     scatterable: bool
-    halos: tuple[tuple[int, int], ...]
+    halos: tuple[tuple[int, int, bool], ...]
     extents: tuple[tuple[int, int], ...]
     apart: tuple[tuple[int, int], ...]
     flops: float
@@ -452,7 +452,7 @@ def _digest(operator: Operator, tensors: list[Tensor], known: dict[int, _Digest]
         legal = tuple((f, factor.size) for f, factor in enumerate(rule.factors) if rule.shardable[f])
         partial = tuple(f for f, _ in legal if rule.factors[f].kind in _PARTIAL)
         sums = all(rule.factors[f].kind is Kind.SUM for f in partial)
-        halos = tuple((f, rule.factors[f].halo) for f, _ in legal if rule.factors[f].halo)
+        halos = tuple((f, rule.factors[f].halo, rule.factors[f].kind is Kind.ROLL) for f, _ in legal if rule.factors[f].halo)
         leads = (*rule.operand_leads, *rule.result_leads)
         extents = {
             (f, extent): None

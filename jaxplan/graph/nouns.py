@@ -111,13 +111,15 @@ class Combine:
 
 @dataclass(frozen=True)
 class Halo:
-    """A member that needs `width` of the operand's `extent` elements from its neighbours along cluster factor `factor`."""
+    """A member that needs `width` of the operand's `extent` elements from its neighbours along cluster factor `factor`.
+    `instead`: in the place of its own, so that it is never more than a device has."""
 
     operator: int
     operand: Terminal
     factor: int
     width: int
     extent: int
+    instead: bool = False
 
 
 EVERY_TICK, GATHERED, LEFT = "at every tick", "gathered", "left"

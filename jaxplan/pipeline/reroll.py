@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxplan import _jax
 from jaxplan.pipeline.ordered import ADDS, Ordered, Picks, picked_first, with_first_terms
+from jaxplan.rolls import with_rolls
 from jaxplan.rules import Kind, rule_of
 from jaxplan.trace import Traced
 
@@ -76,7 +77,8 @@ def rerolled(traced: Traced) -> Traced:
             jaxpr, loops = more, found
     spec = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in jaxpr.invars]
     consts = [*closed.consts, *jaxpr.zeros()]
-    return replace(traced, jaxpr=jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, consts, loops, inputs))(*spec))
+    found = jax.make_jaxpr(lambda *inputs: _evaluate(jaxpr, picks, consts, loops, inputs))(*spec)
+    return replace(traced, jaxpr=with_rolls(found))
 
 
 def _sums(jaxpr: Any, loop: Loop) -> tuple[int, int, list[Any]]:

@@ -36,10 +36,10 @@ UNTOUCHED = frozenset(
 )
 """Result i is operand i."""
 
-_ALONE = frozenset(_jax.primitives(
+_ALONE = frozenset((_jax.roll_p, *_jax.primitives(
     "convert_element_type neg reshape transpose broadcast_in_dim squeeze reduce_sum copy_p? slice rev real imag reduce_precision "
     "cumsum dynamic_slice gather split conj? reduce_window_sum"
-))  # fmt: skip
+)))  # fmt: skip
 """Linear in the first operand, the others being places."""
 _TOGETHER = {
     primitive: (first, last)

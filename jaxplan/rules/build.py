@@ -67,6 +67,7 @@ class Builder:
         adds: bool = False,
         linear: bool = False,
         scale: int = -1,
+        joins: int = -1,
     ) -> Rule:
         """The finished rule."""
         return Rule(
@@ -85,6 +86,7 @@ class Builder:
             adds=adds,
             linear=linear,
             scale=scale,
+            joins=joins,
         )
 
     def points(self) -> int:

@@ -22,6 +22,7 @@ class Kind(enum.Enum):
     SUM = "sum"  # contracted: results are partial sums until combined (all-reduce or reduce-scatter)
     COMBINE = "combine"  # contracted by another associative operation (max, min, product, and, or): all-reduce
     HALO = "halo"  # parallel, but neighbours exchange a slab of `halo` elements of the operand
+    ROLL = "roll"  # the same, in the place of as many elements of its own: a device never takes more than it has
     WHOLE = "whole"  # needs its full extent on every device: never given an axis
 
 
@@ -69,6 +70,7 @@ class Rule:
     `costly`: 1 for what is not worth computing twice unless its last operand is a constant (a division), 2 for what never is; 3
     for what is not computed inside of its readers' loops at all (padding); else 0.
     `masked`: per operand, how often a compiler without a kernel for it stores it with all but some of it masked; () for never.
+    `joins`: the dimension of the result along which it puts parts of what it reads side by side, -1 for none.
     `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
     """
 
@@ -91,6 +93,7 @@ class Rule:
     scale: int = -1
     masked: tuple[float, ...] = ()
     rounds_words: int = 0
+    joins: int = -1
 
     def __post_init__(self) -> None:
         count = len(self.factors)

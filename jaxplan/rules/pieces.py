@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxplan._jax import primitives
+from jaxplan._jax import primitives, roll_p
 from jaxplan.rules.build import Builder, share
 from jaxplan.rules.nouns import Dim, Kind, Rule
 from jaxplan.rules.table import register
@@ -45,7 +45,20 @@ def concatenate(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
     joined = params["dimension"]
     dims = _whole_at(build, results[0].shape, joined)
     parts = [[dim if a.shape[d] != 1 else () for d, dim in enumerate(dims)] for a in operands]
-    return build.rule(parts, [dims], flops=0.0, fusible=True)
+    return build.rule(parts, [dims], flops=0.0, fusible=True, joins=joined)
+
+
+@register(roll_p, reads=("shift", "dimension"))
+def roll(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """Every device hands a slab to its neighbour, the last one to the first. Where that is wider than a shard, XLA sends two that
+    are a shard together, to two devices further on."""
+    build = Builder()
+    turned, width = params["dimension"], abs(params["shift"])
+    dims = [
+        build.factor(size, Kind.ROLL, halo=width) if width and d == turned else build.factor(size)
+        for d, size in enumerate(results[0].shape)
+    ]
+    return build.rule([dims], [dims], flops=0.0, fusible=True, joins=turned if width else -1)
 
 
 @register(*primitives("split"), reads=("axis",))
@@ -63,7 +76,7 @@ def stack(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[
     build = Builder()
     axis = params["axis"] % len(results[0].shape)
     dims = _whole_at(build, results[0].shape, axis)
-    return build.rule([dims[:axis] + dims[axis + 1 :]] * len(operands), [dims], flops=0.0, fusible=True)
+    return build.rule([dims[:axis] + dims[axis + 1 :]] * len(operands), [dims], flops=0.0, fusible=True, joins=axis)
 
 
 @register(*primitives("unstack?"), reads=("axis",))
