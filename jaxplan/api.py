@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import gc
 import inspect
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -43,10 +41,10 @@ from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, w
 from jaxplan.regimes import Regimes, regimes
 from jaxplan.report import describe, show_bytes, show_seconds
 from jaxplan.resize import CannotResize, Origin, resize, resize_loops
-from jaxplan.search import certify as certified, nearest, search as run_search
+from jaxplan.search import Floor, certify as certified, nearest, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
-from jaxplan.trace import Traced, static_values, trace
+from jaxplan.trace import Traced, collector_paused, static_values, trace
 from jaxplan.unlike import OnStages, Stagewise, Wanted, insisted, on_stages, unasked
 
 Search = str | Callable[[Problem], Assignment]
@@ -421,18 +419,6 @@ def make_plan(
         return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent, apart=alone)
 
 
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def _solve(
     traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float], apart: bool = False
 ) -> Plan:
@@ -463,7 +449,7 @@ def _solve(
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine)
-        attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
+        attempts = functools.partial(_Attempts, traced, graph, numbers, request, dims)
         return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled, bool(request.sizes))
 
     using = choosing(traced, graph, request, dims, rolled)
@@ -514,34 +500,40 @@ def _on_stages(using: Choosing[Plan], request: Request, found: Stagewise) -> Sta
     return replace(plan, request=replace(request, pipeline=found.axis))
 
 
-def _attempts(
-    traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Dims,
-    pipeline: Pipeline | None = None,
-) -> Callable[[Limit[Plan] | None], Plan]:  # fmt: skip
+class _Attempts:
     """From a limit on bytes to the best plan, with a given pipeline."""
-    pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
-    stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
-    if stages is not None:
-        graph, numbers = stages.graph, micro_numbers(numbers, stages)
-    met: dict[tuple[float, int], Any] = {}
 
-    @functools.cache
-    def modelled_once(follow: bool) -> Modelled:
-        return model(graph, numbers, pins, follow=follow, stages=stages)
+    def __init__(
+        self, traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Dims, pipeline: Pipeline | None = None
+    ) -> None:
+        pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
+        stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
+        if stages is not None:
+            graph, numbers = stages.graph, micro_numbers(numbers, stages)
+        self._modelled = functools.cache(lambda follow: model(graph, numbers, pins, follow=follow, stages=stages))
+        self._made = functools.partial(Plan, traced, mesh=request.mesh, dims=dims, request=request, pipeline=pipeline)
+        self._donated, self._search = traced.donated, request.search
+        self._met: dict[tuple[float, int], Any] = {}
 
-    def attempt(limit: Limit[Plan] | None) -> Plan:
-        modelled = modelled_once(limit is None)
+    def __call__(self, limit: Limit[Plan] | None) -> Plan:
+        modelled: Modelled = self._modelled(limit is None)
         if limit is None:
-            found = run_search(modelled.problem, request.search)
+            found = run_search(modelled.problem, self._search)
             choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
-            return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
+            return self._made(modelled=modelled, choices=choices, bound=found.bound)
         key = (limit.nbytes, id(limit.waiting))
-        problem = limit.problem(modelled, traced.donated, met.get(key, ()))
-        found = nearest(problem, request.search)
-        met[key] = found.notes.get("met", (found.choices,))
-        return Plan(traced, modelled, found.choices, request.mesh, {}, None, dims, request, pipeline)
+        problem = limit.problem(modelled, self._donated, self._met.get(key, ()))
+        found = nearest(problem, self._search)
+        self._met[key] = found.notes.get("met", (found.choices,))
+        return self._made(modelled=modelled, choices=found.choices, bound=None)
 
-    return attempt
+    @functools.cached_property
+    def _floor(self) -> Floor:
+        return Floor(self._modelled(True).problem)
+
+    def reaches(self, seconds: float) -> bool:
+        """Whether every plan is shown to take so many seconds at least."""
+        return self._floor.reaches(seconds)
 
 
 def _more_devices(plan: Plan, budget: float) -> list[str]:
@@ -555,7 +547,7 @@ def _more_devices(plan: Plan, budget: float) -> list[str]:
         request = replace(plan.request, mesh=wider, machine=plan.modelled.numbers.machine)
         numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine)
         try:
-            attempt = _attempts(plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
+            attempt = _Attempts(plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
             free = attempt(None)
         except ValueError:  # a pin that so many devices do not divide
             continue

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from jaxplan.asked import AUTO
-from jaxplan.budget import Attempt, NothingFits, Wider, fit
+from jaxplan.budget import Attempt, Limit, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
 from jaxplan.cost.formulas import all_to_all_bytes, pipeline_ticks
 from jaxplan.graph import Graph
@@ -207,6 +207,16 @@ def hopeful(plan: Plan, found: Sequence[Candidate], seconds: float) -> list[Cand
     return [one for _, one in sorted(left, key=lambda pair: (pair[0], pair[1].least))]
 
 
+class Searching(Protocol[SomePlan]):
+    """An `Attempt` that also tells what no plan goes below."""
+
+    def __call__(self, limit: Limit[SomePlan] | None, /) -> SomePlan: ...
+
+    def reaches(self, seconds: float) -> bool:
+        """Whether every plan is shown to take so many seconds at least."""
+        ...
+
+
 @dataclass(frozen=True)
 class Choosing(Generic[SomePlan]):
     """What it takes to plan: the program, its graph on a mesh, `attempts` (from a pipeline, or None, to what bytes are charged to
@@ -216,7 +226,7 @@ class Choosing(Generic[SomePlan]):
     traced: Traced
     graph: Graph
     numbers: Numbers
-    attempts: Callable[[Pipeline | None], Attempt[SomePlan]]
+    attempts: Callable[[Pipeline | None], Searching[SomePlan]]
     budget: float
     wider: Wider[SomePlan]
     rolled: Callable[[], Choosing[SomePlan] | None]
@@ -231,15 +241,29 @@ class Choosing(Generic[SomePlan]):
         return plan if self.fits(plan) else fit(attempt, plan, self.budget, self.wider)
 
     @cached_property
-    def _plans(self) -> dict[Pipeline | None, tuple[Attempt[SomePlan], SomePlan]]:
+    def _attempts(self) -> dict[Pipeline | None, Searching[SomePlan]]:
         return {}
+
+    @cached_property
+    def _plans(self) -> dict[Pipeline | None, SomePlan]:
+        return {}
+
+    def attempt(self, pipeline: Pipeline | None) -> Searching[SomePlan]:
+        """How to plan with a pipeline; made once."""
+        if pipeline not in self._attempts:
+            self._attempts[pipeline] = self.attempts(pipeline)
+        return self._attempts[pipeline]
 
     def planned(self, pipeline: Pipeline | None) -> tuple[Attempt[SomePlan], SomePlan]:
         """How to plan with a pipeline, and the best plan where memory is no concern; searched once."""
+        attempt = self.attempt(pipeline)
         if pipeline not in self._plans:
-            attempt = self.attempts(pipeline)
-            self._plans[pipeline] = attempt, attempt(None)
-        return self._plans[pipeline]
+            self._plans[pipeline] = attempt(None)
+        return attempt, self._plans[pipeline]
+
+    def too_slow(self, pipeline: Pipeline, seconds: float) -> bool:
+        """Whether every plan with a pipeline takes so many seconds at least, as far as messages show without a search."""
+        return pipeline not in self._plans and self.attempt(pipeline).reaches(seconds)
 
     @property
     def chains(self) -> list[tuple[Chain, ...]]:
@@ -349,8 +373,10 @@ def _searched(
             except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
                 refused.append(error)
                 continue
-            attempt, plan = using.planned(pipeline)
             limit = ceiling if schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
+            if using.too_slow(pipeline, limit):
+                continue
+            attempt, plan = using.planned(pipeline)
             if plan.seconds < limit and not using.fits(plan):
                 large.append((plan, attempt))
             elif plan.seconds < limit:
