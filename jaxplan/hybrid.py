@@ -7,7 +7,7 @@ them are searched: a lower bound of each (`pipeline.outline`) comes first, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
@@ -55,6 +55,9 @@ MOST_FITTED = 2
 """Pipelines that are squeezed into a memory budget, each of which takes many searches."""
 SCHEDULE = "gpipe"
 """That bounds and estimates are made for; where the program allows it, the others are searched as well."""
+MISSED = 0.005
+"""What the search may miss without a memory budget, as a share of the time: searches within one take other ways, and may find a
+plan that is faster."""
 MOST_MICROBATCHES = 16
 """Micro-batches per stage, at most: the bubble is 6% then."""
 
@@ -317,6 +320,28 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     return better or plain
 
 
+def least_seconds(using: Choosing[SomePlan], asked: str | None) -> float:
+    """Seconds of the best plan found without a pipeline where memory is no concern; 0.0 where a pipeline is insisted on. Raises
+    ValueError where none is legal."""
+    return using.planned(None)[1].seconds if asked in (None, AUTO) else 0.0
+
+
+def may_take_less(using: Choosing[SomePlan], asked: str | None, microbatches: int | None, seconds: float) -> bool:
+    """Whether `choose` may find a plan that takes less than so many seconds. No plan is fitted into memory for it: the search
+    without a budget is taken to miss no more than `MISSED` of what one within a budget could find, and pipelines are held
+    against what messages show."""
+    if (1 - MISSED) * least_seconds(using, asked) < seconds:
+        return True
+    axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
+    if asked is None or not axes:
+        return False
+    staged, groups = using.layered
+    for one in candidates(staged.graph, staged.numbers, groups, axes, microbatches):
+        if one.least < seconds and not all(staged.too_slow(pipeline, seconds) for pipeline in _scheduled(staged, one, [])):
+            return True
+    return False
+
+
 def _tried(using: Choosing[SomePlan], plain: SomePlan, microbatches: int | None, seconds: float) -> _Tried[SomePlan]:
     """Pipelines that may be faster than the best plan without one, which takes so many seconds. `plain`: one without."""
     axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
@@ -365,15 +390,8 @@ def _searched(
         if one.least >= ceiling or (most is not None and tried.get(key, 0) >= most):
             continue
         tried[key] = tried.get(key, 0) + 1
-        for schedule in SCHEDULES:
-            if schedule != SCHEDULE and not turns(one.pipeline.chains):
-                continue
-            try:
-                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule), using.resized)
-            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
-                refused.append(error)
-                continue
-            limit = ceiling if schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
+        for pipeline in _scheduled(using, one, refused):
+            limit = ceiling if pipeline.schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
             if using.too_slow(pipeline, limit):
                 continue
             attempt, plan = using.planned(pipeline)
@@ -382,6 +400,16 @@ def _searched(
             elif plan.seconds < limit:
                 best, ceiling = plan, plan.seconds
     return _Tried(best, tuple(large), tuple(refused))
+
+
+def _scheduled(using: Choosing[SomePlan], one: Candidate, refused: list[PipelineError]) -> Iterator[Pipeline]:
+    """A candidate under every schedule that can run; why others cannot is added to `refused`."""
+    for schedule in SCHEDULES:
+        if schedule == SCHEDULE or turns(one.pipeline.chains):
+            try:
+                yield confirmed(using.traced, replace(one.pipeline, schedule=schedule), using.resized)
+            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
+                refused.append(error)
 
 
 def _squeezed(
