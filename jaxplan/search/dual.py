@@ -209,7 +209,7 @@ class Floor:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._relaxation: Relaxation | None = None
-        self._swept, self.seconds = 0, 0.0
+        self._swept, self.seconds = 0, -math.inf
 
     def reaches(self, seconds: float) -> bool:
         """Whether all assignments are shown to cost so many seconds or more. Where a gain like that of the last sweep in each of
@@ -218,7 +218,7 @@ class Floor:
             return self.seconds >= seconds
         if self._relaxation is None:
             try:
-                self._relaxation = Relaxation(self._problem, LOOSE * seconds)
+                self._relaxation = Relaxation(self._problem, LOOSE * abs(seconds))
             except ValueError:  # too large; or no assignment is legal, which the search says better
                 self._swept = FLOOR_SWEEPS
                 return False
