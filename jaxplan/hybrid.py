@@ -328,17 +328,27 @@ def least_seconds(using: Choosing[SomePlan], asked: str | None) -> float:
 
 def may_take_less(using: Choosing[SomePlan], asked: str | None, microbatches: int | None, seconds: float) -> bool:
     """Whether `choose` may find a plan that takes less than so many seconds. No plan is fitted into memory for it: the search
-    without a budget is taken to miss no more than `MISSED` of what one within a budget could find, and pipelines are held
-    against what messages show."""
+    without a budget is taken to miss no more than `MISSED` of what one within a budget could find, and the pipelines that
+    would be searched are held against what messages show."""
     if (1 - MISSED) * least_seconds(using, asked) < seconds:
         return True
     axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
-    if asked is None or not axes:
+    plain = using.planned(None)[1]
+    fits = using.fits(plain)
+    if asked is None or not axes or (fits and hopeless(plain, microbatches)):
         return False
     staged, groups = using.layered
-    for one in candidates(staged.graph, staged.numbers, groups, axes, microbatches):
-        if one.least < seconds and not all(staged.too_slow(pipeline, seconds) for pipeline in _scheduled(staged, one, [])):
-            return True
+    if not groups or (staged is using and fits and hopeless(plain, microbatches, groups)):
+        return False
+    found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
+    base = plain if staged is using else staged.planned(None)[1]
+    tried: dict[tuple[int, int], int] = {}
+    for one in hopeful(base, found, plain.seconds if fits else math.inf):
+        key = (one.axis, id(one.outline))
+        if one.least < seconds and tried.get(key, 0) < MOST_TRIED:
+            tried[key] = tried.get(key, 0) + 1
+            if not all(staged.too_slow(pipeline, seconds) for pipeline in _scheduled(staged, one, [])):
+                return True
     return False
 
 

@@ -200,7 +200,7 @@ class _Asked:
         each, first, owner = np.unique(keys, return_index=True, return_inverse=True)
         numbers = each.tolist()
         new = [place for place, number in enumerate(numbers) if number not in self._known]
-        asked = [(self._prices[n], *[choices[end[n]][None] for end in ends]) for n in first[new].tolist()]
+        asked: list[Any] = [(self._prices[n], *[choices[end[n]][None] for end in ends]) for n in first[new].tolist()]
         found = node_prices(asked) if len(ends) == 1 else edge_prices(asked)
         self._known.update(zip([numbers[place] for place in new], [float(one.flat[0]) for one in found], strict=True))
         return np.array([self._known[number] for number in numbers])[owner]
