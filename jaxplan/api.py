@@ -296,28 +296,7 @@ class Plan(_plan.Plan):
         Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
         decided by looking at a shape stays decided.
         """
-        return self.replanning(**changes).plan()
-
-    def replanning(self, **changes: Any) -> Replanning:
-        """What `replan` plans, before it does."""
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
-        unknown = set(changes) - set(taken)
-        if unknown:
-            raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
-        sizes = changes.pop("sizes", None)
-        request = replace(self.request, unrolled=None, **changes)
-        check_certify(request.certify)
-        check_mesh(request.mesh)
-        check_pipeline(request.pipeline, request.microbatches)
-        with collector_paused():
-            traced, graph = self.program
-            if sizes is not None:
-                origin = self.origin
-                traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
-                differ = {} if graph is origin.graph else {**request.sizes, **sizes}
-                request = replace(request, sizes=differ, origin=origin if differ else None)
-            dims = renamed(self.dims, self.modelled.whole, graph)
-            return Replanning(_choosing(traced, graph, request, dims), request, dims)
+        return replanning(self, **changes).plan()
 
     @property
     def program(self) -> tuple[Traced, Graph]:
@@ -447,6 +426,28 @@ class Replanning:
         """Whether it may take less than so many seconds, told without fitting anything into memory."""
         with collector_paused():
             return may_take_less(self.using, self.request.pipeline, self.request.microbatches, seconds)
+
+
+def replanning(plan: Plan, **changes: Any) -> Replanning:
+    """What `plan.replan` finds, before it does."""
+    taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
+    unknown = set(changes) - set(taken)
+    if unknown:
+        raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
+    sizes = changes.pop("sizes", None)
+    request = replace(plan.request, unrolled=None, **changes)
+    check_certify(request.certify)
+    check_mesh(request.mesh)
+    check_pipeline(request.pipeline, request.microbatches)
+    with collector_paused():
+        traced, graph = plan.program
+        if sizes is not None:
+            origin = plan.origin
+            traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
+            differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+            request = replace(request, sizes=differ, origin=origin if differ else None)
+        dims = renamed(plan.dims, plan.modelled.whole, graph)
+        return Replanning(_choosing(traced, graph, request, dims), request, dims)
 
 
 def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Choosing[Plan]:

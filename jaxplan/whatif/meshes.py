@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxplan.api import Plan, Replanning, make_plan
+from jaxplan.api import Plan, Replanning, make_plan, replanning
 from jaxplan.budget import NothingFits, budget_bytes
 from jaxplan.machine import Machine, axis_links, machine as find_machine
 from jaxplan.pages import fragment
@@ -98,7 +98,7 @@ class MeshRanking:
 
     `devices`: how many. `machine`: whose numbers they are ranked by. `budget`: bytes per device. `best`: the plan on the fastest
     mesh that fits. `elapsed`: seconds that it took to find that one. Meshes that cannot be faster than it are fitted into memory
-    when `candidates` are asked for, or the table is.
+    when `candidates` are asked for, or the table is: that is what `rest` does.
     """
 
     devices: int
@@ -206,7 +206,7 @@ class _Meshes:
         least = dict[Shape, float]()
         for shape, mesh in self._meshes.items():
             try:
-                begun = self._base.replanning(mesh=mesh, machine=machine, memory_budget=budget, pins=pins)
+                begun = replanning(self._base, mesh=mesh, machine=machine, memory_budget=budget, pins=pins)
                 least[shape] = begun.least()
                 self._begun[shape] = begun
             except ValueError as error:
@@ -258,7 +258,7 @@ def candidate(
 ) -> Candidate:
     """The plan on one mesh; ValueError where it cannot be planned there at all. `asked`: the same, begun already."""
     try:
-        plan = (asked or base.replanning(mesh=mesh, machine=machine, memory_budget=budget, pins=pins)).plan()
+        plan = (asked or replanning(base, mesh=mesh, machine=machine, memory_budget=budget, pins=pins)).plan()
     except NothingFits as error:
         plan = base.replan(mesh=mesh, machine=machine, memory_budget=math.inf, pins=pins)
         return Candidate(plan, False, base.seconds, error.smallest)
