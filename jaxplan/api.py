@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import gc
 import inspect
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -21,32 +19,31 @@ from jax.sharding import PartitionSpec
 from jaxplan import __version__, _jax, files, plan as _plan
 from jaxplan.apply import PlannedFunction
 from jaxplan.asked import AUTO, check_certify, check_keywords, check_mesh, check_pipeline
-from jaxplan.budget import Limit, NothingFits, budget_bytes
+from jaxplan.attempts import Attempts, more_devices
+from jaxplan.budget import NothingFits, budget_bytes
 from jaxplan.compare import PlanAudit, compare
-from jaxplan.cost import Modelled, Numbers, certainly_within, frugal, model
+from jaxplan.cost import Numbers, certainly_within, frugal, model
 from jaxplan.export import export_plan, restore_state
 from jaxplan.graph import Graph, build_graph
 from jaxplan.graph.flatten import WHILE_TRIPS
 from jaxplan.hlo import audit
-from jaxplan.hybrid import Choosing, choose
+from jaxplan.hybrid import Choosing, choose, least_seconds, may_take_less
 from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
 from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
-from jaxplan.pipeline import Pipeline, PipelineError, left_out, rerolled
-from jaxplan.pipeline.outline import micro_numbers
-from jaxplan.pipeline.staging import stages_of
+from jaxplan.pipeline import PipelineError, left_out, rerolled
 from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
 from jaxplan.reasons import Explanation, WhyNot, explain_inputs, explain_line, why_not
 from jaxplan.regimes import Regimes, regimes
-from jaxplan.report import describe, show_bytes, show_seconds
+from jaxplan.report import describe, show_seconds
 from jaxplan.resize import CannotResize, Origin, resize, resize_loops
-from jaxplan.search import certify as certified, nearest, search as run_search
+from jaxplan.search import certify as certified, search as run_search
 from jaxplan.state import check, init
 from jaxplan.topology import topology_mesh
-from jaxplan.trace import Traced, static_values, trace
+from jaxplan.trace import Traced, collector_paused, static_values, trace
 from jaxplan.unlike import OnStages, Stagewise, Wanted, insisted, on_stages, unasked
 
 Search = str | Callable[[Problem], Assignment]
@@ -299,23 +296,7 @@ class Plan(_plan.Plan):
         Raises ValueError where the trace does not say what the program would be, with the reason and the line. What Python
         decided by looking at a shape stays decided.
         """
-        taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
-        unknown = set(changes) - set(taken)
-        if unknown:
-            raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
-        sizes = changes.pop("sizes", None)
-        request = replace(self.request, unrolled=None, **changes)
-        check_certify(request.certify)
-        check_mesh(request.mesh)
-        check_pipeline(request.pipeline, request.microbatches)
-        with collector_paused():
-            traced, graph = self.program
-            if sizes is not None:
-                origin = self.origin
-                traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
-                differ = {} if graph is origin.graph else {**request.sizes, **sizes}
-                request = replace(request, sizes=differ, origin=origin if differ else None)
-            return _solve(traced, graph, request, renamed(self.dims, self.modelled.whole, graph), {})
+        return replanning(self, **changes).plan()
 
     @property
     def program(self) -> tuple[Traced, Graph]:
@@ -418,29 +399,61 @@ def make_plan(
         graph = build_graph(traced, while_trips, platform_of(mesh))
         spent = {"trace": traced_at - start, "graph": time.perf_counter() - traced_at}
         alone = not any(isinstance(leaf, _jax.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
-        return _solve(traced, graph, request, dimension_names(traced, graph, dims), spent, apart=alone)
+        named = dimension_names(traced, graph, dims)
+        return _solve(_choosing(traced, graph, request, named), request, named, spent, apart=alone)
 
 
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+@dataclass(frozen=True)
+class Replanning:
+    """A plan of a program that was traced already, yet to be found."""
+
+    using: Choosing[Plan]
+    request: Request
+    dims: Dims
+
+    def plan(self) -> Plan:
+        """Find it. Raises ValueError where there is none, NothingFits."""
+        with collector_paused():
+            return _solve(self.using, self.request, self.dims, {})
+
+    def least(self) -> float:
+        """About the seconds that it takes at least, 0.0 where that is told by planning alone. Raises ValueError where no plan is
+        legal."""
+        with collector_paused():
+            return least_seconds(self.using, self.request.pipeline)
+
+    def may_take_less(self, seconds: float) -> bool:
+        """Whether it may take less than so many seconds, told without fitting anything into memory."""
+        with collector_paused():
+            return may_take_less(self.using, self.request.pipeline, self.request.microbatches, seconds)
 
 
-def _solve(
-    traced: Traced, graph: Graph, request: Request, dims: Dims, stages: Mapping[str, float], apart: bool = False
-) -> Plan:
-    """Model, search, and fit into memory. `apart`: whether stages on sub-meshes may be taken where nobody asked for them."""
-    start = time.perf_counter()
+def replanning(plan: Plan, **changes: Any) -> Replanning:
+    """What `plan.replan` finds, before it does."""
+    taken = ("mesh", "machine", "memory_budget", "pins", "search", "certify", "pipeline", "microbatches", "sizes")
+    unknown = set(changes) - set(taken)
+    if unknown:
+        raise TypeError(f"replan does not take {sorted(unknown)}; it takes {', '.join(taken)}")
+    sizes = changes.pop("sizes", None)
+    request = replace(plan.request, unrolled=None, **changes)
+    check_certify(request.certify)
+    check_mesh(request.mesh)
+    check_pipeline(request.pipeline, request.microbatches)
+    with collector_paused():
+        traced, graph = plan.program
+        if sizes is not None:
+            origin = plan.origin
+            traced, graph = resize(origin, {**request.sizes, **sizes} if isinstance(sizes, Mapping) else sizes)
+            differ = {} if graph is origin.graph else {**request.sizes, **sizes}
+            request = replace(request, sizes=differ, origin=origin if differ else None)
+        dims = renamed(plan.dims, plan.modelled.whole, graph)
+        return Replanning(_choosing(traced, graph, request, dims), request, dims)
+
+
+def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Choosing[Plan]:
+    """What it takes to plan."""
     machine = find_machine(request.machine, request.mesh)
     budget = budget_bytes(request.memory_budget, machine)
-    asked = request.pipeline
 
     def rolled() -> Choosing[Plan] | None:
         origin = request.origin if request.sizes else None
@@ -455,7 +468,7 @@ def _solve(
                 names = _plan.dimension_names_of(again, loops, called)
                 again, loops = resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
             except CannotResize:
-                if asked == AUTO:
+                if request.pipeline == AUTO:
                     return None
                 raise
         marked = replace(request, unrolled=(traced, graph))
@@ -463,10 +476,17 @@ def _solve(
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine)
-        attempts = functools.partial(_attempts, traced, graph, numbers, request, dims)
-        return Choosing(traced, graph, numbers, attempts, budget, _more_devices, rolled, bool(request.sizes))
+        attempts = functools.partial(Attempts, Plan, traced, graph, numbers, request, dims)
+        return Choosing(traced, graph, numbers, attempts, budget, more_devices, rolled, bool(request.sizes))
 
-    using = choosing(traced, graph, request, dims, rolled)
+    return choosing(traced, graph, request, dims, rolled)
+
+
+def _solve(
+    using: Choosing[Plan], request: Request, dims: Dims, stages: Mapping[str, float], apart: bool = False
+) -> Plan:
+    """Model, search, and fit into memory. `apart`: whether stages on sub-meshes may be taken where nobody asked for them."""
+    start, asked = time.perf_counter(), request.pipeline
     wanted = _wanted(using, request, dims)
     own = apart and asked == AUTO
     try:
@@ -486,7 +506,7 @@ def _solve(
     searched = time.perf_counter()
     stages = {**stages, "model and search": searched - start}
     if request.certify is not False:
-        plan = _certified(plan, request, budget)
+        plan = _certified(plan, request, using.budget)
         stages["certify"] = time.perf_counter() - searched
     return replace(plan, stages=stages)
 
@@ -503,7 +523,8 @@ def _wanted(using: Choosing[Plan], request: Request, dims: Dims) -> Wanted:
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
         asked = stage_request(request, traced, mesh, using.numbers.machine, budget)
         graph = build_graph(traced, request.while_trips, platform_of(mesh))
-        return _solve(traced, graph, asked, stage_dims(using.traced, using.graph, dims, traced, graph), {})
+        named = stage_dims(using.traced, using.graph, dims, traced, graph)
+        return _solve(_choosing(traced, graph, asked, named), asked, named, {})
 
     return Wanted(request.mesh, request.pins, request.certify is not False, request.microbatches, planner)
 
@@ -512,58 +533,6 @@ def _on_stages(using: Choosing[Plan], request: Request, found: Stagewise) -> Sta
     """A plan with its stages on sub-meshes; derived again, it asks for these by name."""
     plan = on_stages(using.planned(None)[1], StagedPlan, found)
     return replace(plan, request=replace(request, pipeline=found.axis))
-
-
-def _attempts(
-    traced: Traced, graph: Graph, numbers: Numbers, request: Request, dims: Dims,
-    pipeline: Pipeline | None = None,
-) -> Callable[[Limit[Plan] | None], Plan]:  # fmt: skip
-    """From a limit on bytes to the best plan, with a given pipeline."""
-    pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
-    stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
-    if stages is not None:
-        graph, numbers = stages.graph, micro_numbers(numbers, stages)
-    met: dict[tuple[float, int], Any] = {}
-
-    @functools.cache
-    def modelled_once(follow: bool) -> Modelled:
-        return model(graph, numbers, pins, follow=follow, stages=stages)
-
-    def attempt(limit: Limit[Plan] | None) -> Plan:
-        modelled = modelled_once(limit is None)
-        if limit is None:
-            found = run_search(modelled.problem, request.search)
-            choices = modelled.complete(frugal(modelled, found.choices, found.seconds))
-            return Plan(traced, modelled, choices, request.mesh, {}, found.bound, dims, request, pipeline)
-        key = (limit.nbytes, id(limit.waiting))
-        problem = limit.problem(modelled, traced.donated, met.get(key, ()))
-        found = nearest(problem, request.search)
-        met[key] = found.notes.get("met", (found.choices,))
-        return Plan(traced, modelled, found.choices, request.mesh, {}, None, dims, request, pipeline)
-
-    return attempt
-
-
-def _more_devices(plan: Plan, budget: float) -> list[str]:
-    """What twice the devices along an axis would do to a peak; those first that lower it most."""
-    found = []
-    for axis, size in plan.axis_sizes.items():
-        sizes = {**plan.axis_sizes, axis: 2 * size}
-        wider = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=plan.mesh.axis_types)
-        if plan.pipeline is not None and axis == plan.pipeline.axis:
-            continue
-        request = replace(plan.request, mesh=wider, machine=plan.modelled.numbers.machine)
-        numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine)
-        try:
-            attempt = _attempts(plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
-            free = attempt(None)
-        except ValueError:  # a pin that so many devices do not divide
-            continue
-        peak = free.peak_bytes if free.peak_bytes <= budget else attempt(Limit(budget, (free,))).peak_bytes
-        if peak < plan.peak_bytes:
-            reached = show_bytes(peak) + (", which fits" if peak <= budget else "")
-            found.append((peak, f"{2 * size} devices along {axis!r} ({reached})"))
-    return [told for _, told in sorted(found)]
 
 
 def _certified(plan: Plan, request: Request, budget: float) -> Plan:

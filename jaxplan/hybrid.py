@@ -7,13 +7,13 @@ them are searched: a lower bound of each (`pipeline.outline`) comes first, and w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from jaxplan.asked import AUTO
-from jaxplan.budget import Attempt, NothingFits, Wider, fit
+from jaxplan.budget import Attempt, Limit, NothingFits, Wider, fit
 from jaxplan.cost import Numbers
 from jaxplan.cost.formulas import all_to_all_bytes, pipeline_ticks
 from jaxplan.graph import Graph
@@ -55,6 +55,9 @@ MOST_FITTED = 2
 """Pipelines that are squeezed into a memory budget, each of which takes many searches."""
 SCHEDULE = "gpipe"
 """That bounds and estimates are made for; where the program allows it, the others are searched as well."""
+MISSED = 0.005
+"""What the search may miss without a memory budget, as a share of the time: searches within one take other ways, and may find a
+plan that is faster."""
 MOST_MICROBATCHES = 16
 """Micro-batches per stage, at most: the bubble is 6% then."""
 
@@ -207,6 +210,16 @@ def hopeful(plan: Plan, found: Sequence[Candidate], seconds: float) -> list[Cand
     return [one for _, one in sorted(left, key=lambda pair: (pair[0], pair[1].least))]
 
 
+class Searching(Protocol[SomePlan]):
+    """An `Attempt` that also tells what no plan goes below."""
+
+    def __call__(self, limit: Limit[SomePlan] | None, /) -> SomePlan: ...
+
+    def reaches(self, seconds: float) -> bool:
+        """Whether every plan is shown to take so many seconds at least."""
+        ...
+
+
 @dataclass(frozen=True)
 class Choosing(Generic[SomePlan]):
     """What it takes to plan: the program, its graph on a mesh, `attempts` (from a pipeline, or None, to what bytes are charged to
@@ -216,7 +229,7 @@ class Choosing(Generic[SomePlan]):
     traced: Traced
     graph: Graph
     numbers: Numbers
-    attempts: Callable[[Pipeline | None], Attempt[SomePlan]]
+    attempts: Callable[[Pipeline | None], Searching[SomePlan]]
     budget: float
     wider: Wider[SomePlan]
     rolled: Callable[[], Choosing[SomePlan] | None]
@@ -231,15 +244,29 @@ class Choosing(Generic[SomePlan]):
         return plan if self.fits(plan) else fit(attempt, plan, self.budget, self.wider)
 
     @cached_property
-    def _plans(self) -> dict[Pipeline | None, tuple[Attempt[SomePlan], SomePlan]]:
+    def _attempts(self) -> dict[Pipeline | None, Searching[SomePlan]]:
         return {}
+
+    @cached_property
+    def _plans(self) -> dict[Pipeline | None, SomePlan]:
+        return {}
+
+    def attempt(self, pipeline: Pipeline | None) -> Searching[SomePlan]:
+        """How to plan with a pipeline; made once."""
+        if pipeline not in self._attempts:
+            self._attempts[pipeline] = self.attempts(pipeline)
+        return self._attempts[pipeline]
 
     def planned(self, pipeline: Pipeline | None) -> tuple[Attempt[SomePlan], SomePlan]:
         """How to plan with a pipeline, and the best plan where memory is no concern; searched once."""
+        attempt = self.attempt(pipeline)
         if pipeline not in self._plans:
-            attempt = self.attempts(pipeline)
-            self._plans[pipeline] = attempt, attempt(None)
-        return self._plans[pipeline]
+            self._plans[pipeline] = attempt(None)
+        return attempt, self._plans[pipeline]
+
+    def too_slow(self, pipeline: Pipeline, seconds: float) -> bool:
+        """Whether every plan with a pipeline takes so many seconds at least, as far as messages show without a search."""
+        return pipeline not in self._plans and self.attempt(pipeline).reaches(seconds)
 
     @property
     def chains(self) -> list[tuple[Chain, ...]]:
@@ -293,6 +320,38 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     return better or plain
 
 
+def least_seconds(using: Choosing[SomePlan], asked: str | None) -> float:
+    """Seconds of the best plan found without a pipeline where memory is no concern; 0.0 where a pipeline is insisted on. Raises
+    ValueError where none is legal."""
+    return using.planned(None)[1].seconds if asked in (None, AUTO) else 0.0
+
+
+def may_take_less(using: Choosing[SomePlan], asked: str | None, microbatches: int | None, seconds: float) -> bool:
+    """Whether `choose` may find a plan that takes less than so many seconds. No plan is fitted into memory for it: the search
+    without a budget is taken to miss no more than `MISSED` of what one within a budget could find, and the pipelines that
+    would be searched are held against what messages show."""
+    if (1 - MISSED) * least_seconds(using, asked) < seconds:
+        return True
+    axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
+    plain = using.planned(None)[1]
+    fits = using.fits(plain)
+    if asked is None or not axes or (fits and hopeless(plain, microbatches)):
+        return False
+    staged, groups = using.layered
+    if not groups or (staged is using and fits and hopeless(plain, microbatches, groups)):
+        return False
+    found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
+    base = plain if staged is using else staged.planned(None)[1]
+    tried: dict[tuple[int, int], int] = {}
+    for one in hopeful(base, found, plain.seconds if fits else math.inf):
+        key = (one.axis, id(one.outline))
+        if one.least < seconds and tried.get(key, 0) < MOST_TRIED:
+            tried[key] = tried.get(key, 0) + 1
+            if not all(staged.too_slow(pipeline, seconds) for pipeline in _scheduled(staged, one, [])):
+                return True
+    return False
+
+
 def _tried(using: Choosing[SomePlan], plain: SomePlan, microbatches: int | None, seconds: float) -> _Tried[SomePlan]:
     """Pipelines that may be faster than the best plan without one, which takes so many seconds. `plain`: one without."""
     axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
@@ -341,21 +400,26 @@ def _searched(
         if one.least >= ceiling or (most is not None and tried.get(key, 0) >= most):
             continue
         tried[key] = tried.get(key, 0) + 1
-        for schedule in SCHEDULES:
-            if schedule != SCHEDULE and not turns(one.pipeline.chains):
-                continue
-            try:
-                pipeline = confirmed(using.traced, replace(one.pipeline, schedule=schedule), using.resized)
-            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
-                refused.append(error)
+        for pipeline in _scheduled(using, one, refused):
+            limit = ceiling if pipeline.schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
+            if using.too_slow(pipeline, limit):
                 continue
             attempt, plan = using.planned(pipeline)
-            limit = ceiling if schedule == SCHEDULE or best is None else (1 - WORTH) * ceiling
             if plan.seconds < limit and not using.fits(plan):
                 large.append((plan, attempt))
             elif plan.seconds < limit:
                 best, ceiling = plan, plan.seconds
     return _Tried(best, tuple(large), tuple(refused))
+
+
+def _scheduled(using: Choosing[SomePlan], one: Candidate, refused: list[PipelineError]) -> Iterator[Pipeline]:
+    """A candidate under every schedule that can run; why others cannot is added to `refused`."""
+    for schedule in SCHEDULES:
+        if schedule == SCHEDULE or turns(one.pipeline.chains):
+            try:
+                yield confirmed(using.traced, replace(one.pipeline, schedule=schedule), using.resized)
+            except PipelineError as error:  # so many micro-batches, of all things; or a loss that needs all of the batch
+                refused.append(error)
 
 
 def _squeezed(

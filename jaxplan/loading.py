@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxplan import files
-from jaxplan.api import Plan, Request, StagedPlan, collector_paused, stage_request
+from jaxplan.api import Plan, Request, StagedPlan, stage_request
 from jaxplan.cost import Modelled, Numbers, Stages, model
 from jaxplan.graph import Graph, build_graph
 from jaxplan.layout import Layout
@@ -21,7 +21,7 @@ from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pins import pinned_layouts, stage_dims
 from jaxplan.pipeline.outline import micro_numbers
 from jaxplan.pipeline.staging import stages_of
-from jaxplan.trace import static_values, trace
+from jaxplan.trace import collector_paused, static_values, trace
 from jaxplan.unlike import Stagewise, flat, micro_of, on_stages, parts_of, stage_mesh, stage_program
 
 

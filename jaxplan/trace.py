@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,18 @@ from jaxplan.rolls import with_rolls
 
 class TraceError(ValueError):
     """The arguments cannot be traced, for a reason jaxplan can name before JAX is asked."""
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Planning makes many small objects and no cycles; collecting meanwhile would walk JAX's whole heap again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxplan.machine import machine
 from jaxplan.problem import Assignment, evaluate, from_tables, peak, within_limit
 from jaxplan.reduce import Pricer, fold
 from jaxplan.search import alpa, brute, certify, hsm2dl, search
-from jaxplan.search.dual import Relaxation
+from jaxplan.search.dual import Floor, Relaxation
 from jaxplan.trace import trace
 
 MESH = AbstractMesh((4, 4), ("x", "y"))
@@ -78,6 +78,29 @@ def test_no_assignment_costs_less_than_the_bound(family, seed):
         assert best - 1e-9 <= proven.seconds <= start.seconds
         assert proven.seconds == pytest.approx(evaluate(problem, proven.choices), rel=1e-12)
         assert proven.seconds - proven.bound <= 2e-4 * abs(proven.seconds) + 1e-12, "what is left was small enough to be solved"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(10))
+def test_a_floor_is_below_every_assignment_and_reaches_most_of_the_way(family, seed):
+    problem = FAMILIES[family](seed)
+    best = brute(problem).seconds
+    above, size = best + 1e-9 * abs(best) + 1e-12, abs(best) + 1.0
+    assert not Floor(problem).reaches(above) and not Floor(problem).reaches(math.inf)
+    assert Floor(problem).reaches(best - 2 * size)
+    floor = Floor(problem)
+    asked = [best - share * size for share in (3.0, 1.0, 0.5, 0.1)]
+    told = [floor.reaches(seconds) for seconds in asked]
+    assert told == sorted(told, reverse=True), "what is reached once is reached for whatever is less"
+    assert not floor.reaches(above) and floor.seconds <= above and floor.reaches(asked[0])
+
+
+def test_a_floor_of_a_problem_too_large_shows_nothing(monkeypatch):
+    problem = random_layouts(0)
+    assert Floor(problem).reaches(-1.0)
+    monkeypatch.setattr(importlib.import_module("jaxplan.search.dual"), "LIMIT", 1)
+    floor = Floor(problem)
+    assert not floor.reaches(-1.0) and not floor.reaches(-1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

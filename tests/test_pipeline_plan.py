@@ -11,6 +11,7 @@ from conftest import assert_close, mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
+from jaxplan import attempts
 from jaxplan.budget import NothingFits
 from jaxplan.cost import Numbers
 from jaxplan.examples import programs
@@ -170,6 +171,27 @@ def test_at_another_size_a_pipeline_is_taken_where_a_trace_of_that_size_takes_on
     fresh = jaxplan.make_plan(LARGE.fn, *LARGE.args, **asked)
     assert plan.pipeline is not None and plan.pipeline == fresh.pipeline
     assert plan.seconds == pytest.approx(fresh.seconds, rel=1e-12) and plan.peak_bytes == fresh.peak_bytes
+
+
+@pytest.mark.parametrize("forced", [None, "s"])
+def test_pipelines_that_are_shown_to_be_too_slow_are_not_searched_and_the_plan_is_the_same(forced, monkeypatch):
+    fast = machine("a100").inner
+    groups = machine("a100").with_axis("s", fast.slower(20)).with_axis("d", fast)
+    asked = {"mesh": AbstractMesh((2, 4), ("s", "d")), "machine": groups, "memory_budget": np.inf, **STATE}
+    searched, search = [], attempts.run_search
+
+    def counted(problem, method):
+        searched.append(problem)
+        return search(problem, method)
+
+    monkeypatch.setattr(attempts, "run_search", counted)
+    plan = jaxplan.make_plan(LARGE.fn, *LARGE.args, pipeline=forced or "auto", **asked)
+    few = len(searched)
+    monkeypatch.setattr(attempts.Floor, "reaches", lambda floor, seconds: False)
+    every = jaxplan.make_plan(LARGE.fn, *LARGE.args, pipeline=forced or "auto", **asked)
+    assert few < len(searched) - few, "without bounds more are searched"
+    assert plan.pipeline == every.pipeline and plan.pipeline is not None
+    assert plan.seconds == every.seconds and (plan.choices == every.choices).all()
 
 
 def test_where_nothing_else_fits_a_pipeline_is_taken():

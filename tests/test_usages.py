@@ -1,7 +1,9 @@
 """Usages over lifetimes as a constraint of `Problem`: what an assignment takes, and the searches that stay within a limit."""
 
+import importlib
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -233,3 +235,30 @@ def test_a_known_assignment_that_fits_is_not_lost():
     problem, _ = limited(3)
     best = brute(problem)
     assert search(replace(problem, starts=(best.choices,)), "hsm2dl").seconds == pytest.approx(best.seconds)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_search_meets_is_measured_as_it_is_and_asked_for_once(seed):
+    problem, _ = entangled(seed)
+    calls = Counter()
+
+    def counted(price):
+        def asked(*rows):
+            calls[(id(price), *[row.tobytes() for row in rows])] += 1
+            return price(*rows)
+
+        return asked
+
+    nodes = tuple([node._replace(price=counted(node.price), times=2.0 + n) for n, node in enumerate(problem.nodes)])
+    edges = tuple([edge._replace(price=counted(edge.price), times=n % 3) for n, edge in enumerate(problem.edges)])
+    usages = tuple([usage._replace(amount=counted(usage.amount)) for usage in problem.usages])
+    seen, rng, meter = replace(problem, nodes=nodes, edges=edges, usages=usages), np.random.default_rng(seed), Meter(problem)
+    parts = importlib.import_module("jaxplan.search.limited")._Parts(seen)
+    tried = [np.array([[rng.integers(node.options[0])] for node in problem.nodes]) for _ in range(30)]
+    met = [parts.meet(choices) for choices in tried]
+    assert max(calls.values()) == 1
+    apart = replace(problem, nodes=tuple([n._replace(times=m.times) for n, m in zip(problem.nodes, nodes)]),
+                    edges=tuple([e._replace(times=m.times) for e, m in zip(problem.edges, edges)]))  # fmt: skip
+    for choices, one in zip(tried, met, strict=True):
+        assert one.seconds == pytest.approx(evaluate(apart, choices), rel=1e-12)
+        assert (one.amounts == meter.amounts(choices)).all() and (one.level == meter.levels(one.amounts)).all()

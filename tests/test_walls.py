@@ -46,6 +46,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
     "partial_sums": (),
     "report": ("ledger",),
     "budget": ("ledger", "report"),
+    "attempts": ("budget", "pins", "report"),
     "hybrid": ("asked", "budget"),
     "unlike": ("apply", "budget", "compare", "hlo", "hybrid", "pins", "report"),
     "reasons": ("report",),

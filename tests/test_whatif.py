@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan import api
+from jaxplan import api, hybrid
 from jaxplan.budget import NothingFits
 from jaxplan.machine import machine as find_machine
 from jaxplan.whatif import distinct, factorisations
@@ -113,6 +113,27 @@ def test_a_plan_on_real_devices_runs():
     found = jaxplan.best_mesh(product, a, b, devices=jax.devices()[:8])
     assert found.machine.name == "cpu" and found.best.mesh.size == 8
     assert jnp.allclose(found.best.jit()(a, b), product(a, b))
+
+
+def test_meshes_that_cannot_be_faster_are_fitted_when_they_are_asked_for(monkeypatch):
+    free = jaxplan.best_mesh(train, *ARGS, devices=16, machine="a100", memory_budget=math.inf)
+    budget = 0.98 * free.best.peak_bytes
+    fitted, fit = [], hybrid.fit
+
+    def counted(attempt, plan, *rest):
+        fitted.append(tuple(plan.axis_sizes.values()))
+        return fit(attempt, plan, *rest)
+
+    monkeypatch.setattr(hybrid, "fit", counted)
+    found = jaxplan.best_mesh(train, *ARGS, devices=16, machine="a100", memory_budget=budget)
+    before, best = len(set(fitted)), found.best
+    assert best.peak_bytes <= budget and fitted
+    assert {c.shape for c in found.candidates} == {c.shape for c in free.candidates} and found.candidates[0].plan is best
+    assert before < len(set(fitted)), "some are fitted only now"
+    for candidate in found.candidates:
+        mesh = AbstractMesh(candidate.shape, AXIS_NAMES[: len(candidate.shape)])
+        plan = jaxplan.make_plan(train, *ARGS, mesh=mesh, machine="a100", memory_budget=budget)
+        assert candidate.seconds == plan.seconds and candidate.plan.peak_bytes == plan.peak_bytes
 
 
 def test_meshes_that_do_not_fit_come_last_and_none_is_an_error():

@@ -12,6 +12,7 @@ from jaxplan.problem import Assignment, Problem, evaluate, peak, within_limit
 from jaxplan.search.alpa import alpa
 from jaxplan.search.brute import brute
 from jaxplan.search.certificate import certify, trws
+from jaxplan.search.dual import Floor
 from jaxplan.search.hsm2dl import hsm2dl
 from jaxplan.search.joint import joint
 from jaxplan.search.limited import OverLimit, at_prices, limited
@@ -109,6 +110,7 @@ def _checked(problem: Problem, found: Assignment, name: str) -> Assignment:
 __all__ = [
     "SEARCHES",
     "Assignment",
+    "Floor",
     "OverLimit",
     "alpa",
     "brute",

@@ -19,6 +19,10 @@ from jaxplan.reduce import Tables
 
 LIMIT = 30_000_000
 """Table entries above which a problem is refused."""
+FLOOR_SWEEPS = 8
+"""Sweeps of messages that a floor takes, at most."""
+LOOSE = 1e3
+"""How many times what a floor is asked to reach a pair may cost before its price is cut."""
 CUT = 0.01
 """How far above a known assignment a pair's price is cut, as a fraction: what is cut stays dearer."""
 
@@ -197,6 +201,35 @@ class Relaxation:
             where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
             pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(self.held), pairs)
+
+
+class Floor:
+    """What every assignment of a problem costs at least: found out as far as is asked, by few sweeps."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._relaxation: Relaxation | None = None
+        self._swept, self.seconds = 0, -math.inf
+
+    def reaches(self, seconds: float) -> bool:
+        """Whether all assignments are shown to cost so many seconds or more. Where a gain like that of the last sweep in each of
+        those left would not show it, no more are made; nothing is shown of problems too large to be relaxed."""
+        if self.seconds >= seconds or seconds == math.inf or self._swept >= FLOOR_SWEEPS:
+            return self.seconds >= seconds
+        if self._relaxation is None:
+            try:
+                self._relaxation = Relaxation(self._problem, LOOSE * abs(seconds))
+            except ValueError:  # too large; or no assignment is legal, which the search says better
+                self._swept = FLOOR_SWEEPS
+                return False
+            self.seconds = self._relaxation.bound()
+        while self.seconds < seconds and self._swept < FLOOR_SWEEPS:
+            self._relaxation.sweep(self._swept % 2 == 0, math.inf)
+            before, self.seconds = self.seconds, self._relaxation.bound()
+            self._swept += 1
+            if self.seconds + (self.seconds - before) * (FLOOR_SWEEPS - self._swept) < seconds:
+                break
+        return self.seconds >= seconds
 
 
 def _looks(edge: Edge, end: int, rows: Sequence[np.ndarray]) -> Hashable:

@@ -37,6 +37,8 @@ SETTLED = 1e-7
 """A gain, as a fraction of the price, below which the multipliers count as settled."""
 MERGES = 3
 """How often what was met is merged at the multipliers that this leads to."""
+ROWS = 22
+"""Bits of the number of a node's choice."""
 PASSES = 2
 """How often parts of all other assignments are tried in the best."""
 
@@ -180,6 +182,30 @@ def _master(met: Sequence[_Met], limit: float, dear: float) -> tuple[np.ndarray,
     return multipliers, promised, float(solved.x[-1]) * size
 
 
+class _Asked:
+    """Prices, or amounts, of one node each or of two, for one choice of these at a time; each is asked for once."""
+
+    def __init__(self, prices: Sequence[Any]) -> None:
+        known: dict[int, int] = {}
+        self._prices = prices
+        self._number = np.array([known.setdefault(id(price), len(known)) for price in prices], dtype=np.int64)
+        self._known: dict[int, float] = {}
+
+    def of(self, choices: np.ndarray, rows: np.ndarray, *ends: np.ndarray) -> np.ndarray:
+        """(prices,) of an assignment, (nodes, axes). `rows`: (nodes,) a number for the choice of each; `ends`: (prices,) the
+        node, or the two, that each price is of."""
+        keys = self._number
+        for end in ends:
+            keys = (keys << ROWS) + rows[end]
+        each, first, owner = np.unique(keys, return_index=True, return_inverse=True)
+        numbers = each.tolist()
+        new = [place for place, number in enumerate(numbers) if number not in self._known]
+        asked: list[Any] = [(self._prices[n], *[choices[end[n]][None] for end in ends]) for n in first[new].tolist()]
+        found = node_prices(asked) if len(ends) == 1 else edge_prices(asked)
+        self._known.update(zip([numbers[place] for place in new], [float(one.flat[0]) for one in found], strict=True))
+        return np.array([self._known[number] for number in numbers])[owner]
+
+
 class _Parts:
     """Assignments of a problem, and the parts in which two of them differ."""
 
@@ -187,27 +213,27 @@ class _Parts:
         self.problem, self.meter = problem, Meter(problem)
         self._ends = np.array([(edge.tail, edge.head) for edge in problem.edges], dtype=np.int64).reshape(-1, 2)
         self._users = np.array([(u.nodes[0], u.nodes[-1]) for u in problem.usages], dtype=np.int64).reshape(-1, 2)
+        self._rows: dict[tuple[int, ...], int] = {}
+        self._node_prices = _Asked([node.price for node in problem.nodes])
+        self._edge_prices = _Asked([edge.price for edge in problem.edges])
+        self._times = np.array([node.times for node in problem.nodes])
+        self._edge_times = np.array([edge.times for edge in problem.edges])
+        pairs = np.array([len(usage.nodes) == 2 for usage in problem.usages], dtype=bool)
+        self._alone, self._paired = np.flatnonzero(~pairs), np.flatnonzero(pairs)
+        self._own = _Asked([problem.usages[n].amount for n in self._alone.tolist()])
+        self._shared = _Asked([problem.usages[n].amount for n in self._paired.tolist()])
 
     def meet(self, choices: np.ndarray) -> _Met:
-        """Measure an assignment."""
-        nodes, edges = self._prices(choices)
-        amounts = self.meter.amounts(choices)
+        """Measure an assignment. What was asked of a price or an amount before is not asked again."""
+        numbers = [self._rows.setdefault(row, len(self._rows)) for row in map(tuple, choices.tolist())]
+        rows, every = np.array(numbers, dtype=np.int64), np.arange(len(choices))
+        amounts = np.zeros(len(self.problem.usages))
+        amounts[self._alone] = self._own.of(choices, rows, self._users[self._alone, 0])
+        amounts[self._paired] = self._shared.of(choices, rows, *self._users[self._paired].T)
+        nodes, edges = self._node_prices.of(choices, rows, every), self._edge_prices.of(choices, rows, *self._ends.T)
+        nodes = np.multiply(nodes, self._times, out=nodes, where=np.isfinite(nodes))
+        edges = np.multiply(edges, self._edge_times, out=np.zeros(len(edges)), where=self._edge_times > 0)
         return _Met(choices, nodes, edges, amounts, self.meter.levels(amounts))
-
-    def _prices(self, choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds per node, seconds per edge) of an assignment."""
-        rows = [tuple(row) for row in choices.tolist()]
-        known = {(id(node.price), row): n for n, (node, row) in enumerate(zip(self.problem.nodes, rows, strict=True))}
-        priced = node_prices([(self.problem.nodes[n].price, choices[n][None]) for n in known.values()])
-        seconds = {key: float(vector[0]) for key, vector in zip(known, priced, strict=True)}
-        own = [seconds[id(node.price), row] for node, row in zip(self.problem.nodes, rows, strict=True)]
-        nodes = np.array([node.times * s if math.isfinite(s) else s for node, s in zip(self.problem.nodes, own, strict=True)])
-        keys = [(id(edge.price), rows[edge.tail], rows[edge.head]) for edge in self.problem.edges]
-        asked = dict(zip(keys, self.problem.edges, strict=True))
-        matrices = edge_prices([(e.price, choices[e.tail][None], choices[e.head][None]) for e in asked.values()])
-        prices = {key: float(matrix[0, 0]) for key, matrix in zip(asked, matrices, strict=True)}
-        times = [edge.times for edge in self.problem.edges]
-        return nodes, np.array([often * prices[key] if often else 0.0 for key, often in zip(keys, times, strict=True)])
 
     def differing(self, one: _Met, other: _Met) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(the part of each node or -1, seconds that taking each part of the other saves, (parts, steps) what it adds)."""

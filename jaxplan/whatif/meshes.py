@@ -10,13 +10,14 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxplan.api import Plan, make_plan
+from jaxplan.api import Plan, Replanning, make_plan, replanning
 from jaxplan.budget import NothingFits, budget_bytes
 from jaxplan.machine import Machine, axis_links, machine as find_machine
 from jaxplan.pages import fragment
@@ -93,23 +94,33 @@ def _cells(candidate: Candidate) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class MeshRanking:
-    """What `best_mesh` found: `candidates`, the fastest that fits first, those that do not fit last; prints as a table.
+    """What `best_mesh` found; prints as a table.
 
-    `devices`: how many. `machine`: whose numbers they are ranked by. `refused`: {mesh shape: why it could not be planned at all,
-    a pin that cannot be honoured there, say}. `budget`: bytes per device. `elapsed`: seconds that all of it took.
+    `devices`: how many. `machine`: whose numbers they are ranked by. `budget`: bytes per device. `best`: the plan on the fastest
+    mesh that fits. `elapsed`: seconds that it took to find that one. Meshes that cannot be faster than it are fitted into memory
+    when `candidates` are asked for, or the table is: that is what `rest` does.
     """
 
     devices: int
     machine: Machine
     budget: float
-    candidates: tuple[Candidate, ...]
-    refused: Mapping[Shape, str] = field(default_factory=dict)
-    elapsed: float = 0.0
+    best: Plan
+    elapsed: float
+    rest: Callable[[], tuple[tuple[Candidate, ...], Mapping[Shape, str]]] = field(repr=False, compare=False)
+
+    @cached_property
+    def _all(self) -> tuple[tuple[Candidate, ...], Mapping[Shape, str]]:
+        return self.rest()
 
     @property
-    def best(self) -> Plan:
-        """The plan on the fastest mesh that fits."""
-        return self.candidates[0].plan
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All meshes, the fastest that fits first, those that do not fit last."""
+        return self._all[0]
+
+    @property
+    def refused(self) -> Mapping[Shape, str]:
+        """{mesh shape: why it could not be planned at all, a pin that cannot be honoured there, say}."""
+        return self._all[1]
 
     def __str__(self) -> str:
         name, budget = self.best.traced.name, "unlimited" if self.budget == math.inf else show_bytes(self.budget)
@@ -144,7 +155,7 @@ def best_mesh(
     pins: Mapping[str, PartitionSpec] | None = None,
     **options: Any,
 ) -> MeshRanking:
-    """Plan `fn(*args)` on every mesh of so many devices, from one trace, and rank the meshes by modelled time.
+    """Plan `fn(*args)` on the meshes of so many devices, from one trace, and rank the meshes by modelled time.
 
     `devices`: how many, or the JAX devices themselves (in their order; the plans can then run). `machine`: as in `make_plan`; its
     `node` says which axes stay on fast links: the last ones, as long as they fill no more than a node. `axis_names`: a mesh
@@ -163,24 +174,64 @@ def best_mesh(
     shapes = factorisations(count, len(names))
     if not pins:
         shapes = distinct(shapes, names, found)
-    candidates, refused = [], {}
-    for shape in shapes:
-        try:
-            candidates.append(candidate(base, _mesh(shape, names, live), found, budget, pins or {}))
-        except ValueError as error:
-            refused[shape] = str(error)
-    if not candidates:
-        shape, why = next(iter(refused.items()))
+    ranked = _Meshes(base, {shape: _mesh(shape, names, live) for shape in shapes}, found, budget, pins or {})
+    best = ranked.best()
+    if best is None:
+        shape, why = next(iter(ranked.refused.items()))
         raise ValueError(f"no mesh of {count} devices can be planned; {'x'.join(map(str, shape))}: {why}")
-    candidates = sorted(candidates, key=rank)
-    if not candidates[0].fits:
-        least = min(candidates, key=lambda one: (one.smallest, rank(one)))
+    if not best.fits:
+        least = min(ranked.planned.values(), key=lambda one: (one.smallest, rank(one)))
         raise NothingFits(
             f"no mesh of {count} devices fits {show_bytes(budget)} per device: the smallest peak found is "
             f"{show_bytes(least.smallest)}, on {least.mesh_text}. make_plan on that mesh says what makes it",
             least.smallest,
         )
-    return MeshRanking(count, found, budget, tuple(candidates), refused, time.perf_counter() - start)
+    return MeshRanking(count, found, budget, best.plan, time.perf_counter() - start, ranked.all)
+
+
+class _Meshes:
+    """Meshes of so many devices, planned as far as is asked. `planned`, `refused`: what is known of those by now."""
+
+    def __init__(
+        self, base: Plan, meshes: Mapping[Shape, Any], machine: Machine, budget: float, pins: Mapping[str, PartitionSpec]
+    ) -> None:
+        self.planned: dict[Shape, Candidate] = {}
+        self.refused: dict[Shape, str] = {}
+        self._base, self._meshes, self._asked = base, meshes, (machine, budget, pins)
+        self._begun = dict[Shape, Replanning]()
+
+    def best(self) -> Candidate | None:
+        """The first by rank; None where nothing can be planned. Meshes that cannot be faster are left, whatever they hold."""
+        machine, budget, pins = self._asked
+        least = dict[Shape, float]()
+        for shape, mesh in self._meshes.items():
+            try:
+                begun = replanning(self._base, mesh=mesh, machine=machine, memory_budget=budget, pins=pins)
+                least[shape] = begun.least()
+                self._begun[shape] = begun
+            except ValueError as error:
+                self.refused[shape] = str(error)
+        best: Candidate | None = None
+        for shape in sorted(least, key=least.__getitem__):
+            if best is not None and best.fits and not self._begun[shape].may_take_less(best.seconds):
+                continue
+            self._plan(shape)
+            if shape in self.planned and (best is None or rank(self.planned[shape]) < rank(best)):
+                best = self.planned[shape]
+        return best
+
+    def all(self) -> tuple[tuple[Candidate, ...], Mapping[Shape, str]]:
+        """(all that can be planned, by rank; of the others, why not)."""
+        for shape in list(self._begun):
+            self._plan(shape)
+        refused = {shape: self.refused[shape] for shape in self._meshes if shape in self.refused}
+        return tuple(sorted(self.planned.values(), key=rank)), refused
+
+    def _plan(self, shape: Shape) -> None:
+        try:
+            self.planned[shape] = candidate(self._base, self._meshes[shape], *self._asked, self._begun.pop(shape))
+        except ValueError as error:
+            self.refused[shape] = str(error)
 
 
 def rank(candidate: Candidate) -> tuple[Any, ...]:
@@ -203,11 +254,11 @@ def base_plan(fn: Callable[..., Any], args: tuple[Any, ...], machine: Machine, n
 
 
 def candidate(
-    base: Plan, mesh: Any, machine: Machine, budget: float, pins: Mapping[str, PartitionSpec]
+    base: Plan, mesh: Any, machine: Machine, budget: float, pins: Mapping[str, PartitionSpec], asked: Replanning | None = None
 ) -> Candidate:
-    """The plan on one mesh; ValueError where it cannot be planned there at all."""
+    """The plan on one mesh; ValueError where it cannot be planned there at all. `asked`: the same, begun already."""
     try:
-        plan = base.replan(mesh=mesh, machine=machine, memory_budget=budget, pins=pins)
+        plan = (asked or replanning(base, mesh=mesh, machine=machine, memory_budget=budget, pins=pins)).plan()
     except NothingFits as error:
         plan = base.replan(mesh=mesh, machine=machine, memory_budget=math.inf, pins=pins)
         return Candidate(plan, False, base.seconds, error.smallest)
