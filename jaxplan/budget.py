@@ -14,7 +14,7 @@ from jaxplan.cost import Modelled, waits, within
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
-from jaxplan.problem import Problem, peak
+from jaxplan.problem import Problem
 from jaxplan.report import show_bytes
 
 SomePlan = TypeVar("SomePlan", bound=Plan)
@@ -32,11 +32,6 @@ NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
 NEARLY_FREE = 1e-5
 """Nor is one that fits and is slower by no more than this fraction than without a budget."""
-EXACT = 1e-3
-"""The fraction by which a search may take a plan to hold more than it does, and be exact."""
-FULL = 0.95
-"""The share of a budget from which on a plan that fits, and was taken for what it holds, is not looked for again: neither at
-other limits nor from its true peak. Where more is left, other limits at times lead elsewhere."""
 REFINEMENTS = 2
 """Searches from what fits, at most."""
 AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
@@ -98,19 +93,16 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     """The cheapest plan found that fits. `plan`: the best without a budget.
 
     A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget;
-    of the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. A plan
-    that nearly fills the budget, and was taken for what it truly holds, is left as it is. Where nothing is found to fit, ever
-    lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises NothingFits.
+    of the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
+    nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
+    NothingFits.
     """
     tried: list[SomePlan] = []
-    exact: SomePlan | None = None
     for waiting in _ways(plan):
         found = _corrected(attempt, plan, budget, waiting)
+        if not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in found):
+            found += _aimed(attempt, plan, found[0], budget, waiting) if found else []
         tried += found
-        if found and FULL * budget <= found[0].peak_bytes <= budget and _is_exact(Limit(budget, (plan,), waiting), found[0]):
-            exact = found[0] if exact is None or found[0].seconds < exact.seconds else exact
-        elif found and not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in found):
-            tried += _aimed(attempt, plan, found[0], budget, waiting)
     if not any(one.peak_bytes <= budget for one in tried):
         tried = _descended(attempt, plan, budget)
     fitting = [one for one in tried if one.peak_bytes <= budget]
@@ -118,7 +110,7 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
         raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
     best = _mixed(min(fitting, key=lambda one: (one.seconds, one.peak_bytes)), [plan, *tried], budget)
-    return best if best is exact else _refined(attempt, plan, best, budget)
+    return _refined(attempt, plan, best, budget)
 
 
 def _corrected(
@@ -136,12 +128,6 @@ def _corrected(
             break
         like = (found, *like)
     return tried
-
-
-def _is_exact(limit: Limit[SomePlan], found: SomePlan) -> bool:
-    """Whether a search within a limit took what it found to hold what it truly does: then its true peak tells nothing new."""
-    problem = limit.problem(found.modelled, found.traced.donated, ())
-    return peak(problem, found.choices).usage <= (1 + EXACT) * found.peak_bytes
 
 
 def _aimed(

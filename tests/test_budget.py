@@ -13,9 +13,8 @@ from conftest import assert_close, mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan import attempts, budget as fitting
 from jaxplan.budget import Limit
-from jaxplan.cost import model, waits
+from jaxplan.cost import model
 from jaxplan.examples import programs
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.machine import PRESETS
@@ -98,31 +97,6 @@ def test_the_examples_of_training_are_squeezed_step_by_step(name):
     assert all(free.seconds < plan.seconds < 1.1 * free.seconds for _, plan in squeezed)
     parameters = [plan.ledger.by_kind["parameters"] for plan in (free, *(plan for _, plan in squeezed))]
     assert parameters == sorted(parameters, reverse=True) and parameters[-1] < parameters[0]
-
-
-def test_a_plan_that_fills_the_budget_and_was_taken_for_what_it_holds_is_looked_for_once(monkeypatch):
-    asked = {"mesh": MESH, "machine": "h100", "donate_argnums": 0}
-    free = jaxplan.make_plan(train_step, *train_args(4096), memory_budget=math.inf, **asked)
-    searched, search = [], attempts.nearest
-
-    def counted(problem, method):
-        searched.append(problem.limit)
-        return search(problem, method)
-
-    monkeypatch.setattr(attempts, "nearest", counted)
-    shares, once = (0.95, 0.9, 0.85, 0.8), []
-    for share in shares:
-        searched.clear()
-        plan = free.replan(memory_budget=share * free.peak_bytes)
-        ways = 2 if waits(free.modelled, free.choices) else 1
-        if len(searched) == ways:
-            once.append(share)
-        with monkeypatch.context() as patch:
-            patch.setattr(fitting, "EXACT", -1.0)
-            every = free.replan(memory_budget=share * free.peak_bytes)
-        assert plan.seconds <= every.seconds * (1 + 1e-9) and plan.peak_bytes <= share * free.peak_bytes
-        assert share not in once or len(searched) > 2 * ways
-    assert once
 
 
 def test_a_squeezed_plan_computes_the_same():
