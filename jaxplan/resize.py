@@ -200,7 +200,7 @@ def _check_operator(
     if not rule.known or _guessed(origin.graph, operator, moved):
         raise CannotResize(f"{told} goes through {where}, of which only a trace tells what comes out. Trace the other sizes anew")
     if _turned(operator, moved):
-        raise CannotResize(f"{told} is turned round at {where}; by how much at other sizes is not traced. Trace the other sizes anew")
+        raise CannotResize(f"{told} is turned round at {where}; how far at other sizes is not traced. Trace the other sizes anew")
     starts, sides = slice_starts(operator.equation), []
     terminals = [(t, d, slot, True) for slot, (t, d) in enumerate(zip(operator.operands, rule.operands, strict=True))]
     terminals += [(t, d, slot, False) for slot, (t, d) in enumerate(zip(operator.results, rule.results, strict=True))]
