@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,11 +132,14 @@ class Pricer:
         self.problem = problem
         self._vectors: dict[Hashable, tuple[np.ndarray, np.ndarray | None]] = known._vectors if known else {}
         self._matrices: dict[Hashable, np.ndarray] = known._matrices if known else {}
+        self._names: dict[Hashable, int] = known._names if known else {}  # of kinds and of fixed parts: cheap keys
         self.options = np.array([node.options for node in problem.nodes], dtype=np.int64).reshape(-1, len(problem.axes))
         self._strides = np.cumprod(self.options, axis=1) // self.options
-        self._kinds = [node.kind if node.kind is not None else ("node", id(node.price)) for node in problem.nodes]
-        self._edge_kinds = [edge.kind if edge.kind is not None else ("edge", id(edge.price)) for edge in problem.edges]
-        self._ends = [(edge.tail, edge.head) for edge in problem.edges]
+        self._kinds = self._named(node.kind if node.kind is not None else ("node", id(node.price)) for node in problem.nodes)
+        self._edges = [edge for edge in problem.edges if edge.times]
+        self._edge_kinds = self._named(
+            ("kind", edge.kind) if edge.kind is not None else ("edge", id(edge.price)) for edge in self._edges
+        )
 
     def along(
         self, axes: tuple[int, ...], choices: np.ndarray, alone: bool = False
@@ -182,9 +185,9 @@ class Pricer:
 
     def _written(self, rows: Sequence[np.ndarray], fixed: Sequence[Hashable]) -> Tables:
         """`rows`: the choices of each node; `fixed`: what tells them from other choices of a node of its kind."""
-        nodes, edges = self.problem.nodes, self.problem.edges
+        nodes, edges, names = self.problem.nodes, self._edges, self._named(fixed)
         costs = []
-        kinds: list[Hashable] = list(zip(self._kinds, fixed, strict=True))
+        kinds = list(zip(self._kinds, names, strict=True))
         unknown = {key: i for i, key in enumerate(kinds) if key not in self._vectors}
         for key, vector in zip(unknown, node_prices([(nodes[i].price, rows[i]) for i in unknown.values()]), strict=True):
             legal = vector < ILLEGAL
@@ -192,23 +195,25 @@ class Pricer:
         for node, key in zip(nodes, kinds, strict=True):
             vector, some = self._vectors[key]
             costs.append(node.times * vector if some is None else np.where(some, node.times * vector, ILLEGAL))
-        keys = [(kind, fixed[tail], fixed[head]) for kind, (tail, head) in zip(self._edge_kinds, self._ends, strict=True)]
-        missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in self._matrices}
+        matrices = self._matrices
+        keys = [(kind, names[edge.tail], names[edge.head]) for kind, edge in zip(self._edge_kinds, edges, strict=True)]
+        missing = {key: edge for key, edge in zip(keys, edges, strict=True) if key not in matrices}
         found = edge_prices([(edge.price, rows[edge.tail], rows[edge.head]) for edge in missing.values()])
-        self._matrices.update(zip(missing, map(_finite, found), strict=True))
+        matrices.update(zip(missing, map(_finite, found), strict=True))
         pairs: dict[tuple[int, int], np.ndarray] = {}
-        for key, edge in zip(keys, edges, strict=True):
-            if not edge.times:
-                continue
-            i, j, matrix = edge.tail, edge.head, self._matrices[key]
-            if edge.times != 1.0:
-                matrix = edge.times * matrix
+        for key, (i, j, _, _, times) in zip(keys, edges, strict=True):
+            matrix = matrices[key] if times == 1.0 else times * matrices[key]
             if i == j:
                 costs[i] = costs[i] + matrix.diagonal()
             else:
                 where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
                 pairs[where] = pairs[where] + matrix if where in pairs else matrix
         return Tables(tuple(costs), pairs)
+
+    def _named(self, things: Iterable[Hashable]) -> list[int]:
+        """A number for each, the same for equal ones."""
+        names = self._names
+        return [names.setdefault(thing, len(names)) for thing in things]
 
 
 class ChargedPricer(Pricer):

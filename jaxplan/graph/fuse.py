@@ -39,7 +39,7 @@ def fuse(
         operator, root = operators[index], sums.roots.get(index, -1)
         draft = candidate = None
         if operator.rule.fusible and len(operator.results) == 1 and operator.results[0] not in leaves:
-            candidate = _only_reader(operator, [home[reader] for reader in readers[operator.results[0]]])
+            candidate = _only_reader(operator, readers[operator.results[0]], home)
         if root == index or index in sums.loops:
             draft = forms.start(index, operator, "carries" if root != index else "apart" if candidate is None else "adds")
             drafts.append(draft)
@@ -55,14 +55,15 @@ def fuse(
     return [forms.close(draft, needed, draft.members[0] in left) for draft in reversed(drafts)]
 
 
-def _only_reader(operator: Operator, near: list[_Draft | None]) -> _Draft | None:
-    """The one cluster that reads what an operator makes, if it could be a part of that."""
-    first = near[0] if near else None
-    if first is None or first.scope != operator.scope:
+def _only_reader(operator: Operator, near: list[int], home: list[_Draft | None]) -> _Draft | None:
+    """The one cluster that reads what an operator makes, if it could be a part of that. `near`: who reads it."""
+    first = home[near[0]] if near else None
+    if first is None or first.scope != operator.scope or not first.form.fusible:
         return None
-    as_often = first.form.times == operator.times or max(operator.operands, default=-1) < 0
-    joinable = as_often and first.form.fusible
-    return first if joinable and all(draft is first for draft in near) else None
+    for reader in near:
+        if home[reader] is not first:
+            return None
+    return first if first.form.times == operator.times or max(operator.operands, default=-1) < 0 else None
 
 
 def _added(draft: _Draft | None) -> bool:
@@ -162,17 +163,19 @@ class _Forms:
 
     def _step(self, draft: _Draft, operator: Operator, touched: tuple[int, ...]) -> _Step:
         """What becomes of a draft's form by an operator. Tensors that the draft has not seen are given places."""
-        places, names, kinds = draft.places, draft.tensors, self.kinds
-        pattern, fresh = [], []
+        places, names = draft.places, draft.tensors
+        known, pattern = len(names), []
         for tensor in touched:
-            place = -1
-            if tensor >= 0:
-                place = places.get(tensor, -1)
-                if place < 0:
-                    place = places[tensor] = len(names)
-                    names.append(tensor)
-                    fresh.append(kinds[tensor])
+            if tensor < 0:
+                pattern.append(-1)
+                continue
+            place = places.get(tensor)
+            if place is None:
+                place = places[tensor] = len(names)
+                names.append(tensor)
             pattern.append(place)
+        kinds = self.kinds
+        fresh = [kinds[tensor] for tensor in names[known:]]
         form = draft.form
         key = (id(operator.rule), operator.times, operator.read_times, tuple(pattern), tuple(fresh))
         step = form.steps.get(key)
@@ -192,29 +195,28 @@ class _Forms:
             self.closed[key] = (len(self.closed), form.close(wanted, left))
         number, model = self.closed[key]
         members = draft.members
-        return Cluster(
-            members=tuple(members[::-1]),
-            units=model.units,
-            reads=tuple([Terminal(names[place], leads) for place, leads in model.reads]),
-            writes=tuple([Terminal(names[place], leads) for place, leads in model.writes]),
-            work=tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work]),
-            combines=tuple([
+
+        def terminals(places: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
+            return tuple([Terminal(names[place], leads) for place, leads in places])
+
+        combines, halos, slots = model.combines, model.halos, model.slots
+        if combines:
+            combines = tuple([
                 Combine(members[c.operator], Terminal(names[c.result.tensor], c.result.leads), c.over, c.scatterable, c.left)
-                for c in model.combines
-            ]),
-            halos=tuple([
+                for c in combines
+            ])  # fmt: skip
+        if halos:
+            halos = tuple([
                 replace(h, operator=members[h.operator], operand=Terminal(names[h.operand.tensor], h.operand.leads))
-                for h in model.halos
-            ]),
-            times=model.times,
-            read_times=model.read_times,
-            read_shares=model.read_shares,
-            write_shares=model.write_shares,
-            moves_bytes=model.moves_bytes,
-            apart=model.apart,
-            alike=number,
-            slots=tuple([(members[index], slot, read) for index, slot, read in model.slots]),
-            inner=tuple([Terminal(names[place], leads) for place, leads in model.inner]),
+                for h in halos
+            ])  # fmt: skip
+        if slots:
+            slots = tuple([(members[index], slot, read) for index, slot, read in slots])
+        work = tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work])
+        return Cluster(
+            tuple(members[::-1]), model.units, terminals(model.reads), terminals(model.writes), work, combines, halos,
+            model.times, model.read_times, model.read_shares, model.write_shares, model.moves_bytes, model.apart, number,
+            (), slots, terminals(model.inner) if model.inner else (),
         )  # fmt: skip
 
 

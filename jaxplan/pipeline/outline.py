@@ -154,19 +154,20 @@ def spent(modelled: Modelled, choices: np.ndarray, inside: Collection[int]) -> S
     graph, numbers, setting = modelled.graph, modelled.numbers, modelled.setting
     axes = range(len(numbers.sizes))
     split, unsplit, sent = [0.0 for _ in axes], [0.0 for _ in axes], [0.0 for _ in axes]
-    known: dict[tuple[int, bytes], tuple[dict[int, float], float]] = {}
+    alike: dict[tuple[int, tuple[int, ...]], tuple[int, float]] = {}  # clusters that do the same: one, and how often in all
+    rows = choices.tolist()
     for index in inside:
-        cluster, options = graph.clusters[index], modelled.chosen(choices, index)
-        key = (cluster.alike if cluster.alike >= 0 else -1 - index, choices[index].tobytes())
-        if key not in known:
-            terms = cluster_terms(cluster, options, setting, numbers)
-            each = {axis: sent_seconds({axis: value}, terms.rounds, numbers) for axis, value in terms.sent.items()}
-            known[key] = each, terms_seconds(replace(terms, sent={}, rounds={}), numbers)
-        each, work = known[key]
-        for axis, value in each.items():
-            sent[axis] += cluster.times * value
+        cluster = graph.clusters[index]
+        key = (cluster.alike if cluster.alike >= 0 else -1 - index, tuple(rows[index]))
+        alike[key] = index, alike.get(key, (index, 0.0))[1] + cluster.times
+    for index, times in alike.values():
+        options = modelled.chosen(choices, index)
+        terms = cluster_terms(graph.clusters[index], options, setting, numbers)
+        for axis, value in terms.sent.items():
+            sent[axis] += times * sent_seconds({axis: value}, terms.rounds, numbers)
+        work = terms_seconds(replace(terms, sent={}, rounds={}), numbers)
         for axis in axes:
-            (split if options[axis].factor >= 0 else unsplit)[axis] += cluster.times * work
+            (split if options[axis].factor >= 0 else unsplit)[axis] += times * work
     for reading, (written, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
         if written != wanted and (reading.writer in inside or reading.reader in inside):
             steps = reshard_steps(written, wanted, len(reading.read.leads), setting.slow_first)

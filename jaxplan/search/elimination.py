@@ -111,6 +111,10 @@ def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float
     return buckets.bound, options, exact
 
 
+_INSERTED = [(*[slice(None)] * place, None) for place in range(64)]
+"""What makes a dimension of size 1 at a place; NumPy has 64."""
+
+
 class _Table:
     """A table over the variables of an ascending scope; `used` once it has gone into another."""
 
@@ -133,10 +137,14 @@ class _Buckets:
         self.sizes = [len(cost) for cost in tables.costs]
         self.costs = list(tables.costs)
         self.tables: list[list[_Table]] = [[] for _ in self.sizes]
-        for scope, array in tables.pairs.items():
-            table = _Table(scope, array)
-            self.tables[scope[0]].append(table)
-            self.tables[scope[1]].append(table)
+        for (i, j), array in tables.pairs.items():
+            if self.sizes[i] == 1 or self.sizes[j] == 1:  # nothing to choose together, as in most of what proposals agree on
+                alone, vector = (j, array[0]) if self.sizes[i] == 1 else (i, array[:, 0])
+                self.costs[alone] = self.costs[alone] + vector
+                continue
+            table = _Table((i, j), array)
+            self.tables[i].append(table)
+            self.tables[j].append(table)
 
     def _add(self, scope: tuple[int, ...], array: np.ndarray) -> None:
         if len(scope) == 1:
@@ -156,10 +164,8 @@ class _Buckets:
         sizes, exact = self.sizes, True
         trail: list[tuple[int, list[_Table]]] = []
         options = [0] * len(sizes)
-        fixed = {v for v, size in enumerate(sizes) if size == 1}  # only dimensions of tables, of which NumPy has 64
-        for v in fixed:
-            self._condition(v, 0)
-            self.bound += float(self.costs[v][0])
+        fixed = {v for v, size in enumerate(sizes) if size == 1}
+        self.bound += sum([float(self.costs[v][0]) for v in fixed])
         for v in order:
             if v in fixed:
                 continue
@@ -191,30 +197,27 @@ class _Buckets:
 
     def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:
         """Sum tables that mention a variable, take the minimum over it, and put the result back."""
-        sizes, where = self.sizes, scope.index(v)
-        if len(scope) == 2 and len(tables) == 1:  # a leaf
-            total = tables[0].array + (self.costs[v][:, None] if where == 0 else self.costs[v])
-            tables[0].used = True
-        else:
-            whole = tuple([sizes[w] for w in scope])
-            shape = [1] * len(scope)
-            shape[where] = sizes[v]
-            total = self.costs[v].reshape(shape)
-            own = False  # whether the sum is ours alone and has all entries: then no more memory is touched than that
-            if len(tables) > 2:  # small tables first: fewer large sums
-                tables = sorted(tables, key=_entries)
-            for table in tables:
-                table.used = True
-                mine, part = table.scope, table.array
-                if len(mine) != len(scope):
-                    part = part.reshape([size if w in mine else 1 for w, size in zip(scope, whole, strict=True)])
-                if own:
-                    total += part
-                else:
-                    total = total + part
-                    own = total.shape == whole
-        if len(scope) > 1:
-            self._add(tuple([w for w in scope if w != v]), np.minimum.reduce(total, where))
+        where, dims = scope.index(v), len(scope)
+        if len(tables) > 2:  # small tables first: fewer large sums
+            tables = sorted(tables, key=_entries)
+        total = self.costs[v]
+        if dims > 1:
+            total = total.reshape([-1 if w == v else 1 for w in scope])
+        entries = math.prod([self.sizes[w] for w in scope])
+        for table in tables:
+            table.used = True
+            mine, part = table.scope, table.array
+            if len(mine) == dims - 1:
+                missing = next((place for place, w in enumerate(mine) if w != scope[place]), dims - 1)
+                part = part[_INSERTED[missing]]
+            elif len(mine) < dims:
+                part = part.reshape([self.sizes[w] if w in mine else 1 for w in scope])
+            if total.size == entries:  # the sum is ours alone: no more memory is touched than that
+                total += part
+            else:
+                total = total + part
+        if dims > 1:
+            self._add((*scope[:where], *scope[where + 1 :]), np.minimum.reduce(total, where))
         else:
             self.bound += float(total.min())
         return _Table(tuple(scope), total)
