@@ -265,10 +265,11 @@ def test_no_plan_is_dearer_than_one_under_a_tighter_budget(name):
     assert before > free.seconds
 
 
-def test_what_lies_off_every_mixture_is_found():
+@pytest.mark.parametrize("machine", ["h100", "v4"])
+def test_what_lies_off_every_mixture_is_found(machine):
     """At 0.95 of the peak one layer's gradient has to be scattered; every mixture of plans at prices scatters all or none."""
     program = programs()["mlp_sgd"]
-    free = jaxplan.make_plan(program.fn, *program.args, mesh=MESH, machine="h100", memory_budget=math.inf)
+    free = jaxplan.make_plan(program.fn, *program.args, mesh=MESH, machine=machine, memory_budget=math.inf)
     modelled = model(free.modelled.whole, free.modelled.numbers, {}, follow=False)
     problem = Limit(0.95 * free.peak_bytes, (free,)).problem(modelled, free.traced.donated, ())
     assert nearest(problem).seconds <= alpa(problem, rounds=None).seconds * (1 + 1e-6)

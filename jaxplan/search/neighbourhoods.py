@@ -30,9 +30,9 @@ CUTS = 3
 """How often steps at which the limit is exceeded get a price."""
 OVERSHOOT = 1.05
 """By what factor such a price is higher than what makes a gain none."""
-IDLE = 16
+IDLE = 32
 """Neighbourhoods re-opened in a row without a gain before it is given up."""
-MOST = 64
+MOST = 256
 """Neighbourhoods in all."""
 OPENED = 2_000
 """Nodes re-opened, counted each time, in all neighbourhoods of one search."""
