@@ -32,7 +32,7 @@ from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
+from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, pinned_orders, renamed, stage_dims
 from jaxplan.pipeline import PipelineError, left_out, rerolled
 from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
@@ -54,7 +54,8 @@ class Request:
     """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
 
     `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
-    `unrolled`: the program as traced, and its graph, where the plan is of one with its layers put into loops.
+    `unrolled`: the program as traced, and its graph, where the plan is of one with its layers put into loops. `major_first`: of a
+    stage, the order in which axes that share a dimension stand in the whole plan.
     """
 
     mesh: Any
@@ -70,6 +71,12 @@ class Request:
     sizes: Mapping[str, int] = field(default_factory=dict)
     origin: Origin | None = None
     unrolled: tuple[Traced, Graph] | None = None
+    major_first: tuple[str, ...] = ()
+
+    @property
+    def orders(self) -> tuple[tuple[str, ...], ...]:
+        """In which orders axes that share a dimension have to stand."""
+        return (self.major_first, *pinned_orders(self.pins))
 
 
 MOST_PADDINGS = 4
@@ -475,7 +482,7 @@ def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Cho
         return choosing(again, loops, marked, called, lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
-        numbers = Numbers(graph, dict(request.mesh.shape), machine)
+        numbers = Numbers(graph, dict(request.mesh.shape), machine, said=request.orders)
         attempts = functools.partial(Attempts, Plan, traced, graph, numbers, request, dims)
         return Choosing(traced, graph, numbers, attempts, budget, more_devices, rolled, bool(request.sizes))
 
@@ -511,17 +518,21 @@ def _solve(
     return replace(plan, stages=stages)
 
 
-def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, budget: float = math.inf) -> Request:
-    """What is asked of the program of one stage. `request`: of the whole; `mesh`: the stage's; `budget`: bytes per device."""
+def stage_request(
+    request: Request, traced: Traced, mesh: Any, machine: Any, major_first: tuple[str, ...], budget: float = math.inf
+) -> Request:
+    """What is asked of the program of one stage. `request`, `major_first`: of the whole; `mesh`: the stage's; `budget`: bytes per
+    device."""
     own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
-    return Request(mesh, machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
+    trips = request.while_trips
+    return Request(mesh, machine, request.search, max(1.0, budget), own, {}, trips, pipeline=None, major_first=major_first)
 
 
 def _wanted(using: Choosing[Plan], request: Request, dims: Dims) -> Wanted:
     """What is asked of stages on sub-meshes."""
 
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
-        asked = stage_request(request, traced, mesh, using.numbers.machine, budget)
+        asked = stage_request(request, traced, mesh, using.numbers.machine, using.numbers.major_first, budget)
         graph = build_graph(traced, request.while_trips, platform_of(mesh))
         named = stage_dims(using.traced, using.graph, dims, traced, graph)
         return _solve(_choosing(traced, graph, asked, named), asked, named, {})
@@ -566,4 +577,4 @@ def meant(name: str) -> str:
 
 
 def _request_pins(plan: Plan) -> dict[int, Layout]:
-    return pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes)
+    return pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes, plan.modelled.numbers.major_first)
