@@ -1,5 +1,5 @@
-"""Axes that share a dimension stand in one order in all of a plan: what was said, else the slower one first. Whatever it is, plans
-compute the same, compile to what they predict, and cost what they do on a mesh that has its axes in that order."""
+"""Axes that share a dimension stand in one order in all of a plan: what was said, else the slower one first. Whatever it is,
+plans compute the same, compile to what they predict, and cost what they do on a mesh that has its axes in that order."""
 
 import itertools
 import json
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import assert_close, mesh_of
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
+from unlike_programs import unet
 
 import jaxplan
+from jaxplan import files
 from jaxplan.cost import Numbers
 from jaxplan.cost.exchange import combine_steps, reshard_steps
 from jaxplan.examples import programs
@@ -72,29 +74,28 @@ def assert_same(name, want, got):
 @pytest.mark.parametrize("turned", list(itertools.permutations(range(3))))
 def test_steps_are_those_of_a_mesh_with_its_axes_in_that_order(turned):
     """`turned[k]`: the axis here that is axis k there, where mesh order is the order of all dimensions."""
-    here = {k: axis for k, axis in enumerate(turned)}
 
     def layout(there):
         return tuple(there[turned.index(axis)] for axis in range(3))
 
     def spec(there):
-        return tuple(tuple(here[axis] for axis in axes) for axes in there)
+        return tuple(tuple(turned[axis] for axis in axes) for axes in there)
 
     def steps(there):
-        return [(s.kind, tuple(here[a] for a in s.axes), spec(s.before), spec(s.after)) for s in there]
+        return [(s.kind, tuple(turned[a] for a in s.axes), spec(s.before), spec(s.after)) for s in there]
 
     def plain(found):
         return [(s.kind, s.axes, s.before, s.after) for s in found]
 
     for slow in itertools.permutations(range(3)):
-        order, there = AxisOrder(tuple(here[a] for a in slow), turned), AxisOrder(slow, (0, 1, 2))
+        order, there = AxisOrder(tuple(turned[a] for a in slow), turned), AxisOrder(slow, (0, 1, 2))
         for src, dst in itertools.product(itertools.product((PARTIAL, -1, 0, 1), repeat=3), repeat=2):
             found = plain(reshard_steps(layout(src), layout(dst), 2, order))
             assert found == steps(reshard_steps(src, dst, 2, there)), (src, dst, slow)
         for scatter in itertools.product((-1, 0, 1), repeat=2):
             split, whole = (-1, -1, 1), (*scatter, -1)
             there_found = combine_steps(split, whole, ((0,), (1,)), 2, there)
-            partial = ((here[0],), (here[1],))
+            partial = ((turned[0],), (turned[1],))
             assert plain(combine_steps(layout(split), layout(whole), partial, 2, order)) == steps(there_found)
 
 
@@ -195,7 +196,8 @@ def test_pins_of_three_axes_leave_the_others_to_their_links():
 
 def test_pins_in_two_orders_are_refused_by_name():
     pins = {"a": P(("y", "x")), "b": P(None, ("x", "y"))}
-    with pytest.raises(ValueError, match=r"pin 'b': .*must stand in one order in all of a plan; other pins have these as \('y', 'x'\)"):
+    told = r"pin 'b': .*must stand in one order in all of a plan; other pins have these as \('y', 'x'\)"
+    with pytest.raises(ValueError, match=told):
         jaxplan.make_plan(lambda a, b: (a, b), shape_of(8, 8), shape_of(8, 8), mesh=mesh_of((4, 2)), pins=pins)
 
 
@@ -280,6 +282,8 @@ def test_a_file_has_the_order_and_one_without_has_that_of_the_mesh(tmp_path):
     assert_close(jax.jit(program.fn)(*args), loaded.jit(())(*args))
 
     saved = json.loads((tmp_path / "plan.json").read_text())
+    turned = files.Comparison(files.saved_plan(plan), parse_plan(json.dumps({**saved, "axis_order": ["x", "y"]})))
+    assert "axes that share" in str(turned)
     assert saved["axis_order"] == ["y", "x"] and [axis["axis"] for axis in saved["mesh"]] == ["x", "y"]
     with pytest.raises(PlanFileError, match=r"axis_order: \['y', 'z'\] are not the axes of the mesh, \['x', 'y'\]"):
         parse_plan(json.dumps({**saved, "axis_order": ["y", "z"]}))
@@ -355,3 +359,18 @@ def test_a_pipeline_leaves_the_order_of_the_other_axes(tmp_path):
     assert set(plan.audit().errors.values()) == {0.0}
     plan.save(tmp_path / "plan.json")
     assert jaxplan.load_plan(tmp_path / "plan.json", descend, *args, mesh=mesh).constraints == plan.constraints
+
+
+@pytest.mark.slow
+def test_stages_on_sub_meshes_have_the_order_of_the_whole_plan(tmp_path):
+    step, args = unet()
+    mesh, machine = last_slower((2, 2, 2))
+    plan = jaxplan.make_plan(step, *args, mesh=mesh, machine=machine, pipeline="x", microbatches=2)
+    assert [stage.modelled.numbers.major_first for stage in plan.stage_plans] == [("z", "x", "y")] * 2
+    assert all(("z", "y") in shared(stage) for stage in plan.stage_plans)
+    assert_close(jax.jit(step)(*args), plan.jit()(*args))
+    found = plan.audit()
+    assert found.predicted == found.compiled
+    plan.save(tmp_path / "plan.json")
+    loaded = jaxplan.load_plan(tmp_path / "plan.json", step, *args, mesh=mesh)
+    assert [stage.constraints for stage in loaded.stage_plans] == [stage.constraints for stage in plan.stage_plans]
