@@ -463,23 +463,16 @@ def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Cho
     budget = budget_bytes(request.memory_budget, machine)
 
     def rolled() -> Choosing[Plan] | None:
-        origin = request.origin if request.sizes else None
-        written = origin.traced if origin is not None else traced
-        again = rerolled(written)
-        if again is written:
+        try:
+            found = _rolled(traced, graph, request, dims)
+        except CannotResize:
+            if request.pipeline == AUTO:
+                return None
+            raise
+        if found is None:
             return None
-        loops = build_graph(again, request.while_trips, graph.platform)
-        called = renamed(dims, graph, loops)
-        if origin is not None:
-            try:
-                names = _plan.dimension_names_of(again, loops, called)
-                again, loops = resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
-            except CannotResize:
-                if request.pipeline == AUTO:
-                    return None
-                raise
         marked = replace(request, unrolled=(traced, graph))
-        return choosing(again, loops, marked, called, lambda: None)
+        return choosing(*found, marked, renamed(dims, graph, found[1]), lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
         numbers = Numbers(graph, dict(request.mesh.shape), machine, said=request.orders)
@@ -487,6 +480,25 @@ def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Cho
         return Choosing(traced, graph, numbers, attempts, budget, more_devices, rolled, bool(request.sizes))
 
     return choosing(traced, graph, request, dims, rolled)
+
+
+def _rolled(traced: Traced, graph: Graph, request: Request, dims: Dims) -> tuple[Traced, Graph] | None:
+    """A program with its unrolled layers in loops, found once for all meshes; None where it has none. Raises CannotResize."""
+    origin = request.origin if request.sizes else None
+    written = origin.traced if origin is not None else traced
+
+    def find() -> tuple[Traced, Graph] | None:
+        again = rerolled(written)
+        if again is written:
+            return None
+        loops = build_graph(again, request.while_trips, graph.platform)
+        if origin is None:
+            return again, loops
+        names = _plan.dimension_names_of(again, loops, renamed(dims, graph, loops))
+        return resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
+
+    sizes = None if origin is None else (tuple(sorted(request.sizes.items())), tuple(sorted(dims.items())))
+    return graph.remembered("rolled", (written.donated, request.while_trips, sizes), find)
 
 
 def _solve(
