@@ -32,7 +32,7 @@ from jaxplan.layout import Layout
 from jaxplan.ledger import Ledger, ledger
 from jaxplan.machine import Machine, machine as find_machine, platform_of
 from jaxplan.pages import SweepView, auto_sweep, page, picture_of, plan_table
-from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, renamed, stage_dims
+from jaxplan.pins import Dims, dimension_names, has_inputs, inputs_at, pinned_layouts, pinned_orders, renamed, stage_dims
 from jaxplan.pipeline import PipelineError, left_out, rerolled
 from jaxplan.plots import plot_memory
 from jaxplan.problem import Assignment, Problem
@@ -54,7 +54,8 @@ class Request:
     """What the user asked for, kept so that a plan can be derived again for another mesh or machine without a retrace.
 
     `sizes`: the extents that differ from the trace's, by name; `origin`: the program as traced, where there are some.
-    `unrolled`: the program as traced, and its graph, where the plan is of one with its layers put into loops.
+    `unrolled`: the program as traced, and its graph, where the plan is of one with its layers put into loops. `major_first`: of a
+    stage, the order in which axes that share a dimension stand in the whole plan.
     """
 
     mesh: Any
@@ -70,6 +71,12 @@ class Request:
     sizes: Mapping[str, int] = field(default_factory=dict)
     origin: Origin | None = None
     unrolled: tuple[Traced, Graph] | None = None
+    major_first: tuple[str, ...] = ()
+
+    @property
+    def orders(self) -> tuple[tuple[str, ...], ...]:
+        """In which orders axes that share a dimension have to stand."""
+        return (self.major_first, *pinned_orders(self.pins))
 
 
 MOST_PADDINGS = 4
@@ -456,30 +463,42 @@ def _choosing(traced: Traced, graph: Graph, request: Request, dims: Dims) -> Cho
     budget = budget_bytes(request.memory_budget, machine)
 
     def rolled() -> Choosing[Plan] | None:
-        origin = request.origin if request.sizes else None
-        written = origin.traced if origin is not None else traced
-        again = rerolled(written)
-        if again is written:
+        try:
+            found = _rolled(traced, graph, request, dims)
+        except CannotResize:
+            if request.pipeline == AUTO:
+                return None
+            raise
+        if found is None:
             return None
-        loops = build_graph(again, request.while_trips, graph.platform)
-        called = renamed(dims, graph, loops)
-        if origin is not None:
-            try:
-                names = _plan.dimension_names_of(again, loops, called)
-                again, loops = resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
-            except CannotResize:
-                if request.pipeline == AUTO:
-                    return None
-                raise
         marked = replace(request, unrolled=(traced, graph))
-        return choosing(again, loops, marked, called, lambda: None)
+        return choosing(*found, marked, renamed(dims, graph, found[1]), lambda: None)
 
     def choosing(traced: Traced, graph: Graph, request: Request, dims: Dims, rolled: Any) -> Choosing[Plan]:
-        numbers = Numbers(graph, dict(request.mesh.shape), machine)
+        numbers = Numbers(graph, dict(request.mesh.shape), machine, said=request.orders)
         attempts = functools.partial(Attempts, Plan, traced, graph, numbers, request, dims)
         return Choosing(traced, graph, numbers, attempts, budget, more_devices, rolled, bool(request.sizes))
 
     return choosing(traced, graph, request, dims, rolled)
+
+
+def _rolled(traced: Traced, graph: Graph, request: Request, dims: Dims) -> tuple[Traced, Graph] | None:
+    """A program with its unrolled layers in loops, found once for all meshes; None where it has none. Raises CannotResize."""
+    origin = request.origin if request.sizes else None
+    written = origin.traced if origin is not None else traced
+
+    def find() -> tuple[Traced, Graph] | None:
+        again = rerolled(written)
+        if again is written:
+            return None
+        loops = build_graph(again, request.while_trips, graph.platform)
+        if origin is None:
+            return again, loops
+        names = _plan.dimension_names_of(again, loops, renamed(dims, graph, loops))
+        return resize_loops(origin, Origin(again, loops, names, origin.while_trips), request.sizes)
+
+    sizes = None if origin is None else (tuple(sorted(request.sizes.items())), tuple(sorted(dims.items())))
+    return graph.remembered("rolled", (written.donated, request.while_trips, sizes), find)
 
 
 def _solve(
@@ -511,17 +530,21 @@ def _solve(
     return replace(plan, stages=stages)
 
 
-def stage_request(request: Request, traced: Traced, mesh: Any, machine: Any, budget: float = math.inf) -> Request:
-    """What is asked of the program of one stage. `request`: of the whole; `mesh`: the stage's; `budget`: bytes per device."""
+def stage_request(
+    request: Request, traced: Traced, mesh: Any, machine: Any, major_first: tuple[str, ...], budget: float = math.inf
+) -> Request:
+    """What is asked of the program of one stage. `request`, `major_first`: of the whole; `mesh`: the stage's; `budget`: bytes per
+    device."""
     own = {path: spec for path, spec in request.pins.items() if has_inputs(traced, path)}
-    return Request(mesh, machine, request.search, max(1.0, budget), own, {}, request.while_trips, pipeline=None)
+    trips = request.while_trips
+    return Request(mesh, machine, request.search, max(1.0, budget), own, {}, trips, pipeline=None, major_first=major_first)
 
 
 def _wanted(using: Choosing[Plan], request: Request, dims: Dims) -> Wanted:
     """What is asked of stages on sub-meshes."""
 
     def planner(traced: Traced, mesh: Any, budget: float) -> Plan:
-        asked = stage_request(request, traced, mesh, using.numbers.machine, budget)
+        asked = stage_request(request, traced, mesh, using.numbers.machine, using.numbers.major_first, budget)
         graph = build_graph(traced, request.while_trips, platform_of(mesh))
         named = stage_dims(using.traced, using.graph, dims, traced, graph)
         return _solve(_choosing(traced, graph, asked, named), asked, named, {})
@@ -566,4 +589,4 @@ def meant(name: str) -> str:
 
 
 def _request_pins(plan: Plan) -> dict[int, Layout]:
-    return pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes)
+    return pinned_layouts(plan.traced, plan.request.pins, plan.axis_sizes, plan.modelled.numbers.major_first)

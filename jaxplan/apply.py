@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity, total_path
-from jaxplan.layout import Layout, Spec, spec_of
+from jaxplan.layout import Layout, Spec
 from jaxplan.partial_sums import Parts, along, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
@@ -512,7 +512,7 @@ class PlannedFunction:
         self.__name__ = plan.traced.name
 
     def _shardings(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[NamedSharding]:
-        specs = [self.plan.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
+        specs = [self.plan.partition_spec(self.plan.spec(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
         return [NamedSharding(self._mesh, spec) for spec in specs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ class Attempts(Generic[SomePlan]):
         pipeline: Pipeline | None = None,
     ) -> None:  # fmt: skip
         """`plan`: makes one, of the fields of `Plan`; `request`: what was asked for."""
-        pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape))
+        pins = pinned_layouts(traced, request.pins, dict(request.mesh.shape), numbers.major_first)
         stages = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
         if stages is not None:
             graph, numbers = stages.graph, micro_numbers(numbers, stages)
@@ -69,7 +69,7 @@ def more_devices(plan: Plan, budget: float) -> list[str]:
         if plan.pipeline is not None and axis == plan.pipeline.axis:
             continue
         request = replace(plan.request, mesh=wider, machine=plan.modelled.numbers.machine)
-        numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine)
+        numbers = Numbers(plan.modelled.whole, sizes, plan.modelled.numbers.machine, said=plan.modelled.numbers.said)
         try:
             attempt = Attempts(type(plan), plan.traced, plan.modelled.whole, numbers, request, plan.dims, plan.pipeline)
             free = attempt(None)

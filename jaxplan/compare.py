@@ -150,7 +150,7 @@ def compare(plan: Plan, found: Audit, rounded: bool | None = None) -> PlanAudit:
     rounds what only products read, if the plan's does."""
     exchanges = plan.exchanges if rounded is None else plan.exchanges_of(rounded)
     sizes = plan.axis_sizes
-    slow_first = [plan.axis_names[axis] for axis in plan.modelled.numbers.slow_first]
+    slow_first = [plan.axis_names[axis] for axis in plan.modelled.numbers.order.slow_first]
     compiled = dict.fromkeys(sizes, 0.0)
     for collective in found.normalised:
         for axis, sent in sent_by_axis(collective, sizes, slow_first).items():

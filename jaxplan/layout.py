@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Layout = tuple[int, ...]
 """Per mesh axis, the dimension it shards, or -1 where the tensor is replicated along that axis, or `PARTIAL`."""
@@ -15,9 +16,17 @@ Spec = tuple[tuple[int, ...], ...]
 """Per dimension, the mesh axes (as indices) that shard it, major to minor."""
 
 
-def spec_of(layout: Layout, ndim: int) -> Spec:
-    """The dimension-wise form. Axes that share a dimension stand in mesh order: the one canonical order."""
-    return tuple(tuple(axis for axis, dim in enumerate(layout) if dim == d) for d in range(ndim))
+class AxisOrder(NamedTuple):
+    """Two orders of mesh axes, as indices: from the costliest link to the cheapest, and that in which axes stand, major to minor,
+    that share a dimension: one for all tensors of a plan."""
+
+    slow_first: tuple[int, ...]
+    major_first: tuple[int, ...]
+
+
+def spec_of(layout: Layout, ndim: int, major_first: tuple[int, ...]) -> Spec:
+    """The dimension-wise form. Axes that share a dimension stand as in `major_first`, which has all axes."""
+    return tuple(tuple([axis for axis in major_first if layout[axis] == d]) for d in range(ndim))
 
 
 def layout_of(spec: Spec, axes: int) -> Layout:

@@ -71,7 +71,8 @@ def load_plan(
         if written.jaxpr is not traced.jaxpr:
             request = replace(request, unrolled=(written, build_graph(written, asked.while_trips, platform_of(mesh))))
         graph = build_graph(traced, asked.while_trips, platform_of(mesh))
-        numbers, layouts = Numbers(graph, saved.mesh_shape, saved.machine), pinned_layouts(traced, pins, saved.mesh_shape)
+        numbers = Numbers(graph, saved.mesh_shape, saved.machine, said=(saved.major_first,))
+        layouts = pinned_layouts(traced, pins, saved.mesh_shape, saved.major_first)
         pipeline, dims = files.pipeline_for(saved, traced), files.dims_of(saved, traced, graph)
         cut = stages_of(graph, pipeline, numbers.axis_names) if pipeline is not None else None
         if cut is not None:
@@ -109,11 +110,13 @@ def _in_stages(saved: files.SavedPlan, plan: Plan) -> StagedPlan:
     for number in range(parts.stages):
         program = stage_program(parts, number)
         own = files.check_stage(saved, number, program.traced.jaxpr)
-        request = stage_request(plan.request, program.traced, stage_mesh(plan.mesh, asked.axis, number), plan.request.machine)
+        own_mesh = stage_mesh(plan.mesh, asked.axis, number)
+        request = stage_request(plan.request, program.traced, own_mesh, plan.request.machine, saved.major_first)
         stage_graph = build_graph(program.traced, request.while_trips, platform_of(plan.mesh))
         sizes = dict(request.mesh.shape)
-        layouts = pinned_layouts(program.traced, request.pins, sizes)
-        modelled, choices = _chosen(own, stage_graph, Numbers(stage_graph, sizes, saved.machine), layouts)
+        layouts = pinned_layouts(program.traced, request.pins, sizes, saved.major_first)
+        own_numbers = Numbers(stage_graph, sizes, saved.machine, said=(saved.major_first,))
+        modelled, choices = _chosen(own, stage_graph, own_numbers, layouts)
         dims = stage_dims(plan.traced, graph, plan.dims, program.traced, stage_graph)
         programs.append(program)
         plans.append(Plan(program.traced, modelled, choices, request.mesh, {}, None, dims, request))

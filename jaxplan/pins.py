@@ -14,10 +14,18 @@ from jaxplan.layout import Layout
 from jaxplan.trace import Traced
 
 
+def pinned_orders(pins: Mapping[str, PartitionSpec]) -> tuple[tuple[str, ...], ...]:
+    """The axes that pins lay along one dimension, major to minor; what is no pin says nothing."""
+    specs = [spec for spec in pins.values() if isinstance(spec, PartitionSpec | tuple)] if isinstance(pins, Mapping) else []
+    entries = [entry for spec in specs for entry in spec if isinstance(entry, tuple) and len(entry) > 1]
+    return tuple(entries)
+
+
 def pinned_layouts(
-    traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int]
+    traced: Traced, pins: Mapping[str, PartitionSpec], mesh_shape: Mapping[str, int], major_first: Sequence[str]
 ) -> dict[int, Layout]:
-    """{flat input: layout} of what the user insists on; later pins override earlier ones."""
+    """{flat input: layout} of what the user insists on; later pins override earlier ones. `major_first`: in which order axes that
+    share a dimension stand."""
     layouts: dict[int, Layout] = {}
     if not isinstance(pins, Mapping):
         raise TypeError(f"pins must be a dict {{input path: PartitionSpec}}, got {type(pins).__name__}")
@@ -26,7 +34,8 @@ def pinned_layouts(
             instead = f"its .spec, {spec.spec}" if isinstance(spec, jax.sharding.NamedSharding) else "P('data', None), say"
             raise TypeError(f"pin {path!r}: a layout is a PartitionSpec, got {type(spec).__name__} {spec!r}: give {instead}")
         for position in inputs_at(traced, "pin", path):
-            layouts[position] = _pinned_layout(traced.in_paths[position], traced.in_avals[position].shape, spec, mesh_shape)
+            where, shape = traced.in_paths[position], traced.in_avals[position].shape
+            layouts[position] = _pinned_layout(where, shape, spec, mesh_shape, major_first)
     return layouts
 
 
@@ -60,7 +69,9 @@ def _glob(path: str) -> str:
     return "".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts) + "(/.*)?"
 
 
-def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> Layout:
+def _pinned_layout(
+    path: str, shape: Sequence[int], spec: PartitionSpec, mesh_shape: Mapping[str, int], major_first: Sequence[str]
+) -> Layout:
     axes = list(mesh_shape)
     layout = [-1] * len(axes)
     if len(spec) > len(shape):
@@ -75,11 +86,11 @@ def _pinned_layout(path: str, shape: Sequence[int], spec: PartitionSpec, mesh_sh
                 raise ValueError(f"pin {path!r}: {spec} uses axis {name!r} twice")
             layout[axes.index(name)] = dim
             parts *= mesh_shape[name]
-        if list(names) != sorted(names, key=axes.index):
-            wanted = tuple(sorted(names, key=axes.index))
+        wanted = tuple(sorted(names, key=major_first.index))
+        if tuple(names) != wanted:
             raise ValueError(
-                f"pin {path!r}: {spec}: axes that share a dimension must stand in mesh order {axes}, here as {wanted}; another "
-                "order of blocks is reached by a mesh with its axes in that order"
+                f"pin {path!r}: {spec}: axes that share a dimension must stand in one order in all of a plan; other pins have "
+                f"these as {wanted}"
             )
         if shape[dim] % parts:
             raise ValueError(f"pin {path!r}: dimension {dim} of {tuple(shape)} is not divisible by {parts} ({spec})")

@@ -162,6 +162,10 @@ class Plan:
     def _replicated(self) -> Layout:
         return (-1,) * len(self.axis_names)
 
+    def spec(self, layout: Layout, ndim: int) -> Spec:
+        """Per dimension, the axes that shard it in a layout of so many dimensions."""
+        return spec_of(layout, ndim, self.modelled.setting.order.major_first)
+
     def partition_spec(self, spec: Spec) -> PartitionSpec:
         """A spec over axis numbers as a `PartitionSpec` over axis names."""
         return partition_spec(spec, self.axis_names)
@@ -186,7 +190,7 @@ class Plan:
         return NamedSharding(self.mesh, self.partition_spec_of(position))
 
     def _specs(self, layouts: Sequence[Layout], avals: Sequence[Any]) -> list[PartitionSpec]:
-        return [self.partition_spec(spec_of(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
+        return [self.partition_spec(self.spec(layout, len(a.shape))) for layout, a in zip(layouts, avals, strict=True)]
 
     @property
     def in_shardings(self) -> Any:
@@ -217,7 +221,7 @@ class Plan:
                 member = _writer(graph, cluster, write.tensor)
                 slot = graph.operators[member].results.index(write.tensor)
                 layout = self.layouts[write.tensor]
-                writes[(member, slot)] = (spec_of(layout, len(write.leads)),)
+                writes[(member, slot)] = (self.spec(layout, len(write.leads)),)
             for exchange in cluster_exchanges(cluster, self.modelled.chosen(self.choices, index), self.modelled.setting):
                 slot = graph.operators[exchange.operator].results.index(exchange.tensor)
                 writes[(exchange.operator, slot)] = _reduced_then_moved(exchange.steps)
@@ -231,7 +235,7 @@ class Plan:
             specs = views.get(reading.tensor, ()) + specs
             for member, slot in _read_at(graph, cluster, reading.read):
                 if specs or not graph.operators[member].rule.fusible:
-                    reads[(member, slot)] = specs or (spec_of(dst, ndim),)
+                    reads[(member, slot)] = specs or (self.spec(dst, ndim),)
         outputs = {}
         for position, tensor in enumerate(graph.outputs):
             if tensor >= 0:
@@ -241,7 +245,7 @@ class Plan:
                     outputs[position] = specs
         entries = {
             path: tuple(
-                spec_of(self.layouts[t], len(graph.tensors[t].shape)) if t in self.layouts else () for t in operands
+                self.spec(self.layouts[t], len(graph.tensors[t].shape)) if t in self.layouts else () for t in operands
             )
             for path, operands in graph.calls.items()
         }
@@ -268,7 +272,7 @@ class Plan:
         """The layouts that lead from one to another. A stop whose parts would be unequal is left out: there the compiler finds
         its own way, and may send more than was priced."""
         sizes = self.modelled.numbers.sizes
-        stops = [step.after for step in reshard_steps(src, dst, len(shape), self.modelled.setting.slow_first)]
+        stops = [step.after for step in reshard_steps(src, dst, len(shape), self.modelled.setting.order)]
         even = [all(n % math.prod(sizes[a] for a in axes) == 0 for n, axes in zip(shape, spec)) for spec in stops[:-1]]
         return (*compress(stops, even), *stops[-1:])
 
@@ -296,7 +300,7 @@ class Plan:
         for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
             if written == read:
                 continue
-            steps = reshard_steps(written, read, len(reading.read.leads), setting.slow_first)
+            steps = reshard_steps(written, read, len(reading.read.leads), setting.order)
             if sends_a_number(graph, graph.clusters[reading.writer], steps):
                 continue
             reader = graph.clusters[reading.reader].members[0]
@@ -391,7 +395,7 @@ class Plan:
         for reading, (written, read) in zip(self.modelled.readings, self.modelled.layouts_of(self.choices), strict=True):
             if written == read:
                 continue
-            for step in reshard_steps(written, read, len(reading.read.leads), self.modelled.setting.slow_first):
+            for step in reshard_steps(written, read, len(reading.read.leads), self.modelled.setting.order):
                 found[reading.tensor, step] = max(found.get((reading.tensor, step), 0.0), reading.share)
         return found
 
@@ -520,7 +524,7 @@ class Plan:
         modelled = self.modelled
         if modelled.stages is not None:
             return make()
-        whole = (modelled.kin, modelled.setting.slow_first, self.choices.tobytes(), *key)
+        whole = (modelled.kin, modelled.setting.order, self.choices.tobytes(), *key)
         return modelled.graph.remembered(what, whole, make)
 
     @property

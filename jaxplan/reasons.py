@@ -22,7 +22,7 @@ from jaxplan.cost import reshard_steps
 from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.cost.symbols import Symbols
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
-from jaxplan.layout import PARTIAL, Layout, spec_of
+from jaxplan.layout import PARTIAL, Layout
 from jaxplan.paths import alike, several
 from jaxplan.plan import Plan
 from jaxplan.problem import all_rows, edge_prices, repeated
@@ -73,7 +73,7 @@ def charges(plan: Plan) -> dict[tuple[str, int], Charge]:
             what = f"work of {operator.name}" + (f", its result combined over {'+'.join(axes)}" if axes else "")
             found["cluster", index] = Charge(what, plan.source(operator), seconds)
     for number, reading in enumerate(modelled.readings):
-        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.slow_first)
+        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.order)
         nbytes = reading.sent * numbers.nbytes(reading.tensor)
         seconds = reading.times * sent_seconds(*steps_terms(steps, nbytes, numbers.sizes), numbers)
         if seconds:
@@ -368,7 +368,7 @@ def _moving(plan: Plan, position: int) -> tuple[sympy.Expr, float]:
     seconds = 0.0
     for reading in modelled.readings:
         if reading.tensor in own or reading.reader == home:
-            steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.slow_first)
+            steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.order)
             nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             value = sent_seconds(*steps_terms(steps, nbytes, symbols.sizes), symbols)
             if value != 0:
@@ -390,7 +390,7 @@ def _neighbours(plan: Plan, position: int) -> list[str]:
         if reading.tensor not in own or operator.name in (VIEW, BOUNDARY, INPUT):
             continue
         src, dst, ndim = modelled.edge_layouts(plan.choices, reading)
-        kinds = [step.kind for step in reshard_steps(src, dst, ndim, modelled.setting.slow_first) if step.kind != "slice"]
+        kinds = [step.kind for step in reshard_steps(src, dst, ndim, modelled.setting.order) if step.kind != "slice"]
         source = plan.source(operator)
         text = f"{operator.name}{' at ' + source if source else ''} reads it as {_show(_spec(plan, dst, ndim))}"
         text += f" ({', '.join(kinds)})" if kinds else ", where it lies" if src == dst else ""
@@ -509,7 +509,7 @@ def _input_specs(plan: Plan) -> list[PartitionSpec]:
 
 
 def _spec(plan: Plan, layout: Layout, ndim: int) -> PartitionSpec:
-    return plan.partition_spec(spec_of(layout, ndim))
+    return plan.partition_spec(plan.spec(layout, ndim))
 
 
 def _axes_of(spec: PartitionSpec) -> set[str]:

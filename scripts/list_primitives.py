@@ -34,6 +34,7 @@ from jaxplan.cost.price import Option, Setting, Terms, cluster_terms
 from jaxplan.graph import Graph, Operator, Tensor, Work
 from jaxplan.graph.flatten import _CONTROL
 from jaxplan.graph.fuse import fuse
+from jaxplan.layout import AxisOrder
 from jaxplan.rules import Kind, Rule, classify, rule_of
 from jaxplan.rules.whole import DELIBERATELY_WHOLE
 
@@ -454,7 +455,7 @@ def cost_of(worked: Worked) -> tuple[str, str]:
     for halo in cluster.halos:
         tensor, leads = halo.operand
         slabs.append(replace(halo, extent=names.extent(tensor, leads.index(halo.factor))))
-    terms = cluster_terms(cluster._replace(halos=tuple(slabs)), [option], Setting(1, (0,)), names)
+    terms = cluster_terms(cluster._replace(halos=tuple(slabs)), [option], Setting(1, AxisOrder((0,), (0,))), names)
     return worked.rule.factors[factor].name if factor >= 0 else "", written(terms)
 
 

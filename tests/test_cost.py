@@ -18,25 +18,28 @@ from jaxplan.cost.exchange import combine_steps, reshard_steps, step_bytes
 from jaxplan.cost.price import Option, cluster_exchanges, cluster_terms, parts_steps, steps_terms, terms_seconds
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
-from jaxplan.layout import PARTIAL, layout_of, spec_of
+from jaxplan.layout import PARTIAL, AxisOrder, layout_of, spec_of
 from jaxplan.machine import machine
 from jaxplan.problem import all_rows, evaluate
 from jaxplan.search import alpa
 from jaxplan.trace import trace
 
 LAYOUTS = list(itertools.product((-1, 0, 1), repeat=2))
+ORDERS = [AxisOrder(slow, major) for slow in ((0, 1), (1, 0)) for major in ((0, 1), (1, 0))]
+XY = ORDERS[0]
 
 
 @pytest.mark.parametrize("src", LAYOUTS)
 @pytest.mark.parametrize("dst", LAYOUTS)
-def test_reshard_arrives_where_it_should(src, dst):
-    steps = reshard_steps(src, dst, 2, (0, 1))
+@pytest.mark.parametrize("order", ORDERS)
+def test_reshard_arrives_where_it_should(src, dst, order):
+    steps = reshard_steps(src, dst, 2, order)
     if src == dst:
         assert steps == ()
     else:
-        assert steps[0].before == spec_of(src, 2)
+        assert steps[0].before == spec_of(src, 2, order.major_first)
         assert layout_of(steps[-1].after, 2) == dst
-        assert steps[-1].after == spec_of(dst, 2), "axes that share a dimension end in mesh order"
+        assert steps[-1].after == spec_of(dst, 2, order.major_first), "axes that share a dimension end in their order"
         for one, two in itertools.pairwise(steps):
             assert one.after == two.before
 
@@ -44,7 +47,7 @@ def test_reshard_arrives_where_it_should(src, dst):
 @pytest.mark.parametrize("src", LAYOUTS)
 def test_only_slices_are_free(src):
     for dst in LAYOUTS:
-        for step in reshard_steps(src, dst, 2, (0, 1)):
+        for step in reshard_steps(src, dst, 2, XY):
             sent = sum(h for _, h in step_bytes(step, 1024.0, (2, 4)))
             assert (sent == 0) == (step.kind == "slice")
 
@@ -54,10 +57,10 @@ def test_what_a_reshard_sends_depends_on_which_dimensions_are_equal_not_on_which
     """`Reshards` prices one reshard per pattern."""
 
     def terms(src, dst):
-        sent, rounds = steps_terms(reshard_steps(src, dst, 3, slow_first), 1.0, sizes)
+        sent, rounds = steps_terms(reshard_steps(src, dst, 3, order), 1.0, sizes)
         return {axis: round(share, 12) for axis, share in sent.items()}, rounds
 
-    known = {}
+    known, order = {}, AxisOrder(slow_first, slow_first)
     layouts = list(itertools.product((PARTIAL, -1, 0, 1, 2), repeat=len(sizes)))
     for src, dst in itertools.product(layouts, layouts):
         names = {}
@@ -67,25 +70,25 @@ def test_what_a_reshard_sends_depends_on_which_dimensions_are_equal_not_on_which
 
 def test_hierarchical_parts_add_up_to_one_exchange_over_all_devices():
     devices, nbytes = 8, 4096.0
-    gather = reshard_steps((0, 0), (-1, -1), 1, (0, 1))
+    gather = reshard_steps((0, 0), (-1, -1), 1, XY)
     assert sum(h for step in gather for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
-    reduced = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, (0, 1))
+    reduced = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, XY)
     assert sum(h for step in reduced for _, h in step_bytes(step, nbytes, (2, 4))) == 2 * (devices - 1) / devices * nbytes
-    scattered = combine_steps((-1, -1), (0, 0), ((0, 1),), 1, (0, 1))
+    scattered = combine_steps((-1, -1), (0, 0), ((0, 1),), 1, XY)
     assert sum(h for step in scattered for _, h in step_bytes(step, nbytes, (2, 4))) == (devices - 1) / devices * nbytes
 
 
 def test_slower_axis_sees_reduced_data():
-    (step,) = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, (1, 0))
+    (step,) = combine_steps((-1, -1), (-1, -1), ((0, 1),), 1, ORDERS[2])
     sent = dict(step_bytes(step, 1000.0, (2, 4)))
     assert sent[1] == pytest.approx(2 * 3 / 4 * 1000 / 2), "axis 1 is the slow one: it sees half the bytes"
     assert sent[0] == pytest.approx(2 * 1 / 2 * 1000)
 
 
 def test_a_major_axis_that_leaves_a_shared_dimension_costs_a_permute():
-    kinds = [step.kind for step in reshard_steps((0, 0), (-1, 0), 1, (0, 1))]
+    kinds = [step.kind for step in reshard_steps((0, 0), (-1, 0), 1, XY)]
     assert kinds == ["permute", "all_gather"]
-    kinds = [step.kind for step in reshard_steps((0, 0), (0, -1), 1, (0, 1))]
+    kinds = [step.kind for step in reshard_steps((0, 0), (0, -1), 1, XY)]
     assert kinds == ["all_gather"]
 
 
@@ -197,7 +200,8 @@ def test_combinations_that_differ_by_names_alone_send_the_same():
             partial = random.random() < 0.6
             dim = -1 if partial else random.randint(-1, 3)
             parts.append((dim, random.choice([3, 5, 9]), random.randint(-1, 3)) if partial else (dim, -1, -1))
-        slow_first, sizes = tuple(random.sample(range(axes), axes)), [2, 4, 8, 3][:axes]
-        sent, rounds = steps_terms(parts_steps(parts, 4, slow_first), 1.0, sizes)
-        again, others = steps_terms(parts_steps(renamed(parts), 4, slow_first), 1.0, sizes)
+        slow_first, major_first = (tuple(random.sample(range(axes), axes)) for _ in range(2))
+        order, sizes = AxisOrder(slow_first, major_first), [2, 4, 8, 3][:axes]
+        sent, rounds = steps_terms(parts_steps(parts, 4, order), 1.0, sizes)
+        again, others = steps_terms(parts_steps(renamed(parts), 4, order), 1.0, sizes)
         assert sent == pytest.approx(again) and rounds == others

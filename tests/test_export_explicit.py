@@ -125,11 +125,13 @@ FORWARDS = {
     "contracted": (FORWARD, FORWARD_ARGS, {"a": P("x"), "c": P(None, "y"), "x": P(None, "x")}, (4, 2)),
     "a mesh of three": (FORWARD, FORWARD_ARGS, {"a": P(None, "x"), "x": P()}, (3,)),
     "both axes on one dimension": (FORWARD, FORWARD_ARGS, {"x": P(("x", "y")), "a": P()}, (4, 2)),
+    "both, the other way round": (FORWARD, FORWARD_ARGS, {"x": P(("y", "x")), "c": P(None, ("y", "x"))}, (4, 2)),
     "three axes": (FORWARD, FORWARD_ARGS, {"x": P("x", "z"), "a": P("y")}, (2, 2, 2)),
     "heads": (ATTENTION, ATTENTION_ARGS, {"wq": P(None, "y"), "x": P("x")}, (4, 2)),
     "sequence": (ATTENTION, ATTENTION_ARGS, {"x": P(None, "x"), "wq": P()}, (4,)),
     "a scan over layers": (LAYERS, LAYERS_ARGS, {"a": P(None, None, "y"), "x": P("x")}, (4, 2)),
 }
+QUICK_FORWARDS = ("tensor parallel", "both axes on one dimension", "both, the other way round", "a scan over layers")
 
 SHAPES = {"wq": (64, 4, 16), "wk": (64, 4, 16), "wv": (64, 4, 16), "wo": (4, 16, 64), "up": (64, 256), "down": (256, 64)}
 DRAW = np.random.default_rng(0)
@@ -264,7 +266,7 @@ def in_turn(names, quick):
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", in_turn(FORWARDS, ("tensor parallel", "both axes on one dimension", "a scan over layers")))
+@pytest.mark.parametrize("name", in_turn(FORWARDS, QUICK_FORWARDS))
 def test_the_calls_written_into_the_program_compile_to_the_planned_exchanges(name, tmp_path):
     text, args, pins, sizes = FORWARDS[name]
     said, found = said_and_done(

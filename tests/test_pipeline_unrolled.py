@@ -208,6 +208,21 @@ def test_across_slow_links_written_out_layers_too_large_to_be_copied_are_laid_in
     assert plan.seconds < 0.97 * none.seconds
 
 
+def test_layers_are_put_into_loops_once_for_all_meshes(monkeypatch):
+    made = []
+    monkeypatch.setattr("jaxplan.api.rerolled", lambda traced: made.append(traced) or rerolled(traced))
+    shapes = jax.eval_shape(tower_args)
+    base = jaxplan.make_plan(tower, *shapes, mesh=AbstractMesh((1,), ("s",)), machine=SLOW_LINKS, pipeline=None)
+    assert not made
+    meshes = [AbstractMesh(sizes, ("s", "t")) for sizes in ((2, 1), (2, 2), (4, 2))]
+    plans = [base.replan(mesh=mesh, pipeline="s", microbatches=4) for mesh in meshes]
+    assert len(made) == 1
+    for mesh, plan in zip(meshes, plans, strict=True):
+        fresh = jaxplan.make_plan(tower, *shapes, mesh=mesh, machine=SLOW_LINKS, pipeline="s", microbatches=4)
+        assert plan.pipeline == fresh.pipeline and plan.seconds == fresh.seconds and (plan.choices == fresh.choices).all()
+    assert len(made) == 1 + len(meshes), "each trace has its own"
+
+
 @pytest.mark.parametrize("batch", [64, 8])
 def test_where_none_can_pay_the_layers_are_not_even_put_into_a_loop(batch, monkeypatch):
     monkeypatch.setattr("jaxplan.api.rerolled", lambda _: pytest.fail("put into a loop"))

@@ -131,7 +131,7 @@ def _modelled(
     graph: Graph, numbers: Numbers, pins: Mapping[int, Layout] | None, follow: bool, stages: Stages | None,
     kin: Hashable,
 ) -> Modelled:  # fmt: skip
-    setting = Setting(len(numbers.sizes), numbers.slow_first)
+    setting = Setting(len(numbers.sizes), numbers.order)
     most = max([len(tensor.shape) for tensor in graph.tensors], default=0)
     clusters = Clusters(Combines(setting, numbers, most))
     pinned = {graph.inputs[position]: layout for position, layout in (pins or {}).items()}
@@ -184,7 +184,7 @@ def _modelled(
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
     alike = _alike(numbers, stages) if not pins else ()
-    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.slow_first, alike)
+    problem = Problem(numbers.axis_names, tuple(nodes), tuple(edges), numbers.order.slow_first, alike)
     options = tuple(price.options for _, price in numbered)
     return Modelled(graph, numbers, setting, problem, options, tuple(readings), tuple(place), follows, stages, kin)
 
@@ -203,7 +203,7 @@ def _alike(numbers: Numbers, stages: Stages | None) -> tuple[Hashable, ...]:
 
 def _repriced(known: Modelled, numbers: Numbers) -> Modelled:
     """The same model on a machine that differs by its links only."""
-    setting, problem = Setting(len(numbers.sizes), numbers.slow_first), known.problem
+    setting, problem = Setting(len(numbers.sizes), numbers.order), known.problem
     clusters: dict[int, Clusters] = {}
     families: dict[int, Reshards] = {}
     edge_prices: dict[int, ReshardPrice] = {}
@@ -220,7 +220,7 @@ def _repriced(known: Modelled, numbers: Numbers) -> Modelled:
     nodes = tuple([node._replace(price=clusters[id(node.price.family)][node.price.number]) for node in problem.nodes])
     edges = tuple([edge._replace(price=edge_prices[id(edge.price)]) for edge in problem.edges])
     alike = _alike(numbers, None) if problem.alike else ()
-    problem = problem.repriced(nodes, edges, numbers.slow_first, alike)
+    problem = problem.repriced(nodes, edges, numbers.order.slow_first, alike)
     return replace(known, numbers=numbers, setting=setting, problem=problem)
 
 

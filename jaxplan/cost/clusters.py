@@ -72,7 +72,7 @@ class Combines:
     def _rated(self, parts: tuple[CombinePart, ...]) -> tuple[float, float]:
         rates = self._known.get(parts)
         if rates is None:
-            steps = parts_steps(parts, self.ndim, self.setting.slow_first)
+            steps = parts_steps(parts, self.ndim, self.setting.order)
             rates = self._known[parts] = steps_rates(steps, self.numbers)
         return rates
 
@@ -86,7 +86,7 @@ class Combines:
     def share(self, parts: tuple[CombinePart, ...], scattered: bool = False) -> float:
         """The share of a result that each device holds before it is combined; 0 where it never is (or, `scattered`, where none of
         it is scattered)."""
-        steps = parts_steps(parts, self.ndim, self.setting.slow_first)
+        steps = parts_steps(parts, self.ndim, self.setting.order)
         if scattered and not any(step.kind == "reduce_scatter" for step in steps):
             return 0.0
         return 1 / math.prod([self.numbers.sizes[axis] for axes in steps[0].before for axis in axes]) if steps else 0.0

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, all_to_all_bytes
-from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
+from jaxplan.layout import PARTIAL, AxisOrder, Layout, Spec, spec_of
 
 
 @dataclass(frozen=True)
@@ -25,40 +25,41 @@ class Step:
 
 
 @lru_cache(maxsize=1 << 16)
-def reshard_steps(src: Layout, dst: Layout, ndim: int, slow_first: tuple[int, ...]) -> tuple[Step, ...]:
+def reshard_steps(src: Layout, dst: Layout, ndim: int, order: AxisOrder) -> tuple[Step, ...]:
     """From one layout to another: slices first (they are free), then all-to-alls, then gathers, slow axes first.
 
-    Axes can only leave or join a dimension at its minor end; where the canonical order asks for more, a permute is due. Partial
+    Axes can only leave or join a dimension at its minor end; where `order` asks for more, a permute is due. Partial
     sums that are asked for whole are reduced before anything else; what is whole is a partial sum, too, with zeros elsewhere.
     """
     if src == dst:
         return ()
-    walk = _Walk(src, ndim, slow_first)
+    walk = _Walk(src, ndim, order)
     if PARTIAL in src or PARTIAL in dst:
         whole = [axis for axis, (d, e) in enumerate(zip(src, dst, strict=True)) if d == PARTIAL != e]
         steps = (Step("all_reduce", walk.slow(whole), walk.spec(), walk.spec()),) if whole else ()
         before, after = (tuple([max(dim, -1) for dim in layout]) for layout in (src, dst))
-        return steps + reshard_steps(before, after, ndim, slow_first)
+        return steps + reshard_steps(before, after, ndim, order)
     vacated = {d for d, e in zip(src, dst, strict=True) if d >= 0 and d != e}
-    entering = [a for a, (d, e) in enumerate(zip(src, dst, strict=True)) if d < 0 <= e]
+    axes = [(axis, src[axis], dst[axis]) for axis in order.major_first]
+    entering = [axis for axis, d, e in axes if d < 0 <= e]
     for axis in entering:
         if dst[axis] not in vacated:
             walk.move("slice", (axis,), -1, dst[axis])
     moves: dict[tuple[int, int], list[int]] = {}
-    for axis, (d, e) in enumerate(zip(src, dst, strict=True)):
+    for axis, d, e in axes:
         if d >= 0 and e >= 0 and d != e:
             moves.setdefault((d, e), []).append(axis)
-    for (d, e), axes in moves.items():
-        walk.move("all_to_all", tuple(axes), d, e)
+    for (d, e), moved in moves.items():
+        walk.move("all_to_all", tuple(moved), d, e)
     gathers: dict[int, list[int]] = {}
-    for axis, (d, e) in enumerate(zip(src, dst, strict=True)):
+    for axis, d, e in axes:
         if d >= 0 > e:
             gathers.setdefault(d, []).append(axis)
     late = [axis for axis in entering if dst[axis] in vacated]
     for axis in late:
         if dst[axis] not in gathers:
             walk.move("slice", (axis,), -1, dst[axis])
-    for d in sorted(gathers, key=lambda d: min(slow_first.index(a) for a in gathers[d])):
+    for d in sorted(gathers, key=lambda d: min(order.slow_first.index(a) for a in gathers[d])):
         walk.move("all_gather", tuple(gathers[d]), d, -1)
     for axis in late:
         if dst[axis] in gathers:
@@ -69,7 +70,7 @@ def reshard_steps(src: Layout, dst: Layout, ndim: int, slow_first: tuple[int, ..
 
 @lru_cache(maxsize=1 << 16)
 def combine_steps(
-    layout: Layout, scatter: Layout, partial: tuple[tuple[int, ...], ...], ndim: int, slow_first: tuple[int, ...]
+    layout: Layout, scatter: Layout, partial: tuple[tuple[int, ...], ...], ndim: int, order: AxisOrder
 ) -> tuple[Step, ...]:
     """A partial result of layout `layout` made whole. `partial`: the axes along which it is partial, grouped by the factor
     that they split, in the order in which the compiler combines them; `scatter[a]`: the dimension that partial axis a is
@@ -78,14 +79,14 @@ def combine_steps(
     The compiler combines one contracted dimension after the other, each in full. Only the last can be scattered directly,
     and only if all its axes are, to one dimension, and none before; what else is to be scattered is reduced, then sliced.
     """
-    walk = _Walk(layout, ndim, slow_first)
+    walk = _Walk(layout, ndim, order)
     *first, last = partial
     alone = all(scatter[axis] < 0 for axes in first for axis in axes)
     direct = alone and scatter[last[0]] >= 0 and len({scatter[axis] for axis in last}) == 1
     for axes in first if direct else partial:
         walk.steps.append(Step("all_reduce", walk.slow(axes), walk.spec(), walk.spec()))
     groups: dict[int, list[int]] = {}
-    for axis in reversed(slow_first):
+    for axis in reversed(order.slow_first):
         if scatter[axis] >= 0:
             groups.setdefault(scatter[axis], []).append(axis)
     for dim, axes in groups.items():
@@ -97,16 +98,16 @@ def combine_steps(
 class _Walk:
     """A tensor's spec on its way."""
 
-    def __init__(self, layout: Layout, ndim: int, slow_first: tuple[int, ...]) -> None:
-        self.dims = [list(axes) for axes in spec_of(layout, ndim)]
-        self.slow_first = slow_first
+    def __init__(self, layout: Layout, ndim: int, order: AxisOrder) -> None:
+        self.dims = [list(axes) for axes in spec_of(layout, ndim, order.major_first)]
+        self.order = order
         self.steps: list[Step] = []
 
     def spec(self) -> Spec:
         return tuple(map(tuple, self.dims))
 
     def slow(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(sorted(axes, key=self.slow_first.index))
+        return tuple(sorted(axes, key=self.order.slow_first.index))
 
     def move(self, kind: str, axes: tuple[int, ...], source: int, target: int) -> None:
         """Axes leave the minor end of dimension `source` (-1: nowhere) and join the minor end of `target`."""
@@ -117,7 +118,7 @@ class _Walk:
         if source >= 0:
             self.dims[source] = [a for a in self.dims[source] if a not in axes]
         if target >= 0:
-            self.dims[target] += sorted(axes)
+            self.dims[target] += sorted(axes, key=self.order.major_first.index)
         self.steps.append(Step(kind, self.slow(axes), before, self.spec()))
 
     def reorder(self, dim: int, order: list[int]) -> None:
@@ -128,8 +129,8 @@ class _Walk:
             self.steps.append(Step("permute", self.slow(moved), before, self.spec()))
 
     def settle(self, layout: Layout) -> None:
-        """Canonical order at the end."""
-        for dim, axes in enumerate(spec_of(layout, len(self.dims))):
+        """The order that all tensors have, at the end."""
+        for dim, axes in enumerate(spec_of(layout, len(self.dims), self.order.major_first)):
             self.reorder(dim, list(axes))
 
 

@@ -215,7 +215,7 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
             partial.update(exchange.operator for exchange in cluster_exchanges(cluster, options, modelled.setting))
     for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
         if source != wanted:
-            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
             if any(step.kind != "slice" for step in steps):
                 members = graph.clusters[reading.reader].members
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
@@ -257,7 +257,7 @@ def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
     olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
     for reading in modelled.readings:
         if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
-            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.order)
             if any(step.kind == "all_gather" for step in steps):
                 found[reading.tensor] = olds[reading.tensor]
     return found
@@ -269,7 +269,7 @@ def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]
     graph, numbers, seconds = modelled.graph, modelled.numbers, 0.0
     for reading in modelled.readings if gathered else ():
         if reading.tensor in gathered and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
-            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.order)
             seconds += sent_seconds(*steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes), numbers)
     found = set()
     for index, cluster in enumerate(graph.clusters if seconds else ()):
@@ -457,7 +457,7 @@ def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Cop
         op = graph.operators[graph.clusters[reading.reader].members[-1]]
         if op.name == BOUNDARY and op.path[-2] == "in" and source != wanted:
             part, whole = (graph.tensors[tensor].shape for tensor in (op.results[0], reading.tensor))
-            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
             if part != whole and (staged(modelled, op) or any(step.kind != "slice" for step in steps)):
                 found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
     first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}

@@ -12,7 +12,7 @@ from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, exchange_seconds, work_seconds
 from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
 from jaxplan.graph.nouns import GATHERED, LEFT
-from jaxplan.layout import PARTIAL, Layout
+from jaxplan.layout import PARTIAL, AxisOrder, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays fixed while choices are priced: the number of axes and their order from slow to fast."""
+    """What stays fixed while choices are priced: the number of axes and their orders."""
 
     axes: int
-    slow_first: tuple[int, ...]
+    order: AxisOrder
 
 
 def terminal_layout(leads: tuple[int, ...], options: Sequence[Option]) -> Layout:
@@ -121,7 +121,7 @@ def combine_part(combine: Combine, option: Option) -> CombinePart:
     return dim, option.factor, leads.index(option.scatter) if option.scatter >= 0 and option.scatter in leads else -1
 
 
-def parts_steps(parts: Sequence[CombinePart], ndim: int, slow_first: tuple[int, ...]) -> tuple[Step, ...]:
+def parts_steps(parts: Sequence[CombinePart], ndim: int, order: AxisOrder) -> tuple[Step, ...]:
     """The steps that make a partial result whole, from the part of every axis."""
     groups: dict[int, tuple[int, ...]] = {}
     for axis, (_, factor, _) in enumerate(parts):
@@ -131,7 +131,7 @@ def parts_steps(parts: Sequence[CombinePart], ndim: int, slow_first: tuple[int, 
         return ()
     layout, scatter = tuple([part[0] for part in parts]), tuple([part[2] for part in parts])
     partial = tuple([axes for _, axes in sorted(groups.items(), reverse=True)])
-    return combine_steps(layout, scatter, partial, ndim, slow_first)
+    return combine_steps(layout, scatter, partial, ndim, order)
 
 
 def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Setting) -> list[Exchange]:
@@ -139,7 +139,7 @@ def cluster_exchanges(cluster: Cluster, options: Sequence[Option], setting: Sett
     found = []
     for combine in cluster.combines:
         parts = [combine_part(combine, option) for option in options]
-        steps = parts_steps(parts, len(combine.result.leads), setting.slow_first)
+        steps = parts_steps(parts, len(combine.result.leads), setting.order)
         if steps and combine.result.tensor >= 0:
             found.append(Exchange(combine.result.tensor, combine.operator, steps))
     return found
@@ -222,7 +222,8 @@ def halo_bytes(
     found = []
     widened: dict[int, Value] = {}
     for halo in cluster.halos:
-        axes = tuple([axis for axis, factor in used if factor == halo.factor])
+        cut = [axis for axis, factor in used if factor == halo.factor]
+        axes = tuple(sorted(cut, key=setting.order.major_first.index))
         if not axes:
             continue
         local: Value = halo.extent
@@ -234,7 +235,7 @@ def halo_bytes(
         widened[halo.operator] = before * (local + width) / local
         for share, crossed in _senders(halo, axes, algebra.counts):
             part = slab * before if share == 1 else slab * before * share
-            found.append((halo, crossed, min(crossed, key=setting.slow_first.index), part))
+            found.append((halo, crossed, min(crossed, key=setting.order.slow_first.index), part))
     return found
 
 

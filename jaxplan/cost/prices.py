@@ -150,12 +150,12 @@ class Reshards:
         rates = self._rates.get(names)
         if rates is None:
             axes = self.setting.axes
-            steps = reshard_steps(names[:axes], names[axes:], max(self._base + PARTIAL, 2 * axes), self.setting.slow_first)
+            steps = reshard_steps(names[:axes], names[axes:], max(self._base + PARTIAL, 2 * axes), self.setting.order)
             rates = self._rates[names] = steps_rates(steps, self.numbers)
         return rates
 
     def _share(self, source: int, target: int) -> None:
-        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.slow_first)
+        steps = reshard_steps(self._layouts[source], self._layouts[target], self._base + PARTIAL, self.setting.order)
         share = 1 / shards(self._layouts[target], self.numbers.sizes)
         kinds = {step.kind for step in steps}
         gathers = [step for step in steps if step.kind == "all_gather"]

@@ -95,7 +95,7 @@ class _Uses:
         """Add what is kept on the way from one layout to another; whether anything along just these axes is, in one dimension."""
         taken = {}
         ndim = len(self.modelled.graph.tensors[tensor].shape)
-        for step in reshard_steps(written, wanted, ndim, self.modelled.setting.slow_first):
+        for step in reshard_steps(written, wanted, ndim, self.modelled.setting.order):
             if step.kind != "slice":
                 break
             taken.update({axis: dim for dim, names in enumerate(step.after) for axis in names if axis in step.axes})

@@ -91,7 +91,7 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
         return set()
     graph, whole, cut = modelled.graph, set(modelled.graph.outputs), set[int]()
     for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
-        steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.slow_first)
+        steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
         apart = staged(modelled, graph.operators[graph.clusters[reading.reader].members[-1]])
         (cut if apart and steps and all(step.kind == "slice" for step in steps) else whole).add(reading.tensor)
     return cut - whole

@@ -309,7 +309,7 @@ def symbolic_cost(
         terms = cluster_terms(cluster, options, modelled.setting, symbols)
         pay(terms_seconds(terms, symbols), share(index) * cluster.times, loop, middle)
     for reading in modelled.readings:
-        steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.slow_first)
+        steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.order)
         if steps:
             nbytes = sympy.Rational(reading.sent) * symbols.nbytes(reading.tensor)
             loop = stages.loop(reading.writer, reading.reader) if stages else None

@@ -47,7 +47,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
         if source == wanted or graph.operators[members[-1]].name == VIEW:
             continue
         users = users_of(graph, facts, reading.tensor, members)
-        steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
+        steps = reshard_steps(source, wanted, ndim, modelled.setting.order)
         if staged(modelled, graph.operators[members[-1]]) or any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)
             share = 1.0 if reading.tensor in facts.more.narrow else reading.share * sent_wider(graph, facts, reading.tensor)
@@ -154,7 +154,7 @@ def _on_the_way(
         reader = modelled.graph.operators[modelled.graph.clusters[reading.reader].members[-1]]
         if users and source != wanted and not staged(modelled, reader):
             at, ndim = min(users), len(reading.read.leads)
-            steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
+            steps = reshard_steps(source, wanted, ndim, modelled.setting.order)
             stays = tensor in arguments or max(facts.readers.get(tensor, (0,))) > at
             as_it_comes = all(computes(facts.operators[user]) for user in users)
             if _more_than_result(modelled, tensor, steps, stays, not as_it_comes):
@@ -171,7 +171,7 @@ def to_outputs(
         source = layouts.get(tensor)
         if source is not None and source != wanted and PARTIAL not in source:
             ndim, at = len(modelled.graph.tensors[tensor].shape), min(facts.made.get(tensor, 0) + 1, len(facts.operators))
-            steps = reshard_steps(source, wanted, ndim, modelled.setting.slow_first)
+            steps = reshard_steps(source, wanted, ndim, modelled.setting.order)
             if _more_than_result(modelled, tensor, steps, True, True):
                 found.append(Buffer(tensor, TRANSIENT, local(tensor, wanted), at, at, axes_of(wanted)))
     return found

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxplan import _jax
 from jaxplan.export.nouns import Exporter, ExportError, Selection, Written
 from jaxplan.graph.flatten import scan_arity
-from jaxplan.layout import Spec, spec_of
+from jaxplan.layout import Spec
 from jaxplan.plan import Plan
 
 Path = tuple[Any, ...]
@@ -95,7 +95,7 @@ def build(selection: Selection) -> ExplicitCalls:
     closed = plan.traced.jaxpr
     walk = _Walk(plan, _said_elsewhere(closed.jaxpr))
     places = zip(plan.traced.in_paths, plan.input_layouts, plan.traced.in_avals, strict=True)
-    inputs = [_Value(spec_of(layout, len(aval.shape)), path) for path, layout, aval in places]
+    inputs = [_Value(plan.spec(layout, len(aval.shape)), path) for path, layout, aval in places]
     with jax.sharding.use_abstract_mesh(walk.mesh):
         walk.outputs(walk.run(closed.jaxpr, inputs, ()))
     specs = [(path, plan.partition_spec_of(number)) for number, path in enumerate(plan.traced.in_paths)]
@@ -159,7 +159,7 @@ class _Walk:
         traced = self.plan.traced
         places = zip(values, self.plan.output_layouts, traced.out_avals, traced.out_paths, strict=True)
         for value, layout, aval, path in places:
-            wanted = spec_of(layout, len(aval.shape))
+            wanted = self.plan.spec(layout, len(aval.shape))
             if wanted != value.spec and not value.loose:
                 self.add(
                     ExplicitCall("", 0, "return", "reshard", self.plan.partition_spec(wanted), value.name, -1, _kind(aval), path)

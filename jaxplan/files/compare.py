@@ -177,6 +177,7 @@ def _machine(saved: SavedPlan) -> str:
 _SETTINGS: Mapping[str, Callable[[SavedPlan], str]] = {
     "function": lambda saved: saved.function,
     "mesh": _mesh,
+    "axes that share": lambda saved: ", ".join(saved.axis_order) or "in mesh order",
     "machine": _machine,
     "memory budget": _budget,
     "pins": lambda saved: ", ".join(f"{path}: {show_spec(spec)}" for path, spec in saved.asked.pins.items()) or "none",

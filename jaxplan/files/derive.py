@@ -70,7 +70,7 @@ def saved_plan(plan: Plan) -> SavedPlan:
     return SavedPlan(
         plan.traced.name, {"jaxplan": __version__, "jax": jax.__version__}, mesh, numbers.machine, _asked(plan),
         program_of(plan.traced.jaxpr), tuple(unknown), inputs, outputs, cost, _ledger(plan), exchanges,
-        splits_of(plan), _pipeline(plan),
+        splits_of(plan), _pipeline(plan), axis_order=() if numbers.major_first == plan.axis_names else numbers.major_first,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def to_json(saved: SavedPlan) -> dict[str, Any]:
             {"axis": a.name, "size": a.size, "type": a.kind, "roles": list(a.roles), "sent_bytes": _number(a.sent_bytes)}
             for a in saved.mesh
         ],
+        **({"axis_order": list(saved.axis_order)} if saved.axis_order else {}),
         "machine": _machine_json(saved.machine),
         "asked": {
             "search": asked.search,
@@ -78,6 +79,9 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
     names = [axis.name for axis in mesh]
     if len(set(names)) < len(names):
         raise PlanFileError(f"mesh: the axes {names} are not all different")
+    axis_order = tuple(value.get("axis_order", ()))
+    if axis_order and sorted(axis_order) != sorted(names):
+        raise PlanFileError(f"axis_order: {list(axis_order)} are not the axes of the mesh, {names}")
     leaves = {
         where: {path: _leaf(where, path, leaf, names) for path, leaf in value[where].items()} for where in ("inputs", "outputs")
     }
@@ -94,7 +98,7 @@ def from_json(value: Mapping[str, Any]) -> SavedPlan:
         unfold_paths(leaves["inputs"]), unfold_paths(leaves["outputs"]), Cost(**cost), _ledger(value["memory"]),
         tuple(_exchange(exchange, number, names) for number, exchange in enumerate(value["exchanges"])),
         _splits(value["choices"], names), _pipeline(value["pipeline"], names) if "pipeline" in value else None,
-        _stages(value["stages"], mesh) if "stages" in value else None,
+        _stages(value["stages"], mesh) if "stages" in value else None, axis_order,
     )  # fmt: skip
 
 

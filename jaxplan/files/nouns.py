@@ -202,7 +202,8 @@ class SavedPlan:
 
     `versions`: of jaxplan and jax, that made it. `unknown`: primitives without a rule. `inputs`, `outputs`: by pytree path.
     `exchanges`: costliest first. `splits`: the choice of every cluster of operators, in program order. `stages`: where they are
-    programs of their own; `splits` are then of the program without them.
+    programs of their own; `splits` are then of the program without them. `axis_order`: the axes in the order in which they
+    stand where they share a dimension; () for that of the mesh.
     """
 
     function: str
@@ -220,6 +221,12 @@ class SavedPlan:
     splits: tuple[Split, ...]
     pipeline: SavedPipeline | None = None
     stages: SavedStages | None = None
+    axis_order: tuple[str, ...] = ()
+
+    @property
+    def major_first(self) -> tuple[str, ...]:
+        """The axes in the order in which they stand where they share a dimension."""
+        return self.axis_order or tuple(self.mesh_shape)
 
     @property
     def mesh_shape(self) -> dict[str, int]:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from jaxplan.cost import reshard_steps, running_order
 from jaxplan.cost.formulas import ROUNDS, exchange_seconds
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
-from jaxplan.layout import spec_of
 from jaxplan.ledger import ledger
 from jaxplan.machine import axis_links
 from jaxplan.pages.collapse import collapse, lanes
@@ -56,7 +55,7 @@ def _dims(plan: Plan, tensor: int) -> tuple[Dim, ...]:
     """The dimensions of a tensor, with the axes that split each."""
     layout = plan.layouts.get(tensor, (-1,) * len(plan.axis_names))
     names = plan.names.dimension(tensor)
-    return tuple(zip(names, spec_of(layout, len(names)), strict=True))
+    return tuple(zip(names, plan.spec(layout, len(names)), strict=True))
 
 
 def inputs_of(plan: Plan) -> tuple[InputView, ...]:
@@ -218,7 +217,7 @@ def _moves(plan: Plan, stands: Mapping[int, int]) -> dict[int, tuple[ExchangeVie
         for exchange in plan.combined(index):
             found.setdefault(of_operator[cluster.members[-1]], []).append(_view(plan, exchange))
     for reading in modelled.readings:
-        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.slow_first)
+        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), modelled.setting.order)
         if steps:
             reader = stands.get(reading.reader, reading.reader)
             operator = graph.clusters[reader].members[-1]

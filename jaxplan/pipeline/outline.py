@@ -104,7 +104,7 @@ def _outline(graph: Graph, numbers: Numbers, chains: tuple[Chain, ...]) -> Outli
 def micro_numbers(numbers: Numbers, stages: Stages) -> Numbers:
     """The same mesh and machine for the graph of one micro-batch."""
     mesh = dict(zip(numbers.axis_names, numbers.sizes, strict=True))
-    return Numbers(stages.graph, mesh, numbers.machine, stages.ticks, stages.asked.microbatches)
+    return Numbers(stages.graph, mesh, numbers.machine, stages.ticks, stages.asked.microbatches, numbers.said)
 
 
 def _work(cluster: Cluster, numbers: Numbers) -> tuple[float, float]:
@@ -170,7 +170,7 @@ def spent(modelled: Modelled, choices: np.ndarray, inside: Collection[int]) -> S
             (split if options[axis].factor >= 0 else unsplit)[axis] += times * work
     for reading, (written, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
         if written != wanted and (reading.writer in inside or reading.reader in inside):
-            steps = reshard_steps(written, wanted, len(reading.read.leads), setting.slow_first)
+            steps = reshard_steps(written, wanted, len(reading.read.leads), setting.order)
             more, rounds = steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes)
             for axis, value in more.items():
                 sent[axis] += reading.times * sent_seconds({axis: value}, rounds, numbers)

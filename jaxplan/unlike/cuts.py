@@ -135,7 +135,7 @@ def seconds_by(plan: Plan, key: Callable[[int], Key]) -> dict[Key, float]:
         where = key(index)
         found[where] = found.get(where, 0.0) + cluster.times * terms_seconds(terms, numbers)
     for reading in modelled.readings:
-        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.slow_first)
+        steps = reshard_steps(*modelled.edge_layouts(plan.choices, reading), setting.order)
         if steps:
             sent, rounds = steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes)
             where = key(reading.reader)

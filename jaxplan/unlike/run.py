@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxplan import _jax
 from jaxplan.apply import Replay, auto_mesh
 from jaxplan.graph.flatten import scan_arity
-from jaxplan.layout import Layout, spec_of
+from jaxplan.layout import Layout
 from jaxplan.plan import Plan
 from jaxplan.unlike.nouns import BACKWARD, FORWARD, PREPARE, UPDATE, Parts
 from jaxplan.unlike.order import order
@@ -82,7 +82,7 @@ class StageRun:
         self._inside()
 
     def _sharding(self, layout: Layout, aval: Any) -> NamedSharding:
-        return NamedSharding(self.mesh, self.plan.partition_spec(spec_of(layout, len(aval.shape))))
+        return NamedSharding(self.mesh, self.plan.partition_spec(self.plan.spec(layout, len(aval.shape))))
 
     def arriving(self, value: Any) -> NamedSharding:
         """Where a micro-batch's part of a value that other stages send shall lie."""

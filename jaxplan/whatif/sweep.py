@@ -321,7 +321,9 @@ def _layouts(plan: Plan) -> Any:
     """Equal for plans of one program that lay out every input, output and intermediate value alike, on axes of the same names,
     and exchange the same: what an operator reads may be brought to it in more than one way."""
     exchanges = sorted((e.kind, e.axes, e.operator, e.source, len(e.shape)) for e in plan.exchanges)
-    return plan.axis_names, plan.input_layouts, plan.output_layouts, tuple(sorted(plan.layouts.items())), tuple(exchanges)
+    shared = any(len({dim for dim in layout if dim >= 0}) < sum(dim >= 0 for dim in layout) for layout in plan.layouts.values())
+    order = plan.modelled.numbers.order.major_first if shared else ()
+    return plan.axis_names, order, plan.input_layouts, plan.output_layouts, tuple(sorted(plan.layouts.items())), tuple(exchanges)
 
 
 def _label(number: int) -> str:
