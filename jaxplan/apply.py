@@ -15,6 +15,7 @@ from jaxplan import _jax
 from jaxplan.agree import check_agreement
 from jaxplan.graph.flatten import scan_arity, total_path
 from jaxplan.layout import Layout, Spec
+from jaxplan.on_shards import ByHand
 from jaxplan.partial_sums import Parts, along, evaluated, total, zeros
 from jaxplan.pipeline.alternate import Side, run_fused
 from jaxplan.pipeline.analysis import edits_of
@@ -70,6 +71,7 @@ class Replay:
         self.plan, self.mesh = plan, mesh
         self.found = Constraints({}, {}, {}, {}, _Anywhere()) if plan is None else plan.constraints
         self.operators = () if plan is None else plan.modelled.graph.operators
+        self.by_hand = ByHand(plan)
         self._shardings: dict[Spec, NamedSharding] = {}
         self._moved: Moved = {}
         self.rows: Rows | None = None
@@ -86,11 +88,10 @@ class Replay:
         return inner
 
     def sharding(self, spec: Spec) -> NamedSharding:
-        known = self._shardings.get(spec)
-        if known is None:
+        if spec not in self._shardings:
             assert self.plan is not None
-            known = self._shardings[spec] = NamedSharding(self.mesh, self.plan.partition_spec(spec))
-        return known
+            self._shardings[spec] = NamedSharding(self.mesh, self.plan.partition_spec(spec))
+        return self._shardings[spec]
 
     def constrain(self, value: Any, specs: Sequence[Spec]) -> Any:
         """One constraint per step: the compiler then takes the steps that were priced."""
@@ -211,7 +212,7 @@ class Replay:
         """The results of an equation; of a micro-batch's, with extents of a micro-batch. `filled`: as `_jax.filling` tells."""
         changed = {} if filled else _jax.UNFILLED
         if self.rows is None:
-            return _jax.bind(equation, values, self.mesh.size, changed)
+            return self.by_hand.bind(equation, values, self.found.at[path], self.mesh, changed)
         params = {**self.rows.params(path), **changed}
         return self.rows.checked(equation, _jax.bind(equation, values, self.mesh.size, params), path)
 

@@ -20,6 +20,7 @@ from test_rules_coverage import listing
 from test_rules_semantics import SAMPLES, quick_to_compile  # noqa: F401
 
 from jaxplan import _jax
+from jaxplan.on_shards import on_shards
 from jaxplan.rules import Kind, Rule, classify, rule_of
 
 Array = Any
@@ -73,12 +74,20 @@ def splits(rule: Rule) -> Iterator[int]:
     yield from legal[:1] if pointwise else legal
 
 
+def computed(equation: Any, rule: Rule, factor: int, ins: list[NamedSharding]) -> Any:
+    """What jaxplan has the compiler compute of an equation whose operands are cut along a factor by the mesh's first axis."""
+    if not rule.by_hand:
+        return lambda *values: _jax.bind(equation, list(values), 8)
+    specs = [tuple([(0,) if lead == factor else () for lead in leads]) for leads in rule.operand_leads]
+    return lambda *values: on_shards(lambda *parts: _jax.bind(equation, list(parts), 1), values, rule, specs, ins[0].mesh)
+
+
 def check(equation: Any, values: list[Array], results: list[Array]) -> None:
     """Compile one equation under every split of one factor in two, and compare."""
     rule = rule_of(equation.primitive, equation.params, *([v.aval for v in side] for side in (equation.invars, equation.outvars)))
     for f in splits(rule):
         ins, outs = laid_out(rule.operand_leads, f), laid_out(rule.result_leads, f)
-        split = jax.jit(lambda *values: _jax.bind(equation, list(values), 8), in_shardings=ins, out_shardings=outs)
+        split: Any = jax.jit(computed(equation, rule, f, ins), in_shardings=ins, out_shardings=outs)
         compiled = split.lower(*values).compile()
         said = f"{equation.primitive}: {rule} cut along {rule.factors[f].name}"
         assert set(COLLECTIVE.findall(compiled.as_text())) == EXCHANGES[rule.factors[f].kind], said

@@ -154,7 +154,10 @@ def _modelled(
         if kind not in kinds:
             options = axis_options(cluster, numbers, pin)
             if stages is not None:  # a pipeline has regions of its own
-                options = tuple([tuple([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in options])
+                by_hand = graph.operators[cluster.members[-1]].rule.by_hand  # not in micro-batches
+                options = tuple([
+                    axis[:1] if by_hand else tuple([o for o in axis if PARTIAL not in (o.factor, o.scatter)]) for axis in options
+                ])  # fmt: skip
             options = options if stages is None or only is None else _along_stages(options, stages.asked.axis, only)
             options = interned.setdefault(options, options)
             kinds[kind] = (len(kinds), clusters.price(cluster, options))

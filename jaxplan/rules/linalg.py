@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxplan._jax import Primitive, primitives
@@ -90,13 +91,14 @@ def tridiagonal_solve(params: Mapping[str, Any], operands: Sequence[Any], result
 
 @register(*primitives("fft"), reads=("fft_lengths",))
 def fft(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Whole throughout: XLA gathers a Fourier transform even along its batch
-    (github.com/openxla/xla/issues/24).
+    """... m -> ... m, m whole. XLA gathers a Fourier transform even along its batch (github.com/openxla/xla/issues/24), so each
+    device is given what it has.
 
     5 n log2 n operations for n complex points (the count of FFTW's benchmarks).
     """
     build = Builder()
     shape = max(operands[0].shape, results[0].shape)  # of a real transform, one side is cut to half
-    dims = build.factors_of(shape, Kind.WHOLE)
+    batch = len(shape) - len(params["fft_lengths"])
+    dims = [build.factor(n, Kind.PARALLEL if d < batch else Kind.WHOLE) for d, n in enumerate(shape)]
     length = max(2, math.prod(params["fft_lengths"]))
-    return build.rule([dims], [dims], flops=5 * math.log2(length))
+    return replace(build.rule([dims], [dims], flops=5 * math.log2(length)), by_hand=True)

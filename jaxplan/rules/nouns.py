@@ -71,6 +71,8 @@ class Rule:
     for what is not computed inside of its readers' loops at all (padding); else 0.
     `masked`: per operand, how often a compiler without a kernel for it stores it with all but some of it masked; () for never.
     `joins`: the dimension of the result along which it puts parts of what it reads side by side, -1 for none.
+    `by_hand`: XLA gathers what it reads however that lies, so each device is given what it has (`on_shards.py`); all factors that
+    may be split are parallel.
     `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
     """
 
@@ -94,6 +96,7 @@ class Rule:
     masked: tuple[float, ...] = ()
     rounds_words: int = 0
     joins: int = -1
+    by_hand: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.factors)
@@ -105,6 +108,8 @@ class Rule:
                 raise ValueError(f"one tensor cannot carry the same factor twice: {terminal} in {self}")
         if self.touched and len(self.touched) != len(self.operands) + len(self.results):
             raise ValueError(f"`touched` has {len(self.touched)} shares for {self}")
+        if self.by_hand and (self.fusible or any(f.kind not in (Kind.PARALLEL, Kind.WHOLE) for f in self.factors)):
+            raise ValueError(f"what is computed `by_hand` is not fusible, and its factors are parallel or whole: {self}")
         if any(not (0 <= a < count and 0 <= b < count and a != b) for a, b in self.apart):
             raise ValueError(f"`apart` names a factor outside 0..{count - 1}, or one twice: {self.apart}")
 

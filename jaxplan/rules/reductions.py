@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxplan._jax import Primitive, primitives
@@ -47,12 +48,13 @@ def along(axis: str, *prims: Primitive, depth: bool = False) -> None:
 
 @register(*primitives("top_k"), reads=("axis",))
 def top_k(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Whole throughout: XLA gathers it however it is sharded (seen with jaxlib 0.10 and 0.12); `sort` it does not."""
+    """Whole along its axis. XLA gathers it however it is sharded (seen with jaxlib 0.10 and 0.12; `sort` it does not), so each
+    device is given what it has."""
     build = Builder()
     shape = operands[0].shape
-    dims = build.factors_of(shape, Kind.WHOLE)
-    depth = math.log2(max(2, shape[params["axis"] % len(shape)]))
-    return build.rule([dims], [dims] * len(results), flops=depth)
+    axis = params["axis"] % len(shape)
+    dims = [build.factor(n, Kind.WHOLE if d == axis else Kind.PARALLEL) for d, n in enumerate(shape)]
+    return replace(build.rule([dims], [dims] * len(results), flops=math.log2(max(2, shape[axis]))), by_hand=True)
 
 
 reducer(Kind.SUM, *primitives("reduce_sum"), library=True)
