@@ -41,6 +41,15 @@ def test_kinds(mine: Any) -> None:
     assert made.fusible
 
 
+def test_by_hand(mine: Any) -> None:
+    rule(mine, kinds={"d": Kind.WHOLE}, by_hand=True)("b s d, d e -> b s e")
+    made = rule_of(mine, {}, OPERANDS, RESULTS)
+    assert made.by_hand and str(made) == "b s d, d e -> b s e    d: whole; by hand"
+    rule(mine, by_hand=True)("b s d, d e -> b s e")
+    with pytest.raises(RuleError, match="by_hand"):  # a sum
+        rule_of(mine, {}, OPERANDS, RESULTS)
+
+
 def test_maker_of_notation(mine: Any) -> None:
     @rule(mine)
     def my_rule(params: Any, operands: Any, results: Any) -> str:

@@ -164,6 +164,7 @@ class Rule:
         kinds = "; ".join(
             f"{f.name}: {f.kind.value}" + (f"({f.halo})" if f.halo else "") for f in self.factors if f.kind is not Kind.PARALLEL
         )
+        kinds = "; ".join(filter(None, (kinds, "by hand" if self.by_hand else "")))
         line = ", ".join(map(show, self.operands)) + " -> " + ", ".join(map(show, self.results))
         return f"{line}    {kinds}" if kinds else line
 

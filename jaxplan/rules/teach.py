@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from jaxplan._jax import Primitive
@@ -18,7 +19,7 @@ class RuleError(ValueError):
 
 
 def rule(
-    primitive: Primitive, *, kinds: Kinds | None = None, flops: float = 1.0, fusible: bool = False
+    primitive: Primitive, *, kinds: Kinds | None = None, flops: float = 1.0, fusible: bool = False, by_hand: bool = False
 ) -> Callable[[MakerOrNotation], MakerOrNotation]:
     """Teach `primitive`'s rule, as notation or as a function that makes it.
 
@@ -31,7 +32,8 @@ def rule(
     In notation, a dimension named only among the operands is summed over (`Kind.SUM`), any other is parallel;
     `kinds` says otherwise: `{"s": Kind.WHOLE}`. `1` marks a dimension that is never sharded. `flops`:
     operations per point of the iteration space. `fusible`: the compiler would compute it inside a neighbour's
-    loop.
+    loop. `by_hand`: the compiler would gather it (it has no partitioner for it, a custom call, say), but it may be bound to the
+    parts of its operands with the parameters it has: each device then computes what it has; factors are parallel or whole.
 
     Raises `RuleError` (a ValueError), here if `primitive` is none, and when planning if a rule does not fit
     an equation.
@@ -46,7 +48,7 @@ def rule(
         def make(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
             made: Any = maker if isinstance(maker, str) else maker(params, operands, results)
             if isinstance(made, str):
-                made = _from_notation(primitive, made, operands, results, kinds, flops, fusible)
+                made = _from_notation(primitive, made, operands, results, kinds, flops, fusible, by_hand)
             return _checked(primitive, made, operands, results)
 
         register(primitive)(make)
@@ -63,6 +65,7 @@ def _from_notation(
     kinds: Kinds | None,
     flops: float,
     fusible: bool,
+    by_hand: bool,
 ) -> Rule:
     left, _, right = notation.partition("->")
     summed = _letters(left) - _letters(right)
@@ -72,7 +75,7 @@ def _from_notation(
         raise RuleError(f"The rule of {primitive} gives kinds to {sorted(strangers)}, which {notation!r} does not name.")
     shapes = [a.shape for a in (*operands, *results)]
     try:
-        return einsum_rule(notation, shapes, every, flops=flops, fusible=fusible)
+        return replace(einsum_rule(notation, shapes, every, flops=flops, fusible=fusible), by_hand=by_hand)
     except ValueError as error:
         raise RuleError(
             f"The rule of {primitive}, {notation!r}, does not fit an equation with operands of shapes "
