@@ -229,7 +229,7 @@ def test_a_stale_page_is_caught(tmp_path: Path) -> None:
         ("reduce_window_sum", "j", "max(I J K/n r, 8 I J/n m) + 8 I g + l"),
         ("exp", "i", "max(I J/n r, 8 I J/n m)"),
         ("transpose", "i", "8 I J/n m"),
-        ("top_k", "", "max(2 I J r, (16 I + 4 I J) m)"),
+        ("top_k", "i", "max(2 I J/n r, (4 I J/n + 16 I/n) m)"),
     ],
 )
 def test_costs_are_written_in_closed_form(example: str, split: str, seconds: str) -> None:
