@@ -343,6 +343,25 @@ def test_drawn_words_are_stored_until_the_gradient_has_read_them(mesh, scanned, 
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=within)
 
 
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_words_that_a_rematerialised_layer_draws_are_made_once_their_keys_are_there(mesh):
+    """The loop that draws is a kernel of its own: it waits for nothing that is computed from the bits. The words were modelled
+    to be made where they are read, beside the gradient: 24% too small, and 36% with twice as many layers."""
+
+    def layer(w, one, x):
+        y = jnp.tanh(x @ w)
+        return jnp.where(jax.random.bernoulli(one, 0.5, y.shape), y, 0)
+
+    def loss(ws, x, key):
+        for w, one in zip(ws, jax.random.split(key, len(ws)), strict=True):
+            x = jax.checkpoint(layer)(w, one, x)
+        return jnp.mean(x**2)
+
+    args = [shape(64, 64)] * 4, shape(2048, 64), jax.eval_shape(lambda: jax.random.key(0))
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.06)
+
+
 @pytest.mark.xfail(
     jax.__version_info__ >= (0, 12), strict=True, raises=AssertionError,
     reason="modelled 12% too large there",

@@ -68,6 +68,19 @@ def _placed(operators: Sequence[Operator]) -> list[Operator]:
     return found
 
 
+def _parts(graph: Graph, operators: Sequence[Operator]) -> dict[int, tuple[int, int]]:
+    """{operator: (its cluster, the part of that)}. What is made in rounds is a kernel of its own: what reads it runs later."""
+    part, made = dict[int, tuple[int, int]](), dict[int, int]()
+    for c, cluster in enumerate(graph.clusters):
+        for member in cluster.members:
+            op = operators[member]
+            at = max([0, *[made[t] for t in op.operands if t in made]])
+            part[member] = c, at
+            made.update(dict.fromkeys(op.results, at + (op.rule.rounds_words > 0)))
+        made.clear()
+    return part
+
+
 class _Breadth:
     """Each computation breadth first. `waits`: the body of a rematerialised call needs all operands of the call."""
 
@@ -75,7 +88,7 @@ class _Breadth:
         self.operators = operators
         self._known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
         self._chains: dict[Loop, tuple[Loop, ...]] = {(): ((),)}
-        self._cluster = {member: c for c, cluster in enumerate(graph.clusters) for member in cluster.members}
+        self._part = _parts(graph, operators)
         self._members: dict[Loop, dict[Unit, list[int]]] = {}
         self._needs: dict[Loop, dict[Unit, dict[Unit, None]]] = {}
         producer = {t: i for i, op in enumerate(operators) for t in op.results}
@@ -105,7 +118,7 @@ class _Breadth:
             return chain[:-1], ("loop", chain[-1])
         path = op.path if self._known else ()
         loop = next((path[:depth] for depth in range(len(path) - 1, 0, -1) if path[:depth] in self._known), ())
-        return self._chain(loop), ("cluster", self._cluster.get(index, -index - 1))
+        return self._chain(loop), ("cluster", self._part.get(index, (-index - 1, 0)))
 
     def _needs_from(self, reader: int, source: int, tensor: int = -1, slot: int = -1) -> None:
         """One operator runs after another. What a convolution reads in another order of dimensions is copied between the two, by
