@@ -344,6 +344,21 @@ def test_drawn_words_are_stored_until_the_gradient_has_read_them(mesh, scanned, 
 
 
 @pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_what_is_scattered_into_zeros_and_added_is_scattered_into_the_sum(mesh):
+    """The gradient of a loss that picks one logit a row: no zeros, and no second gradient of the logits, are stored. It was
+    modelled 45% and 37% too large."""
+
+    def loss(w, x, rows):
+        logits = x @ w
+        picked = jnp.take_along_axis(logits, rows[:, None], axis=1)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked[:, 0])
+
+    args = shape(64, 512), shape(2048, 64), jax.ShapeDtypeStruct((2048,), jnp.int32)
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.02)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
 def test_words_that_a_rematerialised_layer_draws_are_made_once_their_keys_are_there(mesh):
     """The loop that draws is a kernel of its own: it waits for nothing that is computed from the bits. The words were modelled
     to be made where they are read, beside the gradient: 24% too small, and 36% with twice as many layers."""

@@ -39,6 +39,7 @@ WIDER, WIDER_PRODUCTS = {"bfloat16": 4}, {"bfloat16": 4, "float16": 4}
 and those in which products do (change_op_data_type.cc)."""
 JOINED = 8
 """Loops put together no more parts (cpu_instruction_fusion.cc, `kMaxConcatenateArguments`)."""
+ADDS, SCATTER_ADDS = frozenset(_jax.primitives("add add_any")), frozenset(_jax.primitives("scatter_add"))
 WINDOW = 32
 """Of a reduction over more than this of a dimension, loops compute nothing: it is made in windows of this size first."""
 OUTSIDE = -1
@@ -92,7 +93,7 @@ class _Node:
     changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
     reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
-    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read."""
+    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: some places of what it reads first, of which all else stays."""
 
     place: int
     tensor: int
@@ -110,6 +111,7 @@ class _Node:
     left: int = 0
     width: int = 0
     wide: bool = False
+    updates: bool = False
     users: list[int] = field(default_factory=list)
 
 
@@ -119,7 +121,8 @@ def kept(
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
     another layout to be read; `partial`: operators whose results are combined; `leaving`: tensors that are read later."""
-    values = _Values(graph, order, operators, layouts, sizes)
+    values, leaving = _Values(graph, order, operators, layouts, sizes), list(leaving)
+    values.reads.update(leaving)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
     for tensor in leaving:
@@ -167,6 +170,7 @@ class _Values:
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
         self._parts: dict[int, tuple[tuple[int, ...], int]] = {}
+        self.reads = Counter([t for op in operators for t in op.operands])
         for place, op in enumerate(operators):
             if op.name in (BOUNDARY, INPUT):
                 for tensor in op.results:
@@ -219,6 +223,8 @@ class _Values:
             self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(words), True))
         elif len(op.results) == 1 and self._joins_apart(op):
             self._joined(place, op, moved)
+        elif op.equation is not None and op.equation.primitive in ADDS and not moved and self._added_to(place, op):
+            pass
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
@@ -229,7 +235,8 @@ class _Values:
             sources = tuple(self._taken(place, op, slot, moved) for slot, t in enumerate(op.operands) if t >= 0)
             product = rule.product and self._floats(op)
             for tensor in op.results:
-                self.of[tensor] = self._narrowed(_Node(place, tensor, sources, library=product), self._wider(op, tensor))
+                made = _Node(place, tensor, sources, library=product, updates=bool(rule.touched) and rule.touched[0] < 1)
+                self.of[tensor] = self._narrowed(made, self._wider(op, tensor))
         if index in partial:
             for tensor in op.results:
                 self.leave(tensor, place)
@@ -293,6 +300,24 @@ class _Values:
             copy = _Node(first, tensor, (number,), True, moves=order is not None, copied=True, width=width, wide=width > 0)
             self._spreads[key] = self._new(copy)
         return self._spreads[key]
+
+    def _added_to(self, place: int, op: Operator) -> bool:
+        """Whether it adds what was scattered into zeros, and nothing else reads: that is scattered into the other operand."""
+        for slot, tensor in enumerate(op.operands):
+            number = self.of.get(tensor, -1)
+            node, other = self.nodes[number], self.of.get(op.operands[1 - slot], number)
+            maker = self.operators[node.place]
+            alone = number >= 0 and other != number and node.updates and self.reads[tensor] == 1 and maker.scope == op.scope
+            if alone and maker.equation is not None and maker.equation.primitive in SCATTER_ADDS and self._zeros(node.sources[0]):
+                for source in dict.fromkeys(node.sources):
+                    self.nodes[source].users.remove(number)
+                self.of[op.results[0]] = self._new(_Node(place, op.results[0], (other, *node.sources[1:]), updates=True))
+                return True
+        return False
+
+    def _zeros(self, number: int) -> bool:
+        (_, kind, *value), _ = self._sources.get(number, ((0, ""), ()))
+        return kind == "constant" and value[0][-1] in ("0", "0.0")
 
     def _floats(self, op: Operator) -> bool:
         return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
@@ -501,12 +526,8 @@ class _Values:
         """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""
         node = self.nodes[number]
         reader = self.nodes[readers[0]] if node.spread and len(readers) == 1 and readers[0] != OUTSIDE else None
-        if reader is None or reader.loop:
-            return None
-        op = self.operators[reader.place]
-        shares = op.rule.touched
-        alike = bool(shares) and shares[0] < 1 and self.elements(reader.tensor) == self.elements(node.tensor)
-        return reader.tensor if alike and reader.sources[0] == number else None
+        alike = reader is not None and reader.updates and self.elements(reader.tensor) == self.elements(node.tensor)
+        return reader.tensor if reader is not None and alike and reader.sources[0] == number else None
 
     def _unary(self, node: _Node) -> bool:
         """Whether it reads at most one value that is as large, or no more than it makes."""

@@ -69,15 +69,20 @@ def _placed(operators: Sequence[Operator]) -> list[Operator]:
 
 
 def _parts(graph: Graph, operators: Sequence[Operator]) -> dict[int, tuple[int, int]]:
-    """{operator: (its cluster, the part of that)}. What is made in rounds is a kernel of its own: what reads it runs later."""
-    part, made = dict[int, tuple[int, int]](), dict[int, int]()
+    """{operator: (its cluster, the part of that)}. What is drawn in rounds is a kernel of its own, which needs the key alone: a
+    part with what it is drawn from. The rest of the cluster is the last part."""
+    part = dict[int, tuple[int, int]]()
     for c, cluster in enumerate(graph.clusters):
+        drawn = [member for member in cluster.members if operators[member].rule.rounds_words]
+        makers = {t: member for member in cluster.members for t in operators[member].results} if drawn else {}
+        for at, ahead in enumerate([[member] for member in drawn]):
+            while ahead:
+                member = ahead.pop()
+                if member not in part:
+                    part[member] = c, at
+                    ahead += [makers[t] for t in operators[member].operands if t in makers]
         for member in cluster.members:
-            op = operators[member]
-            at = max([0, *[made[t] for t in op.operands if t in made]])
-            part[member] = c, at
-            made.update(dict.fromkeys(op.results, at + (op.rule.rounds_words > 0)))
-        made.clear()
+            part.setdefault(member, (c, len(drawn)))
     return part
 
 
@@ -91,7 +96,7 @@ class _Breadth:
         self._part = _parts(graph, operators)
         self._members: dict[Loop, dict[Unit, list[int]]] = {}
         self._needs: dict[Loop, dict[Unit, dict[Unit, None]]] = {}
-        producer = {t: i for i, op in enumerate(operators) for t in op.results}
+        self._producer = producer = {t: i for i, op in enumerate(operators) for t in op.results}
         for index, op in enumerate(operators):
             chain, unit = self._at(index)
             self._members.setdefault(chain[-1], {}).setdefault(unit, []).append(index)
@@ -110,15 +115,23 @@ class _Breadth:
             self._chains[loop] = (*self._chain(around), loop)
         return self._chains[loop]
 
+    def _around(self, path: Loop) -> tuple[Loop, ...]:
+        """The loops around what has this path, outermost first."""
+        deep = range(len(path) - 1, 0, -1) if self._known else ()
+        return self._chain(next((path[:d] for d in deep if path[:d] in self._known), ()))
+
     def _at(self, index: int) -> tuple[tuple[Loop, ...], Unit]:
-        """(the loops around an operator, the unit it belongs to in the innermost). What enters or leaves a loop belongs to it."""
+        """(the loops around an operator, the unit it belongs to in the innermost). What enters or leaves a loop belongs to it; a
+        view to what makes its operand, since it is no kernel."""
         op = self.operators[index]
+        if op.name == VIEW and op.operands[0] in self._producer:
+            source = self._at(self._producer[op.operands[0]])
+            if source[1][0] == "cluster" and source[0] == self._around(op.path):
+                return source
         if op.name == BOUNDARY:
             chain = self._chain(op.path[:-2])
             return chain[:-1], ("loop", chain[-1])
-        path = op.path if self._known else ()
-        loop = next((path[:depth] for depth in range(len(path) - 1, 0, -1) if path[:depth] in self._known), ())
-        return self._chain(loop), ("cluster", self._part.get(index, (-index - 1, 0)))
+        return self._around(op.path), ("cluster", self._part.get(index, (-index - 1, 0)))
 
     def _needs_from(self, reader: int, source: int, tensor: int = -1, slot: int = -1) -> None:
         """One operator runs after another. What a convolution reads in another order of dimensions is copied between the two, by
