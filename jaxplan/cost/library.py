@@ -93,7 +93,8 @@ class _Node:
     changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
     reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
-    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: some places of what it reads first, of which all else stays."""
+    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: only places of what it
+    reads first."""
 
     place: int
     tensor: int
@@ -316,8 +317,8 @@ class _Values:
         return False
 
     def _zeros(self, number: int) -> bool:
-        (_, kind, *value), _ = self._sources.get(number, ((0, ""), ()))
-        return kind == "constant" and value[0][-1] in ("0", "0.0")
+        root, _ = self._sources.get(number, (None, ()))
+        return isinstance(root, tuple) and root[1] == "constant" and root[2][-1] in ("0", "0.0")
 
     def _floats(self, op: Operator) -> bool:
         return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)

@@ -71,6 +71,7 @@ class Rule:
     for what is not computed inside of its readers' loops at all (padding); else 0.
     `masked`: per operand, how often a compiler without a kernel for it stores it with all but some of it masked; () for never.
     `joins`: the dimension of the result along which it puts parts of what it reads side by side, -1 for none.
+    `alone`: one device computes it, and the others get the results from it: a sum in which all other terms are zeros.
     `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
     """
 
@@ -94,6 +95,7 @@ class Rule:
     masked: tuple[float, ...] = ()
     rounds_words: int = 0
     joins: int = -1
+    alone: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.factors)
