@@ -62,6 +62,9 @@ JOINS_EARLY = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU stores what is put together along the innermost dimension from 64 bytes of that on (and 2 KiB of all), as
 jaxlib 0.12 does; else from 128 elements of it on, as 0.10 does."""
 
+PRODUCTS_STAY_NARROW = jaxlib.version.__version_info__ >= (0, 12)
+"""Whether XLA's library on CPU multiplies bfloat16 as it is, where the left operand is summed over its last dimension."""
+
 CALLS_LOST = jaxlib.version.__version_info__ >= (0, 12)
 """Whether a constraint on what a callback of several results returns becomes the callback's own layout: all devices make it, or,
 where it has effects, XLA fails."""

@@ -32,7 +32,8 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_in_order
-from jaxplan.cost.library import in_a_loop, kept
+from jaxplan.cost.library import kept
+from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
 from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged

@@ -93,7 +93,7 @@ class _Breadth:
         self.operators = operators
         self._known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
         self._chains: dict[Loop, tuple[Loop, ...]] = {(): ((),)}
-        self._part = _parts(graph, operators)
+        self._part, self._tensors = _parts(graph, operators), graph.tensors
         self._members: dict[Loop, dict[Unit, list[int]]] = {}
         self._needs: dict[Loop, dict[Unit, dict[Unit, None]]] = {}
         self._producer = producer = {t: i for i, op in enumerate(operators) for t in op.results}
@@ -134,8 +134,8 @@ class _Breadth:
         return self._around(op.path), ("cluster", self._part.get(index, (-index - 1, 0)))
 
     def _needs_from(self, reader: int, source: int, tensor: int = -1, slot: int = -1) -> None:
-        """One operator runs after another. What a convolution reads in another order of dimensions is copied between the two, by
-        a kernel like others: the reader is ready one step later."""
+        """One operator runs after another. What a convolution reads in another order of dimensions, or a product in wider numbers
+        where others read it as it is, is copied between the two, by a kernel like others: the reader is ready one step later."""
         (inner, one), (other, two) = self._at(reader), self._at(source)
         depth = 0
         while depth < min(len(inner), len(other)) and inner[depth] == other[depth]:
@@ -148,6 +148,8 @@ class _Breadth:
         needs = self._needs.setdefault(loop, {})
         rule, near = self.operators[reader].rule, len(inner) == len(other) == depth
         order = wanted_order(rule, slot) if near and rule.spatial and 0 <= slot < 2 else None
+        if order is None and near and slot >= 0 and rule.product and _jax.PRODUCTS_STAY_NARROW and not summed_last(rule):
+            order = "wider" if self._tensors[tensor].dtype == "bfloat16" else None
         if order is not None:
             copy = ("copy", (tensor, order))
             self._members.setdefault(loop, {}).setdefault(copy, [])
@@ -178,6 +180,13 @@ class _Breadth:
             else:
                 sequence += edges
         return sequence
+
+
+def summed_last(rule: Rule) -> bool:
+    """Whether a product sums over the last dimensions of its left operand, of those that are longer than 1."""
+    kept = {f for dim in rule.results[0] for f in dim}
+    summed = [dim[0] not in kept for dim in rule.operands[0] if dim]
+    return sorted(summed) == summed and not rule.spatial
 
 
 def wanted_order(rule: Rule, slot: int) -> tuple[int, ...] | None:
