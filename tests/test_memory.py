@@ -298,9 +298,43 @@ def test_products_of_narrow_numbers_are_computed_in_wider_ones(mesh, dtype):
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.1)
 
 
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_attention_in_bfloat16(mesh):
+    """With jaxlib 0.12 its library multiplies most of it as it is. The model had that as float32: 20% and 35% too large."""
+
+    def loss(layers, x):
+        for wide, out in layers:
+            q, k, v = jnp.split((x @ wide).reshape(16, 64, 4, 48), 3, -1)
+            scores = jax.nn.softmax(jnp.einsum("bthd,buhd->bhtu", q, k).astype(jnp.float32)).astype(x.dtype)
+            x = x + jnp.einsum("bhtu,buhd->bthd", scores, v).reshape(16, 64, 64) @ out
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    wide, out, x = (jax.ShapeDtypeStruct(extents, jnp.bfloat16) for extents in ((64, 192), (64, 64), (16, 64, 64)))
+    args = [(wide, out)] * 3, x
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.05)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_squares_on_the_way_to_cubes_are_stored_once_where_they_are_rounded(mesh):
+    """The gradient of a GELU reads the square that its cube was made of, and with JAX 0.12 what its tanh is and 1. It was 8% and
+    9% too small (21% and 15% with JAX 0.12)."""
+
+    def loss(layers, x):
+        for up, down in layers:
+            x = x + jax.nn.gelu(x @ up) @ down
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    up, down, x = (jax.ShapeDtypeStruct(extents, jnp.bfloat16) for extents in ((64, 256), (256, 64), (2048, 64)))
+    args = [(up, down)] * 3, x
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    within = 0.125 if jax.__version_info__ >= (0, 12) else 0.065
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=within)
+
+
 @pytest.mark.xfail(
     jax.__version_info__ >= (0, 12), strict=True, raises=AssertionError,
-    reason="most bfloat16 products are the library's there, and stay as they are: modelled 1.75 times too large",
+    reason="the sum is written over one of its terms there: modelled 11% too large",
 )  # fmt: skip
 def test_what_is_rounded_to_bfloat16_is_computed_once():
     """A sum that two read is stored rounded, and not computed in both of them: all its terms would have to stay."""
