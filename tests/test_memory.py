@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.cost.buffers import OUTPUT, Buffer, outside_outputs
+from jaxplan.cost.heap import stack_by_size
 from jaxplan.cost.schedule import run_order
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
@@ -296,6 +297,16 @@ def test_products_of_narrow_numbers_are_computed_in_wider_ones(mesh, dtype):
     args = [jax.ShapeDtypeStruct((64, 64), dtype)] * 4, jax.ShapeDtypeStruct((2048, 64), dtype)
     plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"]())
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.1)
+
+
+def test_the_largest_buffers_are_placed_first_and_the_heap_may_be_higher_than_what_lives():
+    """4 lies on 5. Then 3 comes, beside another 4 that lies at the bottom: the gap of 1 between the two is too small. The last one
+    finds room."""
+    spans = [(0, 0, 5), (0, 1, 4), (1, 2, 3), (2, 2, 4), (2, 2, 2)]  # first place, last place, bytes
+    assert stack_by_size(spans) == [0, 1, 2]
+    assert max(sum(size for first, last, size in spans if first <= at <= last) for at in range(3)) == 9
+    assert stack_by_size([(0, 2, 4), (2, 4, 4), (4, 6, 4), (0, 6, 2)]) == [0, 1, 3]
+    assert stack_by_size([]) == [] == stack_by_size([(0, 3, 0)])
 
 
 @pytest.mark.parametrize("mesh", [(1,), (4, 2)])
