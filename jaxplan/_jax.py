@@ -30,6 +30,7 @@ from jax.interpreters import mlir
 
 Tracer = jax.core.Tracer
 Literal = _core.Literal
+DropVar = _core.DropVar
 Var = _core.Var
 Jaxpr = _core.Jaxpr
 ClosedJaxpr = _core.ClosedJaxpr
@@ -60,6 +61,13 @@ iota_p = _primitives.iota_p
 JOINS_EARLY = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU stores what is put together along the innermost dimension from 64 bytes of that on (and 2 KiB of all), as
 jaxlib 0.12 does; else from 128 elements of it on, as 0.10 does."""
+
+PRODUCTS_STAY_NARROW = jaxlib.version.__version_info__ >= (0, 12)
+"""Whether XLA's library on CPU multiplies bfloat16 as it is, where the left operand is summed over its last dimension."""
+
+CALLS_LOST = jaxlib.version.__version_info__ >= (0, 12)
+"""Whether a constraint on what a callback of several results returns becomes the callback's own layout: all devices make it, or,
+where it has effects, XLA fails."""
 
 REMAT_WAITS = jaxlib.version.__version_info__ >= (0, 11, 1)
 """Whether XLA on CPU runs a rematerialised call only once all that it reads is there (else at once, where outside of loops)."""
@@ -238,7 +246,16 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
         values = [_held(values[0]), *values[1:]]
     outs = _bind(primitive, values, params)
     outs = list(outs) if primitive.multiple_results else [outs]
+    if CALLS_LOST and primitive in _callbacks() and len(outs) > 1 and devices > 1:
+        read = [k for k, var in enumerate(equation.outvars) if not isinstance(var, DropVar)]
+        for k, held in zip(read, jax.lax.optimization_barrier([outs[k] for k in read]), strict=True):
+            outs[k] = held
     return [_row_major(out) for out in outs] if primitive is fft_p and devices > 1 else outs
+
+
+@functools.cache
+def _callbacks() -> frozenset[Primitive]:
+    return frozenset(primitives("io_callback pure_callback"))
 
 
 def filling(equation: Any, values: Sequence[Any]) -> Callable[[Any], Any] | None:

@@ -134,7 +134,7 @@ def _work_by_dimension(plan: Plan, axis: int) -> dict[tuple[str, str], float]:
         flops = sum(work.flops for work in cluster.work) * cluster.times
         factor = plan.modelled.chosen(plan.choices, index)[axis].factor
         key = ("", "")
-        if factor >= 0:
+        if factor >= 0 and factor != cluster.alone:
             terminals = [t for t in (*cluster.reads, *cluster.writes) if factor in t.leads]
             names = [plan.names.dimension(t.tensor)[t.leads.index(factor)] for t in terminals]
             name = next((n for n in names if n in place), names[0] if names else "?")

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.cost.buffers import OUTPUT, Buffer, outside_outputs
+from jaxplan.cost.heap import stack_by_size
 from jaxplan.cost.schedule import run_order
 from jaxplan.examples import programs
 from jaxplan.graph import build_graph
@@ -298,9 +299,54 @@ def test_products_of_narrow_numbers_are_computed_in_wider_ones(mesh, dtype):
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.1)
 
 
+def test_the_largest_buffers_are_placed_first_and_the_heap_may_be_higher_than_what_lives():
+    """4 lies on 5. Then 3 comes, beside another 4 that lies at the bottom: the gap of 1 between the two is too small. The last
+    one finds room."""
+    spans = [(0, 0, 5), (0, 1, 4), (1, 2, 3), (2, 2, 4), (2, 2, 2)]  # first place, last place, bytes
+    assert stack_by_size(spans) == [0, 1, 2]
+    assert max(sum(size for first, last, size in spans if first <= at <= last) for at in range(3)) == 9
+    assert stack_by_size([(0, 2, 4), (2, 4, 4), (4, 6, 4), (0, 6, 2)]) == [0, 1, 3]
+    assert stack_by_size([]) == [] == stack_by_size([(0, 3, 0)])
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_attention_in_bfloat16(mesh):
+    """With jaxlib 0.12 its library multiplies most of it as it is. The model had that as float32: 20% and 35% too large, now 5%
+    and 2%."""
+
+    def loss(layers, x):
+        for wide, out in layers:
+            q, k, v = jnp.split((x @ wide).reshape(16, 64, 4, 48), 3, -1)
+            scores = jax.nn.softmax(jnp.einsum("bthd,buhd->bhtu", q, k).astype(jnp.float32)).astype(x.dtype)
+            x = x + jnp.einsum("bhtu,buhd->bthd", scores, v).reshape(16, 64, 64) @ out
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    wide, out, x = (jax.ShapeDtypeStruct(extents, jnp.bfloat16) for extents in ((64, 192), (64, 64), (16, 64, 64)))
+    args = [(wide, out)] * 3, x
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.06)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_squares_on_the_way_to_cubes_are_stored_once_where_they_are_rounded(mesh):
+    """The gradient of a GELU reads the square that its cube was made of, and with JAX 0.12 what its tanh is and 1. It was 8% and
+    9% too small (21% and 15% with JAX 0.12)."""
+
+    def loss(layers, x):
+        for up, down in layers:
+            x = x + jax.nn.gelu(x @ up) @ down
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    up, down, x = (jax.ShapeDtypeStruct(extents, jnp.bfloat16) for extents in ((64, 256), (256, 64), (2048, 64)))
+    args = [(up, down)] * 3, x
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    within = 0.125 if jax.__version_info__ >= (0, 12) else 0.065
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=within)
+
+
 @pytest.mark.xfail(
     jax.__version_info__ >= (0, 12), strict=True, raises=AssertionError,
-    reason="most bfloat16 products are the library's there, and stay as they are: modelled 1.75 times too large",
+    reason="the sum is written over one of its terms there: modelled 11% too large",
 )  # fmt: skip
 def test_what_is_rounded_to_bfloat16_is_computed_once():
     """A sum that two read is stored rounded, and not computed in both of them: all its terms would have to stay."""
@@ -341,6 +387,40 @@ def test_drawn_words_are_stored_until_the_gradient_has_read_them(mesh, scanned, 
     args = shape(4, 64, 64), shape(2048, 64), jax.eval_shape(lambda: jax.random.key(0))
     plan = jaxplan.make_plan(gradient, *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=within)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_what_is_scattered_into_zeros_and_added_is_scattered_into_the_sum(mesh):
+    """The gradient of a loss that picks one logit a row: no zeros, and no second gradient of the logits, are stored. It was
+    modelled 45% and 37% too large."""
+
+    def loss(w, x, rows):
+        logits = x @ w
+        picked = jnp.take_along_axis(logits, rows[:, None], axis=1)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked[:, 0])
+
+    args = shape(64, 512), shape(2048, 64), jax.ShapeDtypeStruct((2048,), jnp.int32)
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.02)
+
+
+@pytest.mark.parametrize("mesh", [(1,), (4, 2)])
+def test_words_that_a_rematerialised_layer_draws_are_made_once_their_keys_are_there(mesh):
+    """The loop that draws is a kernel of its own: it waits for nothing that is computed from the bits. The words were modelled
+    to be made where they are read, beside the gradient: 24% too small, and 36% with twice as many layers."""
+
+    def layer(w, one, x):
+        y = jnp.tanh(x @ w)
+        return jnp.where(jax.random.bernoulli(one, 0.5, y.shape), y, 0)
+
+    def loss(ws, x, key):
+        for w, one in zip(ws, jax.random.split(key, len(ws)), strict=True):
+            x = jax.checkpoint(layer)(w, one, x)
+        return jnp.mean(x**2)
+
+    args = [shape(64, 64)] * 4, shape(2048, 64), jax.eval_shape(lambda: jax.random.key(0))
+    plan = jaxplan.make_plan(jax.grad(loss), *args, mesh=mesh_of(mesh), machine=SCRIPT["busy_machine"](), pipeline=None)
+    assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.06)
 
 
 @pytest.mark.xfail(

@@ -277,14 +277,14 @@ def _where(operator: Operator) -> str:
 
 def axis_options(cluster: Cluster, numbers: Numbers, pin: Pin | None = None) -> AxisOptions:
     """Per axis, what it may do in a cluster: nothing, split a factor it divides, split and scatter (or leave partial), or add
-    partial sums."""
-    per_axis = []
+    partial sums. All do the same where one device computes."""
+    per_axis, alone = [], cluster.alone if cluster.combines else -1
     for axis, size in enumerate(numbers.sizes):
         if pin is not None:
             per_axis.append(_pinned_options(cluster, numbers, axis, pin[axis]))
             continue
-        options = [Option()]
-        if size > 1:
+        options = [Option(alone if size > 1 else -1)]
+        if size > 1 and alone < 0:
             legal = [f for f, unit in enumerate(cluster.units) if unit and unit % size == 0]
             options += [Option(f) for f in legal]
             for combine in cluster.combines:

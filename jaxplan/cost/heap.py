@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 
+import numpy as np
+
 Below = tuple["Below", int] | None
 """What a place stands on: (what that stands on, the number of a buffer); None: the bottom."""
 
@@ -62,3 +64,31 @@ def _release(free: list[tuple[int, int]], start: int, end: int) -> None:
         free.remove(place)
         start, end = min(start, place[0]), max(end, place[1])
     insort(free, (start, end))
+
+
+def stack_by_size(spans: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The same where buffers are placed largest first, of equal ones those that live longest, each in the smallest gap between
+    those that live when it does (XLA on CPU)."""
+    longest = sorted([i for i, (_, _, size) in enumerate(spans) if size], key=lambda i: (-spans[i][2], spans[i][0] - spans[i][1]))
+    first, last, start, end = (np.zeros(len(longest), dtype=np.int64) for _ in range(4))
+    below, top = dict[int, int](), -1
+    for placed, number in enumerate(longest):
+        begins, ends, size = spans[number]
+        beside = np.flatnonzero((first[:placed] <= ends) & (last[:placed] >= begins))
+        beside = beside[np.argsort(start[beside], kind="stable")]
+        reached, under = np.maximum.accumulate(end[beside]), -1
+        floors = np.concatenate(([0], reached))
+        gaps = start[beside] - floors[:-1]
+        fits = np.flatnonzero(gaps >= size)
+        at = int(floors[fits[gaps[fits].argmin()]]) if len(fits) else int(floors[-1])
+        if at:
+            under = int(beside[end[beside] == at][0])
+        first[placed], last[placed], start[placed], end[placed] = begins, ends, at, at + size
+        below[placed] = under
+        if top < 0 or end[placed] > end[top]:
+            top = placed
+    chain = []
+    while top >= 0:
+        chain.append(longest[top])
+        top = below[top]
+    return chain[::-1]

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from jaxplan import _jax
 from jaxplan.cost.hoisting import hoisted
-from jaxplan.cost.schedule import Order, wanted_order
+from jaxplan.cost.loops import ADDS, SCATTER_ADDS, fills, in_a_loop, is_step, reduces, shifts, step_of
+from jaxplan.cost.schedule import Order, summed_last, wanted_order
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.graph.nouns import constant
 from jaxplan.layout import Layout, shards
-from jaxplan.rules import Kind, Rule
 
 PREFERRED = 4096
 """The library is given what reads or makes so many elements (ynn_support.cc, `kMinElements`)."""
@@ -92,7 +92,8 @@ class _Node:
     changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
     reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
-    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read."""
+    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: only places of what it
+    reads first."""
 
     place: int
     tensor: int
@@ -110,6 +111,7 @@ class _Node:
     left: int = 0
     width: int = 0
     wide: bool = False
+    updates: bool = False
     users: list[int] = field(default_factory=list)
 
 
@@ -119,7 +121,8 @@ def kept(
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
     another layout to be read; `partial`: operators whose results are combined; `leaving`: tensors that are read later."""
-    values = _Values(graph, order, operators, layouts, sizes)
+    values, leaving = _Values(graph, order, operators, layouts, sizes), list(leaving)
+    values.reads.update(leaving)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
     for tensor in leaving:
@@ -167,6 +170,8 @@ class _Values:
         self._spreads: dict[Hashable, int] = {}
         self._sources: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
         self._parts: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._steps: dict[Hashable, int] = {}
+        self.reads = Counter([t for op in operators for t in op.operands])
         for place, op in enumerate(operators):
             if op.name in (BOUNDARY, INPUT):
                 for tensor in op.results:
@@ -219,6 +224,8 @@ class _Values:
             self.of[op.results[0]] = self._new(_Node(place, op.results[0], tuple(words), True))
         elif len(op.results) == 1 and self._joins_apart(op):
             self._joined(place, op, moved)
+        elif op.equation is not None and op.equation.primitive in ADDS and not moved and self._added_to(place, op):
+            pass
         elif len(op.results) == 1 and in_a_loop(op):
             self._computed(place, op, moved)
         elif rule.flops == 0 and rule.known and rule.fusible and op.equation is not None:
@@ -229,7 +236,8 @@ class _Values:
             sources = tuple(self._taken(place, op, slot, moved) for slot, t in enumerate(op.operands) if t >= 0)
             product = rule.product and self._floats(op)
             for tensor in op.results:
-                self.of[tensor] = self._narrowed(_Node(place, tensor, sources, library=product), self._wider(op, tensor))
+                made = _Node(place, tensor, sources, library=product, updates=bool(rule.touched) and rule.touched[0] < 1)
+                self.of[tensor] = self._narrowed(made, self._wider(op, tensor))
         if index in partial:
             for tensor in op.results:
                 self.leave(tensor, place)
@@ -259,9 +267,10 @@ class _Values:
 
     def _wider(self, op: Operator, tensor: int) -> int:
         """Bytes of the numbers in which a kernel other than a loop has a tensor, if these are others than its own."""
-        if op.equation is None or any(share < 1 for share in op.rule.touched):
+        dtype, narrow = self.graph.tensors[tensor].dtype, _jax.PRODUCTS_STAY_NARROW and op.rule.product and summed_last(op.rule)
+        if op.equation is None or any(share < 1 for share in op.rule.touched) or (narrow and dtype in WIDER):
             return 0
-        return (WIDER_PRODUCTS if op.rule.product else WIDER).get(self.graph.tensors[tensor].dtype, 0)
+        return (WIDER_PRODUCTS if op.rule.product else WIDER).get(dtype, 0)
 
     def _narrowed(self, node: _Node, width: int) -> int:
         """What readers see of a kernel's result: itself, or, where that has other numbers, what loops make of them."""
@@ -294,6 +303,24 @@ class _Values:
             self._spreads[key] = self._new(copy)
         return self._spreads[key]
 
+    def _added_to(self, place: int, op: Operator) -> bool:
+        """Whether it adds what was scattered into zeros, and nothing else reads: that is scattered into the other operand."""
+        for slot, tensor in enumerate(op.operands):
+            number = self.of.get(tensor, -1)
+            node, other = self.nodes[number], self.of.get(op.operands[1 - slot], number)
+            maker = self.operators[node.place]
+            alone = number >= 0 and other != number and node.updates and self.reads[tensor] == 1 and maker.scope == op.scope
+            if alone and maker.equation is not None and maker.equation.primitive in SCATTER_ADDS and self._zeros(node.sources[0]):
+                for source in dict.fromkeys(node.sources):
+                    self.nodes[source].users.remove(number)
+                self.of[op.results[0]] = self._new(_Node(place, op.results[0], (other, *node.sources[1:]), updates=True))
+                return True
+        return False
+
+    def _zeros(self, number: int) -> bool:
+        root, _ = self._sources.get(number, (None, ()))
+        return isinstance(root, tuple) and root[1] == "constant" and root[2][-1] in ("0", "0.0")
+
     def _floats(self, op: Operator) -> bool:
         return all(self.graph.tensors[t].dtype in FLOATS for t in (*op.operands, *op.results) if t >= 0)
 
@@ -307,7 +334,7 @@ class _Values:
         sides = rule.operands[0], rule.results[0]
         before, after = ([f for dim in dims for f in dim if rule.factors[f].size > 1] for dims in sides)
         shapes = [self.graph.tensors[t].shape for t in (op.operands[0], op.results[0])]
-        turned = shapes[0] == shapes[1] and _shifts(rule)
+        turned = shapes[0] == shapes[1] and shifts(rule)
         moves = (rule.flops == 0 and not turned) or len(shapes[0]) != len(shapes[1])
         return moves and before == after and math.prod(shapes[0]) == math.prod(shapes[1])
 
@@ -351,24 +378,33 @@ class _Values:
     def _computed(self, place: int, op: Operator, moved: Mapping[int, int]) -> None:
         """What a loop computes."""
         rule, result = op.rule, op.results[0]
-        broadcast, reduces = rule.flops == 0 and len(op.operands) == 1, _reduces(rule)
+        broadcast, summed = rule.flops == 0 and len(op.operands) == 1, reduces(rule)
         whole, known = self._whole(result), [t for t in op.operands if t >= 0]
-        wide = not reduces and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
+        wide = not summed and (broadcast or rule.flops > 0) and not rule.touched and whole > 1
         slots = [(slot, tensor) for slot, tensor in enumerate(op.operands) if wide or tensor >= 0]
         sources = [self._read(op, slot, tensor, place, moved, wide) for slot, tensor in slots]
-        if reduces:
+        if summed:
             sources = [part for source in sources for part in self._parts_of(op, source)]
         if broadcast and wide and sources and self.nodes[sources[0]].spread:
             self.of[result] = sources[0]
             return
         large = max(map(self.elements, (*known, result)))
+        what, slot = step_of(op) if self._rounded(result) and len(known) == 1 else ("", -1)
+        if what:
+            key = (op.scope, what, self.of[op.operands[slot]], self._layouts.get(result))
+            if key not in self._steps:
+                self._steps[key] = self._new(_Node(place, result, tuple(sources), True, costly=True))
+            if is_step(op):
+                self.of[result] = self._steps[key]
+                return
+            sources.append(self._steps[key])
         self.of[result] = self._new(_Node(
-            place, result, tuple(sources), not (reduces and not self._floats(op) and self._in_windows(op)),
+            place, result, tuple(sources), not (summed and not self._floats(op) and self._in_windows(op)),
             library=(rule.library or rule.product) and self._floats(op) and large >= PREFERRED,
-            reduces=reduces,
+            reduces=summed,
             costly=rule.costly == 2 or (rule.costly == 1 and op.operands[-1] >= 0) or (rule.flops > 0 and self._rounded(result)),
-            moves=broadcast or reduces or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
-            turns=broadcast and bool(known) and whole == self._whole(known[0]) and not _shifts(rule),
+            moves=broadcast or summed or bool(rule.touched) or (rule.flops == 0 and len(op.operands) > 1),
+            turns=broadcast and bool(known) and whole == self._whole(known[0]) and not shifts(rule),
             apart=rule.costly == 3,
             joins=0 if rule.joins < 0 else 1 if self._sends(op) else 2 if len(known) == 1 else 1,
         ))  # fmt: skip
@@ -391,7 +427,7 @@ class _Values:
             return self._broadcast(op, (op.scope, "constant", constant(op, slot)), (), place, -1)
         source = moved.get(tensor, self.of[tensor])
         rule, shape = op.rule, self.graph.tensors[tensor].shape
-        if wide and math.prod(shape) < self._whole(op.results[0]) and _fills(rule, slot, shape):
+        if wide and math.prod(shape) < self._whole(op.results[0]) and fills(rule, slot, shape):
             flat = [f for dim in rule.results[0] for f in dim]
             own = [f for dim in rule.operands[slot] for f in dim]
             if all(f in flat for f in own):
@@ -501,12 +537,8 @@ class _Values:
         """The tensor that a broadcast becomes, where all that is done with it is to update places of it."""
         node = self.nodes[number]
         reader = self.nodes[readers[0]] if node.spread and len(readers) == 1 and readers[0] != OUTSIDE else None
-        if reader is None or reader.loop:
-            return None
-        op = self.operators[reader.place]
-        shares = op.rule.touched
-        alike = bool(shares) and shares[0] < 1 and self.elements(reader.tensor) == self.elements(node.tensor)
-        return reader.tensor if alike and reader.sources[0] == number else None
+        alike = reader is not None and reader.updates and self.elements(reader.tensor) == self.elements(node.tensor)
+        return reader.tensor if reader is not None and alike and reader.sources[0] == number else None
 
     def _unary(self, node: _Node) -> bool:
         """Whether it reads at most one value that is as large, or no more than it makes."""
@@ -547,31 +579,3 @@ class _Values:
                     root = user
             if len(group) == before:
                 return group, root
-
-
-def _fills(rule: Rule, slot: int, shape: Sequence[int]) -> bool:
-    """Whether an operand is met whole in every dimension."""
-    sizes = [math.prod([rule.factors[f].size for f in dim]) for dim in rule.operands[slot]]
-    return sizes == list(shape)
-
-
-def _shifts(rule: Rule) -> bool:
-    """Whether elements may come from other places of a dimension."""
-    return any(f.kind in (Kind.WHOLE, Kind.ROLL) and f.size > 1 for f in rule.factors)
-
-
-def _reduces(rule: Rule) -> bool:
-    kept = {f for dims in rule.results for dim in dims for f in dim}
-    return rule.fusible and any(f not in kept and factor.size > 1 for f, factor in enumerate(rule.factors))
-
-
-def in_a_loop(operator: Operator) -> bool:
-    """Whether a compiler computes an operator element by element, inside the loop of its reader."""
-    rule = operator.rule
-    if operator.equation is None or not rule.known:
-        return False
-    if rule.product:
-        return math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) == 1 and not rule.spatial
-    if rule.touched and len(rule.operands) > 1 and rule.touched[-1] < 1:
-        return False
-    return rule.fusible or rule.flops == 0

@@ -31,8 +31,9 @@ from jaxplan.cost.buffers import (
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
-from jaxplan.cost.heap import stack_in_order
-from jaxplan.cost.library import in_a_loop, kept
+from jaxplan.cost.heap import stack_by_size, stack_in_order
+from jaxplan.cost.library import kept
+from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
 from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
@@ -147,6 +148,10 @@ def memory(
     if machine.in_order:
         live = [heap[i] for i in stack_in_order([(b.first, b.last, round(b.nbytes)) for b in heap])]
         most = math.fsum(b.nbytes for b in live)
+    elif machine.materialises:
+        stacked = [heap[i] for i in stack_by_size([(b.first, b.last, round(b.nbytes)) for b in heap])]
+        height = math.fsum(b.nbytes for b in stacked)
+        live, most = (stacked, height) if height > most else (live, most)
     live.sort(key=lambda b: (-b.nbytes, b.tensor))
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(

@@ -68,6 +68,24 @@ def _placed(operators: Sequence[Operator]) -> list[Operator]:
     return found
 
 
+def _parts(graph: Graph, operators: Sequence[Operator]) -> dict[int, tuple[int, int]]:
+    """{operator: (its cluster, the part of that)}. What is drawn in rounds is a kernel of its own, which needs the key alone: a
+    part with what it is drawn from. The rest of the cluster is the last part."""
+    part = dict[int, tuple[int, int]]()
+    for c, cluster in enumerate(graph.clusters):
+        drawn = [member for member in cluster.members if operators[member].rule.rounds_words]
+        makers = {t: member for member in cluster.members for t in operators[member].results} if drawn else {}
+        for at, ahead in enumerate([[member] for member in drawn]):
+            while ahead:
+                member = ahead.pop()
+                if member not in part:
+                    part[member] = c, at
+                    ahead += [makers[t] for t in operators[member].operands if t in makers]
+        for member in cluster.members:
+            part.setdefault(member, (c, len(drawn)))
+    return part
+
+
 class _Breadth:
     """Each computation breadth first. `waits`: the body of a rematerialised call needs all operands of the call."""
 
@@ -75,10 +93,10 @@ class _Breadth:
         self.operators = operators
         self._known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
         self._chains: dict[Loop, tuple[Loop, ...]] = {(): ((),)}
-        self._cluster = {member: c for c, cluster in enumerate(graph.clusters) for member in cluster.members}
+        self._part, self._tensors = _parts(graph, operators), graph.tensors
         self._members: dict[Loop, dict[Unit, list[int]]] = {}
         self._needs: dict[Loop, dict[Unit, dict[Unit, None]]] = {}
-        producer = {t: i for i, op in enumerate(operators) for t in op.results}
+        self._producer = producer = {t: i for i, op in enumerate(operators) for t in op.results}
         for index, op in enumerate(operators):
             chain, unit = self._at(index)
             self._members.setdefault(chain[-1], {}).setdefault(unit, []).append(index)
@@ -97,19 +115,27 @@ class _Breadth:
             self._chains[loop] = (*self._chain(around), loop)
         return self._chains[loop]
 
+    def _around(self, path: Loop) -> tuple[Loop, ...]:
+        """The loops around what has this path, outermost first."""
+        deep = range(len(path) - 1, 0, -1) if self._known else ()
+        return self._chain(next((path[:d] for d in deep if path[:d] in self._known), ()))
+
     def _at(self, index: int) -> tuple[tuple[Loop, ...], Unit]:
-        """(the loops around an operator, the unit it belongs to in the innermost). What enters or leaves a loop belongs to it."""
+        """(the loops around an operator, the unit it belongs to in the innermost). What enters or leaves a loop belongs to it; a
+        view to what makes its operand, since it is no kernel."""
         op = self.operators[index]
+        if op.name == VIEW and op.operands[0] in self._producer:
+            source = self._at(self._producer[op.operands[0]])
+            if source[1][0] == "cluster" and source[0] == self._around(op.path):
+                return source
         if op.name == BOUNDARY:
             chain = self._chain(op.path[:-2])
             return chain[:-1], ("loop", chain[-1])
-        path = op.path if self._known else ()
-        loop = next((path[:depth] for depth in range(len(path) - 1, 0, -1) if path[:depth] in self._known), ())
-        return self._chain(loop), ("cluster", self._cluster.get(index, -index - 1))
+        return self._around(op.path), ("cluster", self._part.get(index, (-index - 1, 0)))
 
     def _needs_from(self, reader: int, source: int, tensor: int = -1, slot: int = -1) -> None:
-        """One operator runs after another. What a convolution reads in another order of dimensions is copied between the two, by
-        a kernel like others: the reader is ready one step later."""
+        """One operator runs after another. What a convolution reads in another order of dimensions, or a product in wider numbers
+        where others read it as it is, is copied between the two, by a kernel like others: the reader is ready one step later."""
         (inner, one), (other, two) = self._at(reader), self._at(source)
         depth = 0
         while depth < min(len(inner), len(other)) and inner[depth] == other[depth]:
@@ -122,6 +148,8 @@ class _Breadth:
         needs = self._needs.setdefault(loop, {})
         rule, near = self.operators[reader].rule, len(inner) == len(other) == depth
         order = wanted_order(rule, slot) if near and rule.spatial and 0 <= slot < 2 else None
+        if order is None and near and slot >= 0 and rule.product and _jax.PRODUCTS_STAY_NARROW and not summed_last(rule):
+            order = "wider" if self._tensors[tensor].dtype == "bfloat16" else None
         if order is not None:
             copy = ("copy", (tensor, order))
             self._members.setdefault(loop, {}).setdefault(copy, [])
@@ -152,6 +180,13 @@ class _Breadth:
             else:
                 sequence += edges
         return sequence
+
+
+def summed_last(rule: Rule) -> bool:
+    """Whether a product sums over the last dimensions of its left operand, of those that are longer than 1."""
+    kept = {f for dim in rule.results[0] for f in dim}
+    summed = [dim[0] not in kept for dim in rule.operands[0] if dim]
+    return sorted(summed) == summed and not rule.spatial
 
 
 def wanted_order(rule: Rule, slot: int) -> tuple[int, ...] | None:

@@ -373,6 +373,12 @@ class _Form:
             over = frozenset([mapping[f] for f in digest.partial])
             for tensor, own in zip(operator.results, mapped[count:], strict=True):
                 self.combines.append(Combine(index, Terminal(tensor, own), over, digest.scatterable))
+        if operator.rule.alone:
+            units.append(0)  # divided by any number of devices
+            self.combines += [
+                Combine(index, Terminal(tensor, own), frozenset((len(units) - 1,)), False)
+                for tensor, own in zip(operator.results, mapped[count:], strict=True)
+            ]
         if digest.apart:
             self.apart += [(mapping[a], mapping[b]) for a, b in digest.apart]
         for f, width, instead in digest.halos:
@@ -394,7 +400,11 @@ class _Form:
         writes = [(*where, share) for (where, share), keep in zip(self.writes.items(), wanted, strict=True) if keep]
         numbers = {(tensor, leads): number for number, (tensor, leads, _) in enumerate(reads)}
         several = {tensor for tensor, seen in self.reads.items() if len(seen) > 1}
-        combines = tuple([replace(combine, left=left) for combine in self.combines])
+        unread = {where for where, keep in zip(self.writes, wanted, strict=True) if not keep}
+        combines = tuple([
+            replace(c, left=left) for c in self.combines
+            if (c.result.tensor, c.result.leads) not in unread or any(map(self.units.__getitem__, c.over))
+        ])  # fmt: skip
         spared = 1.0
         if self.adds and writes:
             carries = self.adds == "carries"

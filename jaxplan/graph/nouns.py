@@ -147,7 +147,7 @@ class Handed:
 class Cluster(NamedTuple):
     """Operators that are laid out as one: a mesh axis given to one of its factors splits all of them.
 
-    `units`: per factor, the number that the product of its axes must divide. `members`: operator indices in
+    `units`: per factor, the number that the product of its axes must divide, 0 for no dimension's. `members`: operator indices in
     program order; the last one names it. `read_times`: how often each of `reads` is read.
     `read_shares`, `write_shares`: the share of each terminal's bytes that memory really sees. `apart`: pairs of factors of
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
@@ -178,6 +178,12 @@ class Cluster(NamedTuple):
     def scatters(self) -> bool:
         """Whether a partial sum of this cluster may be scattered instead of reduced."""
         return any(combine.scatterable for combine in self.combines)
+
+    @property
+    def alone(self) -> int:
+        """The factor that all axes split where one device computes and all get the result: that of no dimension; or -1."""
+        summed = [f for combine in self.combines for f in combine.over if f >= 0 and not self.units[f]]
+        return summed[0] if summed else -1
 
     @property
     def adds(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -102,6 +103,12 @@ elementwise(*primitives("add add_jaxvals neg sub"), library=True, linear=_togeth
 elementwise(*primitives("mul"), library=True, linear=_scaled(0, 1))
 
 
+@register(*primitives("io_callback pure_callback"), reads=())
+def callback(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
+    """One device asks the host, and sends what it is told to all others."""
+    return replace(whole_rule(operands, results), alone=True)
+
+
 @register(*primitives("integer_pow"), reads=("y",))
 def integer_pow(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
     """Products; of a negative power, a division."""
@@ -140,5 +147,5 @@ pass_through(
         """
     )
 )
-gathered(*primitives("debug_callback debug_print? io_callback pure_callback"))
+gathered(*primitives("debug_callback debug_print?"))
 gathered(*primitives("layout_constraint?"))  # seen with jaxlib 0.10 and 0.12

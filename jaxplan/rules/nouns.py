@@ -73,6 +73,7 @@ class Rule:
     `joins`: the dimension of the result along which it puts parts of what it reads side by side, -1 for none.
     `by_hand`: XLA gathers what it reads however that lies, so each device is given what it has (`on_shards.py`); all factors that
     may be split are parallel.
+    `alone`: one device computes it, and the others get the results from it: a sum in which all other terms are zeros.
     `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
     """
 
@@ -97,6 +98,7 @@ class Rule:
     rounds_words: int = 0
     joins: int = -1
     by_hand: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.factors)
