@@ -244,6 +244,8 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
         values = _clamped(values, *_STARTS[primitive](equation))
     elif primitive in _scatters() and math.prod(values[1].shape[:-1]) <= devices:
         values = [_held(values[0]), *values[1:]]
+    elif primitive is fft_p and devices > 1:
+        values = [_row_major(value) for value in values]
     outs = _bind(primitive, values, params)
     outs = list(outs) if primitive.multiple_results else [outs]
     if CALLS_LOST and primitive in _callbacks() and len(outs) > 1 and devices > 1:
@@ -322,9 +324,9 @@ def _held(value: Any) -> Any:
 
 
 def _row_major(value: Any) -> Any:
-    """A Fourier transform's result, in memory as XLA's CPU runtime wants it.
+    """What a Fourier transform reads or makes, in memory as XLA's CPU runtime wants it.
 
-    Where a batch dimension but the first is cut and then gathered, the compiler hands the gather's layout in memory on to the
+    Where a dimension but the first is gathered before it or after it, the compiler hands the gather's layout in memory on to the
     transform, which fails at run time (seen with jaxlib 0.10, also for programs sharded by hand).
     """
     return with_layout_constraint(value, Layout(tuple(range(value.ndim))))

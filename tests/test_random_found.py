@@ -115,6 +115,17 @@ def test_a_batch_of_transforms_gathered_later():
     as_planned(transform, x, shape=(2,), pins={0: P(None, "x")}, cut=P(None, "x"), whole=P())
 
 
+def test_transforms_of_what_was_gathered():
+    """The same of what a transform reads."""
+
+    def transform(hold, x):
+        mixed = hold(jnp.fft.fft2(x) * lax.complex(jnp.cos(x), jnp.sin(x)), "cut")
+        return hold(jnp.fft.ifft(mixed).real, "whole").sum()
+
+    x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    as_planned(transform, x, shape=(8,), cut=P(None, "x"), whole=P())
+
+
 def test_exchanges_pass_through_even_layouts_only():
     """Swapping two axes between two dimensions of extent 2 would put both on one of them on the way."""
 
