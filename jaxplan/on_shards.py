@@ -33,7 +33,8 @@ class ByHand:
         """The results of an equation, `operator` in the plan's graph. `changed`: parameters that take the place of its own."""
         if operator not in self._found:
             return _jax.bind(equation, values, mesh.size, changed)
-        return on_shards(lambda *parts: _jax.bind(equation, list(parts), mesh.size, changed), values, *self._found[operator], mesh)
+        rule, specs = self._found[operator]
+        return on_shards(lambda *parts: _jax.bind(equation, list(parts), mesh.size, changed), values, rule, specs, mesh)
 
 
 def result_specs(rule: Rule, specs: Sequence[Spec]) -> tuple[Spec, ...]:
