@@ -102,6 +102,19 @@ GATHERED = pytest.mark.xfail(
 )
 
 
+@needs_libtpu[0]
+@needs_libtpu[1]
+def test_a_batch_of_transforms_compiles_for_a_slice():
+    """What holds them row by row for CPUs is not for TPUs."""
+
+    def fn(x):
+        return jnp.real(jnp.fft.ifft2(jnp.fft.fft2(x) * 2.0))
+
+    plan = jaxplan.make_plan(fn, shape(64, 32, 32), mesh=AbstractMesh((4, 2), ("x", "y")), machine="v5e")
+    assert plan.audit(topology="v5e:2x4").total("unplanned") == 0
+    assert plan.partition_spec_of(0)[0] is not None
+
+
 @pytest.mark.parametrize("name", [
     pytest.param("decoder_scan", marks=[*needs_libtpu, GATHERED]),
     pytest.param("mlp_sgd", marks=needs_libtpu),
