@@ -125,17 +125,20 @@ def slow_axes(numbers: Numbers) -> list[int]:
     return [axis for axis in used if numbers.link(axis)[0] >= SLOWER * fastest]
 
 
-def hopeless(plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Chain]] | None = None) -> bool:
+def hopeless(
+    plan: Plan, microbatches: int | None, groups: Sequence[Sequence[Chain]] | None = None, used: Spent | None = None
+) -> bool:
     """Whether a plan without a pipeline spends so little on what one would save that none needs to be looked for: on no axis does
     it exchange more inside of loops than the smallest bubble would cost. Not where a link is slow. `groups`: the chains, where
-    they are known: how large their batch is, and which axes split it, says how small the bubble can be."""
+    they are known: how large their batch is, and which axes split it, says how small the bubble can be. `used`: what the plan
+    spends inside of scans, where that is known."""
     modelled, numbers = plan.modelled, plan.modelled.numbers
     inside = scanned(modelled.graph)
     if not inside or groups == []:
         return not _unrolled_may_pay(plan, microbatches)
     if slow_axes(numbers):
         return False
-    used = spent(modelled, plan.choices, inside)
+    used = used or spent(modelled, plan.choices, inside)
     for axis, size in enumerate(numbers.sizes):
         if size == 1:
             continue
@@ -268,6 +271,19 @@ class Choosing(Generic[SomePlan]):
         """Whether every plan with a pipeline takes so many seconds at least, as far as messages show without a search."""
         return pipeline not in self._plans and self.attempt(pipeline).reaches(seconds)
 
+    @cached_property
+    def _spent(self) -> dict[int, tuple[Plan, Spent]]:
+        return {}
+
+    def hopeless(self, plan: SomePlan, microbatches: int | None, groups: Sequence[Sequence[Chain]] | None = None) -> bool:
+        """See `hopeless`; what a plan spends is worked out once."""
+        inside = scanned(plan.modelled.graph)
+        if not inside or groups == []:
+            return hopeless(plan, microbatches, groups)
+        if id(plan) not in self._spent:
+            self._spent[id(plan)] = plan, spent(plan.modelled, plan.choices, inside)
+        return hopeless(plan, microbatches, groups, self._spent[id(plan)][1])
+
     @property
     def chains(self) -> list[tuple[Chain, ...]]:
         """Those of the program as it is."""
@@ -298,7 +314,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     fits = using.fits(plain)
     if asked is None:
         return using.fitted(attempt, plain)
-    if not hopeless(plain, microbatches):
+    if not using.hopeless(plain, microbatches):
         tried = _tried(using, plain, microbatches, plain.seconds)
         better = _squeezed(using, tried, (1 - WORTH) * plain.seconds) if fits or tried.best is not None else None
         if fits or better is not None:
@@ -308,7 +324,7 @@ def choose(using: Choosing[SomePlan], asked: str | None, microbatches: int | Non
     failures: list[NothingFits] = []
     try:
         plain = using.fitted(attempt, plain)
-        if hopeless(plain, microbatches):
+        if using.hopeless(plain, microbatches):
             return plain
     except NothingFits as error:
         failures.append(error)
@@ -335,10 +351,10 @@ def may_take_less(using: Choosing[SomePlan], asked: str | None, microbatches: in
     axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
     plain = using.planned(None)[1]
     fits = using.fits(plain)
-    if asked is None or not axes or (fits and hopeless(plain, microbatches)):
+    if asked is None or not axes or (fits and using.hopeless(plain, microbatches)):
         return False
     staged, groups = using.layered
-    if not groups or (staged is using and fits and hopeless(plain, microbatches, groups)):
+    if not groups or (staged is using and fits and using.hopeless(plain, microbatches, groups)):
         return False
     found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
     base = plain if staged is using else staged.planned(None)[1]
@@ -356,7 +372,7 @@ def _tried(using: Choosing[SomePlan], plain: SomePlan, microbatches: int | None,
     """Pipelines that may be faster than the best plan without one, which takes so many seconds. `plain`: one without."""
     axes = [axis for axis, size in enumerate(using.numbers.sizes) if size > 1]
     staged, groups = using.layered if axes else (using, [])
-    if not groups or (staged is using and seconds != math.inf and hopeless(plain, microbatches, groups)):
+    if not groups or (staged is using and seconds != math.inf and using.hopeless(plain, microbatches, groups)):
         return _Tried(None, (), ())
     found = candidates(staged.graph, staged.numbers, groups, axes, microbatches)
     base = plain if staged is using else staged.planned(None)[1]

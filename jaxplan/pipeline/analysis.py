@@ -11,8 +11,11 @@ from jaxplan.graph.flatten import scan_arity
 from jaxplan.pipeline.dimensions import CALLS, LikeDimensions
 from jaxplan.pipeline.fuse import alternating
 from jaxplan.pipeline.nouns import SCHEDULES, Chain, Kind, Path, Pipeline, PipelineError, Role, even_layers
-from jaxplan.pipeline.roles import Readers, Walk
+from jaxplan.pipeline.roles import Readers, Walk, points_in
 from jaxplan.pipeline.rowwise import SAME, SUM, Edit, told
+
+NEARLY_ALL = 0.9
+"""What share of a body's work micro-batches share for no other dimension to be tried for the rows."""
 
 
 class Scan(NamedTuple):
@@ -61,9 +64,9 @@ def scan_at(jaxpr: Any, path: Path) -> Any:
 def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int) -> Chain:
     """The chain of a scan over layers: which dimension of its values holds the rows of the batch, and what becomes of each.
 
-    Every dimension of every carry is tried for the rows. Of those with which the body works row by row the one is taken with
-    which micro-batches share the most work (a gradient that layers add up could be cut, too, but that would share little).
-    Raises PipelineError that tells for each why it is not, naming the operator and the user's line.
+    Every dimension of every carry is tried for the rows, until the body works row by row with one and micro-batches share
+    nearly all of its work; else the one is taken with which they share the most (a gradient that layers add up could be cut, too,
+    but that would share little). Raises PipelineError that tells for each why it is not, naming the operator and the user's line.
     """
     consts, carries = scan_arity(equation)
     body = equation.params["jaxpr"].jaxpr
@@ -82,7 +85,10 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
             walk = Walk(microbatches, readers)
             try:
                 chain = _chain(equation, path, tuple(layers), walk, dimensions, k, dim)
-                found.setdefault(sum(walk.points.values()), chain)
+                points = walk.points()
+                if points > NEARLY_ALL * points_in(body):
+                    return chain
+                found.setdefault(points, chain)
             except PipelineError as error:
                 refusals.setdefault(str(error), f"dimension {dim} of {body.invars[k].aval.str_short()}")
     if found:
@@ -112,7 +118,7 @@ def _chain(
         if roles in tried:
             continue
         tried.append(list(roles))
-        walk.points.clear()
+        walk.shared.clear()
         walk.edits.clear()
         try:
             state, ys = _settled(equation, roles, [None] * (len(body.outvars) - carries), walk)

@@ -87,7 +87,9 @@ class _Classes:
         for held, dims in zip(nodes, (*rule.operands, *rule.results), strict=True):
             for node, dim in zip(held, dims, strict=True):
                 if dim:
-                    self.merge([node], [known.setdefault(dim[0], node)])
+                    other = known.setdefault(dim[0], node)
+                    if other != node:
+                        self.parents[self.find(node)] = self.find(other)
 
 
 CALLS = {

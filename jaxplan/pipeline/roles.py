@@ -27,6 +27,14 @@ class Readers:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, dict[Any, list[int]], list[int]]] = {}
+        self._closed: dict[int, tuple[Any, bool]] = {}
+
+    def closed(self, equation: Any) -> bool:
+        """Whether an equation has a body of its own that is not looked into."""
+        if id(equation) not in self._closed:
+            closed = equation.primitive not in _SCALAR_BODIES and any(_jax.sub_jaxprs(equation))
+            self._closed[id(equation)] = equation, closed
+        return self._closed[id(equation)][1]
 
     def of(self, jaxpr: Any) -> tuple[dict[Any, list[int]], list[int]]:
         """({value: its readers}, the equations with effects)."""
@@ -43,14 +51,14 @@ class Readers:
 
 
 class Walk:
-    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`. `points`: of the
-    iteration spaces of the equations that micro-batches share, by path. `readers`: may be shared by walks of one program."""
+    """One walk for a number of micro-batches. `edits`: by the path of the equation, or of a body and `OUTS`. `shared`: the
+    equations that micro-batches share, by path. `readers`: may be shared by walks of one program."""
 
     def __init__(self, microbatches: int, readers: Readers | None = None) -> None:
         self.microbatches = microbatches
         self._readers = Readers() if readers is None else readers
         self.edits: dict[Path, Edit] = {}
-        self.points: dict[Path, int] = {}
+        self.shared: dict[Path, Any] = {}
         self._origins: dict[Any, str] = {}
 
     def jaxpr(self, jaxpr: Any, roles: Sequence[Role], path: Path) -> list[Role]:
@@ -83,26 +91,29 @@ class Walk:
         self.edits.pop(here, None)
         if equation.effects:
             refuse(_effectful(equation), "has an effect beside its results, which would happen at every tick of the pipeline")
-        kinds = {role.kind for role in roles}
-        if kinds <= {Kind.SAME}:
+        if all(role.kind is Kind.SAME for role in roles):
             return [SAME] * len(equation.outvars)
         control = _CONTROL.get(equation.primitive)
         if control is not None:
             return self._inside(control, equation, roles, here)
-        if any(_jax.sub_jaxprs(equation)) and equation.primitive not in _SCALAR_BODIES:
+        if self._readers.closed(equation):
             refuse(equation, "is a call that is not looked into, so that nobody knows whether it works row by row")
         if equation.primitive in UNTOUCHED:
             outs = roles[: len(equation.outvars)]
-        elif Kind.CUT in kinds:
+        elif any(role.kind is Kind.CUT for role in roles):
             outs, edit = rows_through(equation, roles, self.microbatches)
             self._keep(here, edit)
-            self.points[here] = points_of(equation)
+            self.shared[here] = equation
         else:
             origins = [self._origins.get(v, "") for v, r in zip(equation.invars, roles, strict=True) if r.kind is Kind.SUM]
             outs, edit = sums_through(equation, roles, next(filter(None, origins), "the loop"))
             self._keep(here, edit)
         self._remember(equation, roles, outs)
         return outs
+
+    def points(self) -> int:
+        """Points of the iteration spaces of the equations that micro-batches share."""
+        return sum([points_of(equation) for equation in self.shared.values()])
 
     def _inside(self, control: Control, equation: Any, roles: list[Role], here: Path) -> list[Role]:
         try:
@@ -119,6 +130,8 @@ class Walk:
 
     def _remember(self, equation: Any, roles: Sequence[Role], outs: Sequence[Role]) -> None:
         """Where each sum was made."""
+        if all(role.kind is not Kind.SUM for role in outs):
+            return
         before = [self._origins.get(v) for v, r in zip(equation.invars, roles, strict=True) if r.kind is Kind.SUM]
         origin = next(filter(None, before), told(equation))
         self._origins.update((v, origin) for v, role in zip(equation.outvars, outs, strict=True) if role.kind is Kind.SUM)
@@ -163,6 +176,17 @@ def _effectful(equation: Any) -> Any:
     """The innermost equation that has the effects of one."""
     inner = [getattr(jaxpr, "jaxpr", jaxpr) for jaxpr in _jax.sub_jaxprs(equation)]
     return next((_effectful(e) for jaxpr in inner for e in jaxpr.eqns if e.effects), equation)
+
+
+def points_in(jaxpr: Any) -> int:
+    """Points of the iteration spaces of all equations of a jaxpr, those of loops and branches once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive in _CONTROL:
+            total += sum([points_in(getattr(inner, "jaxpr", inner)) for inner in _jax.sub_jaxprs(equation)])
+        else:
+            total += points_of(equation)
+    return total
 
 
 _SCALAR_BODIES = frozenset(_jax.primitives(
@@ -251,4 +275,4 @@ _CONTROL: dict[Any, Control] = {
 }
 """Control flow that a walk goes into, as replays do; rows do not enter any other."""
 
-__all__ = ["OUTS", "PipelineError", "Readers", "Walk", "inside_scan", "stacked"]
+__all__ = ["OUTS", "PipelineError", "Readers", "Walk", "inside_scan", "points_in", "stacked"]

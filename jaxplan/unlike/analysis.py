@@ -43,7 +43,7 @@ def micro_of(program: Traced, microbatches: int) -> Micro:
         if why:
             refusals.setdefault(why, place)
             continue
-        shared = sum(walk.points.values())
+        shared = walk.points()
         if (best is None or shared > best[0]):
             best = shared, walk, roles, kinds, rows
     if best is None:
