@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,19 +106,30 @@ class Relaxation:
             sides.append((edge, key, tail, head))
         tables = dict(zip(asked, edge_prices(list(asked.values())), strict=True))
         for edge, key, tail, head in sides:
-            priced = repeated(edge.times, tables[key])
+            priced = tables[key] if edge.times == 1.0 else edge.times * tables[key]
             if edge.tail == edge.head:
                 self.held[edge.tail] = self.held[edge.tail] + priced[tail.of, head.of]
             else:
                 self.links.append(Link((edge.tail, edge.head), [tail, head], priced))
-        # An assignment costs at least the bound plus what one of its pairs costs above its link's cheapest.
-        room = (1 + CUT) * (seconds - self.bound())
-        for link in self.links:
-            link.rest = np.minimum(link.rest, link.rest.min() + room)
+        self._cut(seconds)
         self.around: list[list[tuple[Link, int, int]]] = [[] for _ in problem.nodes]
         for link in self.links:
             for end, (node, other) in enumerate((link.ends, link.ends[::-1])):
                 self.around[node].append((link, end, other))
+
+    def _cut(self, seconds: float) -> None:
+        """Cut the prices of pairs: an assignment costs at least the bound plus what one of its pairs costs above its link's
+        cheapest. All links at once, and each gets an array of its own."""
+        if not self.links:
+            return
+        prices = np.concatenate([link.rest.ravel() for link in self.links])
+        sizes = [link.rest.size for link in self.links]
+        begins = list(accumulate(sizes, initial=0))
+        least = np.minimum.reduceat(prices, begins[:-1])
+        bound = sum([float(held.min()) for held in self.held]) + sum(least.tolist())
+        np.minimum(prices, np.repeat(least + (1 + CUT) * (seconds - bound), sizes), out=prices)
+        for link, begin, end in zip(self.links, begins, begins[1:], strict=False):
+            link.rest = prices[begin:end].reshape(link.rest.shape)
 
     def sweep(self, forward: bool, slack: float) -> None:
         """Visit every node once. `slack`: an option that costs so many seconds above the bound is dropped: no assignment within
@@ -165,7 +177,11 @@ class Relaxation:
         return sum([float(held.min()) for held in self.held]) + sum([float(link.rest.min()) for link in self.links])
 
     def decoded(self, forward: bool) -> np.ndarray:
-        """An assignment, (nodes, axes): node by node, the best given those before it."""
+        """An assignment, (nodes, axes), see `decided`."""
+        return self.choices(self.decided(forward))
+
+    def decided(self, forward: bool) -> list[int]:
+        """An assignment, as numbers among what is still open: node by node, the best given those before it."""
         chosen = [0] * len(self.held)
         nodes = range(len(self.held))
         for node in nodes if forward else reversed(nodes):
@@ -178,7 +194,7 @@ class Relaxation:
                 else:
                     total = total + link.rest.min(1 - end)[classes]
             chosen[node] = int(total.argmin())
-        return self.choices(np.array(chosen, dtype=np.int64))
+        return chosen
 
     def choices(self, options: Sequence[int] | np.ndarray) -> np.ndarray:
         """(nodes, axes) of numbers among what is still open."""

@@ -230,8 +230,9 @@ def _swaps(axes: list[int], alike: Sequence[Hashable], count: int) -> list[list[
 def _sweep(
     pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int
 ) -> tuple[np.ndarray, float]:
-    """Re-open one block of axes after the other, given the others, until nothing improves."""
-    choices, tally = choices.copy(), [0] * len(choices)
+    """Re-open one block of axes after the other, given the others, until nothing improves; in larger problems, until all blocks
+    but one have improved nothing."""
+    choices, tally, small = choices.copy(), [0] * len(choices), len(choices) <= SMALL
     seconds, idle = math.nan, 0
     for turn in range(SWEEPS * len(blocks)):
         tables, rows = pricer.along(blocks[turn % len(blocks)], choices)
@@ -243,10 +244,10 @@ def _sweep(
         improved = tables.price(options)
         if improved < seconds * (1 - 1e-9):
             choices, seconds = _picked(rows, options), improved
-            idle = 1 if exact else 0
+            idle = 1 if exact and small else 0
         else:
             idle += 1
-        if idle >= len(blocks) * (1 if exact or len(choices) > SMALL else PATIENCE):
+        if idle >= (len(blocks) * (1 if exact else PATIENCE) if small else max(1, len(blocks) - 1)):
             break
     return choices, seconds
 

@@ -32,7 +32,7 @@ SWEEPS = 4
 """Sweeps of messages between two proposals."""
 POLISHED = 2
 """Forests re-opened in a proposal before it is fused."""
-FEW_SWEEPS, FEW_FORESTS = 2, 4
+FEW_SWEEPS, FEW_FORESTS = 2, 2
 """What of these a large problem is given before single axes are swept."""
 FUSED_CAP = 1 << 16
 """Entries of a table in fusing: with few options each, it is exact more often, which is faster than to begin again."""
@@ -67,23 +67,26 @@ def _polished_along(
     """Joint choices of some axes re-opened, all others as they are: forests, then what messages propose, crossed."""
     relaxation = Relaxation(pricer.problem, seconds, axes, choices)
     grove, rng = Grove(relaxation), np.random.default_rng(SEED)
-    best = relaxation.choices(grove.grown(grove.numbered(choices), rng, FORESTS))
+    best = grove.grown(grove.numbered(choices), rng, FORESTS)
     for _ in range(rounds):
         best = _proposed(pricer, elimination, relaxation, grove, best, SWEEPS, rng)
-    return relaxation.choices(grove.grown(grove.numbered(best), rng, FORESTS))
+    return relaxation.choices(grove.grown(best, rng, FORESTS))
 
 
 def _proposed(
-    pricer: Pricer, elimination: list[int], relaxation: Relaxation, grove: Grove, best: np.ndarray, sweeps: int,
+    pricer: Pricer, elimination: list[int], relaxation: Relaxation, grove: Grove, best: list[int], sweeps: int,
     rng: np.random.Generator,
-) -> np.ndarray:
-    """An assignment crossed with what messages propose after some more sweeps of them."""
+) -> list[int]:
+    """An assignment crossed with what messages propose after some more sweeps of them: numbers of options, as forests have
+    them."""
     for turn in range(sweeps):
         relaxation.sweep(turn % 2 == 0, math.inf)
-    proposed = grove.numbered(relaxation.decoded(forward=True))
+    proposed = relaxation.decided(forward=True)
     for _ in range(POLISHED):
         proposed = grove.moved(proposed, rng)
-    return fused(pricer, elimination, [best, relaxation.choices(proposed)])
+    numbers = [(one,) if one == other else (one, other) for one, other in zip(best, proposed, strict=True)]
+    candidates = [rows[list(own)] for rows, own in zip(relaxation.rows, numbers, strict=True)]
+    return [own[k] for own, k in zip(numbers, _best_of(pricer, elimination, candidates).tolist(), strict=True)]
 
 
 def crossed(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> np.ndarray:
@@ -95,8 +98,7 @@ def crossed(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: S
         except TooLarge:
             continue
         grove, rng = Grove(relaxation), np.random.default_rng(SEED)
-        choices = _proposed(pricer, elimination, relaxation, grove, choices, FEW_SWEEPS, rng)
-        options = grove.numbered(choices)
+        options = _proposed(pricer, elimination, relaxation, grove, grove.numbered(choices), FEW_SWEEPS, rng)
         for _ in range(FEW_FORESTS):
             options = grove.moved(options, rng)
         choices = relaxation.choices(options)
@@ -117,11 +119,18 @@ def fused(pricer: Pricer, elimination: list[int], proposals: Sequence[np.ndarray
         return proposals[0]
     choices = np.stack(proposals, axis=1)
     candidates = [np.array(list(dict.fromkeys(map(tuple, rows)))) for rows in choices.tolist()]
+    options = _best_of(pricer, elimination, candidates)
+    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+
+
+def _best_of(pricer: Pricer, elimination: list[int], candidates: Sequence[np.ndarray]) -> np.ndarray:
+    """The number of one candidate (count, axes) per node that are best together, as far as is found; not dearer than all first
+    ones."""
     tables, first = pricer.among(candidates), np.zeros(len(candidates), dtype=np.int64)
     options, exact = solve(tables, elimination, cap=FUSED_CAP, piece=CAP)
     if not exact and tables.price(first) < tables.price(options):
         options, _ = solve(tables, elimination, first)
-    return np.stack([rows[option] for rows, option in zip(candidates, options, strict=True)])
+    return options
 
 
 class Grove:
