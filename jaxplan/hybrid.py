@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Generic, Protocol, TypeVar
 
 from jaxplan.asked import AUTO
@@ -33,7 +33,7 @@ from jaxplan.pipeline import (
 )  # fmt: skip
 from jaxplan.pipeline.nouns import Kind
 from jaxplan.pipeline.outline import Outline, Spent, batch_axes, expected, outline, scanned, spent
-from jaxplan.pipeline.repeats import repeats, splits
+from jaxplan.pipeline.repeats import cut_by, repeats
 from jaxplan.pipeline.rowwise import told
 from jaxplan.pipeline.staging import at_extents
 from jaxplan.plan import Plan
@@ -72,13 +72,14 @@ class Candidate:
     outline: Outline
 
 
-def counts(rows: int, stages: int, microbatches: int | None = None) -> list[int]:
+@lru_cache(maxsize=4096)
+def counts(rows: int, stages: int, microbatches: int | None = None) -> tuple[int, ...]:
     """Numbers of micro-batches worth trying: divisors of the batch, the nearest to each power of two; at least two of them."""
     if microbatches is not None:
-        return [microbatches] if rows % microbatches == 0 else []
+        return (microbatches,) if rows % microbatches == 0 else ()
     found = [m for m in range(2, min(rows, MOST_MICROBATCHES * stages) + 1) if rows % m == 0]
     powers = [2.0**p for p in range(1, 1 + math.ceil(math.log2(max(2, rows))))]
-    return sorted({min(found, key=lambda m: abs(math.log2(m / power))) for power in powers}) if found else []
+    return tuple(sorted({min(found, key=lambda m: abs(math.log2(m / power))) for power in powers})) if found else ()
 
 
 def chain_groups(traced: Traced, resized: Graph | None = None) -> list[tuple[Chain, ...]]:
@@ -179,13 +180,14 @@ def _unrolled_may_pay(plan: Plan, microbatches: int | None) -> bool:
     if found is None or slow_axes(numbers):
         return found is not None
     used, about = spent(modelled, plan.choices, found.inside), modelled.graph.tensors[found.carried]
+    rows = [(about.shape[dim], cut_by(modelled, plan.choices, alike)) for dim, alike in found.rows]
     for axis in axes:
         size, (g, latency) = numbers.sizes[axis], numbers.link(axis)
         others = math.prod(numbers.sizes) // size
         stacking = all_to_all_bytes(size, found.stacked / others) * g if size <= found.count else math.inf
-        for dim, alike in found.rows:
-            parts = splits(modelled, plan.layouts, alike, axis)
-            for m in counts(about.shape[dim] // parts, size, microbatches):
+        for extent, cut in rows:
+            parts = math.prod([numbers.sizes[a] for a in cut if a != axis])
+            for m in counts(extent // parts, size, microbatches):
                 ticks = pipeline_ticks(m, size)
                 handed = 2 * ticks * (about.nbytes / m / others * g + latency)
                 stretch = ticks / m * (-(-found.count // size) / found.count) * size

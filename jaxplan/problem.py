@@ -108,10 +108,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         for node in self.nodes:
-            if len(node.options) != len(self.axes) or any(count < 1 for count in node.options):
+            if len(node.options) != len(self.axes) or min(node.options, default=1) < 1:
                 raise ValueError(f"node {node.name!r}: options {node.options} must be positive, one per axis of {self.axes}")
+        count = len(self.nodes)
         for edge in self.edges:
-            if not (0 <= edge.tail < len(self.nodes) and 0 <= edge.head < len(self.nodes)):
+            if not (0 <= edge.tail < count and 0 <= edge.head < count):
                 raise ValueError(f"edge ({edge.tail}, {edge.head}) names a node outside 0..{len(self.nodes) - 1}")
         for usage in self.usages:
             known = all(0 <= node < len(self.nodes) for node in usage.nodes) and 1 <= len(usage.nodes) <= 2

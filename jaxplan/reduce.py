@@ -83,16 +83,17 @@ def _colours(problem: Problem, rounds: int) -> list[int]:
         for i, node in enumerate(problem.nodes)
     ]
     if rounds:
-        around: list[list[tuple[int, Hashable, int]]] = [[] for _ in problem.nodes]
+        around: list[list[tuple[int, int]]] = [[] for _ in problem.nodes]
         kinds: dict[Hashable, int] = {}
+        many = len(problem.nodes)  # more than there are colours, so that one number tells side, kind and colour
         for number, edge in enumerate(problem.edges):
             kind = kinds.setdefault(edge.kind if edge.kind is not None else ("edge", number), len(kinds))
-            around[edge.tail].append((0, kind, edge.head))
-            around[edge.head].append((1, kind, edge.tail))
+            around[edge.tail].append((2 * kind * many, edge.head))
+            around[edge.head].append(((2 * kind + 1) * many, edge.tail))
         for _ in range(rounds):
             fresh: dict[Hashable, int] = {}
             colours = [
-                fresh.setdefault((colours[i], tuple(sorted([(s, k, colours[j]) for s, k, j in near]))), len(fresh))
+                fresh.setdefault((colours[i], *sorted([place + colours[j] for place, j in near])), len(fresh))
                 for i, near in enumerate(around)
             ]
             if len(fresh) == len(table):

@@ -208,16 +208,18 @@ def like_subtrees(
     Both trees hold leaf numbers, which index `avals` and `known` (anything with shape and dtype). Sub-trees of equal structure,
     shapes and dtypes are matched, largest first and in order, the first one not yet used first.
     """
+    numbers: dict[Any, int] = {}  # of shapes and dtypes
+    mine, others = ([numbers.setdefault(_signature(aval), len(numbers)) for aval in leaves] for leaves in (avals, known))
     by_shape: dict[Any, list[tuple[int, ...]]] = {}
     for leaves, structure in _subtrees(among):
-        by_shape.setdefault((structure, tuple(_signature(known[i]) for i in leaves)), []).append(leaves)
+        by_shape.setdefault((structure, tuple([others[i] for i in leaves])), []).append(leaves)
     pairs: list[tuple[int, tuple[int, ...]]] = []
     used_in: set[int] = set()
     used_out: set[int] = set()
     for leaves, structure in sorted(_subtrees(tree), key=lambda item: -len(item[0])):
         if not leaves or used_out.intersection(leaves):
             continue
-        candidates = by_shape.get((structure, tuple(_signature(avals[i]) for i in leaves)), ())
+        candidates = by_shape.get((structure, tuple([mine[i] for i in leaves])), ())
         free = [c for c in candidates if not used_in.intersection(c)]
         if free:
             pairs.extend(zip(leaves, zip(*free, strict=True), strict=True))

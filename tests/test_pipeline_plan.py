@@ -135,9 +135,9 @@ def test_no_plan_is_below_the_bound_of_its_candidate(mesh):
 
 
 def test_micro_batches_are_divisors_near_powers_of_two():
-    assert counts(64, 2) == [2, 4, 8, 16, 32]
-    assert counts(24, 4) == [2, 4, 8, 12, 24]
-    assert counts(7, 2) == [7] and counts(1, 2) == [] and counts(24, 2, 3) == [3] and counts(24, 2, 5) == []
+    assert counts(64, 2) == (2, 4, 8, 16, 32)
+    assert counts(24, 4) == (2, 4, 8, 12, 24)
+    assert counts(7, 2) == (7,) and counts(1, 2) == () and counts(24, 2, 3) == (3,) and counts(24, 2, 5) == ()
 
 
 # --- when one is chosen ----------------------------------------------------------------------------------------------

@@ -92,9 +92,13 @@ class Modelled:
             return self._layouts_of(choices)
         return self.graph.remembered("layouts read", (self.kin, choices.tobytes()), lambda: self._layouts_of(choices))
 
+    def states(self, choices: np.ndarray) -> list[int]:
+        """Per cluster a number for what it does: equal for clusters of equal options that choose alike."""
+        known: dict[Hashable, int] = {}
+        return [known.setdefault((id(o), *row), len(known)) for o, row in zip(self.options, choices.tolist(), strict=True)]
+
     def _layouts_of(self, choices: np.ndarray) -> list[tuple[Layout, Layout]]:
-        states: dict[Hashable, int] = {}  # what a cluster does, as a number
-        of = [states.setdefault((id(o), *row), len(states)) for o, row in zip(self.options, choices.tolist(), strict=True)]
+        of = self.states(choices)
         known: dict[Hashable, tuple[Layout, Layout]] = {}
         found = []
         for r in self.readings:
@@ -179,10 +183,11 @@ def _modelled(
         if reading.writer in follows or reading.reader in follows:
             continue
         writer, reader = numbered[reading.writer][1], numbered[reading.reader][1]
-        written = reshards.terminal(writer.options, reading.write.leads, written=True)
-        read = reshards.terminal(reader.options, reading.read.leads, written=False)
-        key = (nbytes := reading.sent * numbers.nbytes(reading.tensor), written, read)
+        nbytes, leads, others = reading.sent * numbers.nbytes(reading.tensor), reading.write.leads, reading.read.leads
+        key = nbytes, id(writer.options), leads, id(reader.options), others
         if key not in edge_prices:
+            written = reshards.terminal(writer.options, leads, written=True)
+            read = reshards.terminal(reader.options, others, written=False)
             edge_prices[key] = (len(edge_prices), ReshardPrice(reshards, written, read, nbytes))
         number, edge_price = edge_prices[key]
         edges.append(Edge(place[reading.writer], place[reading.reader], edge_price, number, reading.times))
@@ -329,29 +334,31 @@ def _pinned_options(cluster: Cluster, numbers: Numbers, axis: int, dims: Sequenc
 
 
 def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: Machine) -> list[Reading]:
-    readings = []
-    rounding = rounded(graph)[1] if machine.matmul_reads else (False,) * len(graph.operators)
+    readings, operators = [], graph.operators
+    rounding = rounded(graph)[1] if machine.matmul_reads else (False,) * len(operators)
+    shares = {dtype: machine.rounded_share(dtype) for dtype in {tensor.dtype for tensor in graph.tensors}}
+    sized = [max(tensor.shape, default=0) > 1 for tensor in graph.tensors]  # whether there is anything to shard
     for index, cluster in enumerate(graph.clusters):
-        exact = {t for m in cluster.members if not rounding[m] for t in graph.operators[m].operands}
+        whole: set[int] | None = None  # what is read as it is
         for read, times in zip(cluster.reads, cluster.read_times, strict=True):
-            source = writers.get(read.tensor)
-            if source is None or source[0] == index or not _sized(graph, read.tensor):
+            tensor = read.tensor
+            source = writers.get(tensor)
+            if source is None or source[0] == index or not sized[tensor]:
                 continue
-            share = 1.0 if read.tensor in exact else machine.rounded_share(graph.tensors[read.tensor].dtype)
+            share = shares[graph.tensors[tensor].dtype]
+            if share != 1.0:
+                if whole is None:
+                    whole = {t for m in cluster.members if not rounding[m] for t in operators[m].operands}
+                share = 1.0 if tensor in whole else share
             sent = 1.0 if machine.sends_rounded is False else share
-            readings.append(Reading(read.tensor, source[0], source[1], index, read, times, share, sent))
+            readings.append(Reading(tensor, source[0], source[1], index, read, times, share, sent))
     for output, position in graph.ties:
         tensor, start = graph.outputs[output], writers.get(graph.inputs[position])
         source = writers.get(tensor)
-        if source is None or start is None or source[0] == start[0] or not _sized(graph, tensor):
+        if source is None or start is None or source[0] == start[0] or not sized[tensor]:
             continue
         readings.append(Reading(tensor, source[0], source[1], start[0], Terminal(tensor, start[1].leads), 1.0))
     return readings
-
-
-def _sized(graph: Graph, tensor: int) -> bool:
-    """Whether a tensor has anything to shard."""
-    return max(graph.tensors[tensor].shape, default=0) > 1
 
 
 def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None) -> Hashable:

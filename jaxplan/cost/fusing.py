@@ -351,12 +351,15 @@ def _rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:
     leaving, read, known, exact = set(graph.outputs), set[int](), set[int](), set[int]()
     rounding = []
     for operator in reversed(graph.operators):
-        for tensor in operator.results:
+        results = operator.results
+        for tensor in results:
             if tensor in read and tensor not in leaving and tensor not in exact:
                 known.add(tensor)
         read.update(operator.operands)
-        rounding.append(_reads_rounded(operator, known))
-        if not rounding[-1]:
+        # only what is read by others is known: of most operators nothing is
+        rounds = operator.rule.rounds or (not known.isdisjoint(results) and _reads_rounded(operator, known))
+        rounding.append(rounds)
+        if not rounds:
             exact.update(operator.operands)
     return frozenset(known), tuple(rounding[::-1])
 

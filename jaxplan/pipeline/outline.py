@@ -7,12 +7,12 @@ ever sent. The estimate starts from a plan without a pipeline.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxplan.cost import Modelled, Numbers, Stages, reshard_steps
+from jaxplan.cost import Modelled, Numbers, Reading, Stages, reshard_steps
 from jaxplan.cost.formulas import all_reduce_bytes, pipeline_ticks
 from jaxplan.cost.price import cluster_terms, sent_seconds, steps_terms, terms_seconds
 from jaxplan.cost.stages import stacks
@@ -168,12 +168,20 @@ def spent(modelled: Modelled, choices: np.ndarray, inside: Collection[int]) -> S
         work = terms_seconds(replace(terms, sent={}, rounds={}), numbers)
         for axis in axes:
             (split if options[axis].factor >= 0 else unsplit)[axis] += times * work
-    for reading, (written, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
-        if written != wanted and (reading.writer in inside or reading.reader in inside):
-            steps = reshard_steps(written, wanted, len(reading.read.leads), setting.order)
+    of = modelled.states(choices)
+    same: dict[Hashable, tuple[Reading, float]] = {}  # readings of one price: one of them, and how often in all
+    for reading in modelled.readings:
+        if reading.writer in inside or reading.reader in inside:
+            nbytes = numbers.nbytes(reading.tensor)
+            key = of[reading.writer], reading.write.leads, of[reading.reader], reading.read.leads, nbytes
+            same[key] = reading, same.get(key, (reading, 0.0))[1] + reading.times
+    for reading, times in same.values():
+        written, wanted, ndim = modelled.edge_layouts(choices, reading)
+        if written != wanted:
+            steps = reshard_steps(written, wanted, ndim, setting.order)
             more, rounds = steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes)
             for axis, value in more.items():
-                sent[axis] += reading.times * sent_seconds({axis: value}, rounds, numbers)
+                sent[axis] += times * sent_seconds({axis: value}, rounds, numbers)
     return Spent(tuple(split), tuple(unsplit), tuple(sent))
 
 

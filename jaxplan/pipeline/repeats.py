@@ -5,29 +5,31 @@ Nothing is decided here about whether they can run in stages; only whether it is
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxplan.cost import Modelled
+from jaxplan.cost.price import write_layout
 from jaxplan.graph import Graph, Operator
-from jaxplan.layout import Layout
 from jaxplan.pipeline.reroll import longest_run
-from jaxplan.pipeline.staging import Rows, follow, walked
+from jaxplan.pipeline.staging import Rows, walk_on, walked
+
+Alike = tuple[int, tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class Repeats:
     """`count` layers. `inside`: the clusters of all of them. `carried`: the largest tensor that one hands to the next, from the
-    middle of the model; `rows`: dimensions of it in which rows of a batch may be, and the tensors of a layer (with a dimension
-    each) that have the same rows and a layout of their own. `stacked`: bytes of what each layer reads of the program's inputs."""
+    middle of the model; `rows`: dimensions of it in which rows of a batch may be, and (cluster, factors that lead its dimensions,
+    dimension of the rows) of the tensors of a layer that have the same rows and a layout of their own. `stacked`: bytes of what
+    each layer reads of the program's inputs."""
 
     count: int
     inside: frozenset[int]
     carried: int
-    rows: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    rows: tuple[tuple[int, tuple[Alike, ...]], ...]
     stacked: int
 
 
@@ -50,35 +52,38 @@ def _repeats(graph: Graph) -> Repeats | None:
     if not handed:
         return None
     carried = max(handed, key=lambda t: graph.tensors[t].nbytes)
-    left = {write.tensor for cluster in graph.clusters for write in cluster.writes}
     rows = []
     for dim, extent in enumerate(graph.tensors[carried].shape):
         known: dict[int, Rows] = {carried: (dim, 1)}
         if extent > 1 and _apart(block, known):
-            rows.append((dim, tuple((t, d) for t, (d, stride) in known.items() if stride == 1 and t in left)))
+            rows.append((dim, {t: d for t, (d, stride) in known.items() if stride == 1}))
     within = range(run.start, run.stop)
-    inside = frozenset(c for c, cluster in enumerate(graph.clusters) if cluster.members[-1] in within)
+    inside = frozenset([c for c, cluster in enumerate(graph.clusters) if cluster.members[-1] in within])
+    written = [(w.tensor, c, w.leads) for c in sorted(inside) for w in graph.clusters[c].writes] if rows else []
+    alike = [(dim, tuple([(c, leads, known[t]) for t, c, leads in written if t in known])) for dim, known in rows]
     own = set(graph.inputs).intersection(t for op in graph.operators[run.start : run.stop] for t in op.operands)
-    return Repeats(run.count, inside, carried, tuple(rows), sum(graph.tensors[t].nbytes for t in own))
+    return Repeats(run.count, inside, carried, tuple(alike), sum(graph.tensors[t].nbytes for t in own))
 
 
 def _apart(block: Sequence[Operator], rows: dict[int, Rows]) -> bool:
     """Whether no operator of a layer makes pairs of rows, nor a row from a sum over them, as far as they can be followed."""
     known = -1
-    met: list[tuple[int, set[tuple[int, int]]]] = [(-1, set())] * len(block)
+    met: list[tuple[int, set[tuple[int, int]]]] = [(0, set())] * len(block)
+    touched = [frozenset((*op.operands, *op.results)) for op in block]
     while known < len(rows):
         known = len(rows)
         for numbers in (range(len(block)), range(len(block) - 1, -1, -1)):
             summed: set[int] = set()
             for number in numbers:
                 op = block[number]
-                count = sum([t in rows for t in (*op.operands, *op.results)])
+                count = len(touched[number] & rows.keys())
                 if count != met[number][0]:
-                    met[number] = count, set(walked(op, rows))
-                    if len(met[number][1]) > 1:
+                    found = set(walked(op, rows))
+                    met[number] = count, found
+                    if len(found) > 1:
                         return False
-                    if met[number][1]:
-                        follow(op, rows)
+                    for factor, inner in found:
+                        walk_on(op, rows, factor, inner)
                 factors = met[number][1]
                 mixed = numbers.step > 0 and not summed.isdisjoint(op.operands)
                 if mixed and not rows.keys().isdisjoint(op.results):
@@ -88,7 +93,11 @@ def _apart(block: Sequence[Operator], rows: dict[int, Rows]) -> bool:
     return True
 
 
-def splits(modelled: Modelled, layouts: Mapping[int, Layout], alike: Sequence[tuple[int, int]], axis: int) -> int:
-    """Into how many parts all other axes cut the rows; `alike`: tensors that have them, and where."""
-    cut = {a for tensor, dim in alike for a, at in enumerate(layouts.get(tensor, ())) if at == dim and a != axis}
-    return math.prod([modelled.numbers.sizes[a] for a in cut])
+def cut_by(modelled: Modelled, choices: np.ndarray, alike: Sequence[Alike]) -> frozenset[int]:
+    """The axes that cut the rows, under choices per cluster; `alike`: see `Repeats.rows`."""
+    of = modelled.states(choices)
+    different = {(of[cluster], leads, dim): cluster for cluster, leads, dim in alike}
+    return frozenset([
+        a for (_, leads, dim), cluster in different.items()
+        for a, at in enumerate(write_layout(leads, modelled.chosen(choices, cluster))) if at == dim
+    ])  # fmt: skip

@@ -185,9 +185,12 @@ def _is_edge(op: Operator, chain: Chain) -> bool:
 def follow(op: Operator, rows: dict[int, Rows]) -> None:
     """What one operator says of its tensors, from those that are known."""
     found = next(walked(op, rows), None)
-    if found is None:
-        return
-    factor, inner = found
+    if found is not None:
+        walk_on(op, rows, *found)
+
+
+def walk_on(op: Operator, rows: dict[int, Rows], factor: int, inner: int) -> None:
+    """What an operator says of its tensors where a factor walks the rows, with so many elements of it between two rows."""
     for tensor, dims in _terminals(op):
         for dim, factors in enumerate(dims):
             if tensor >= 0 and tensor not in rows and factor in factors:
