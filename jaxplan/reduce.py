@@ -111,8 +111,9 @@ class Tables:
 
     def price(self, options: np.ndarray) -> float:
         """The price of one option number per variable."""
-        total = sum(float(cost[option]) for cost, option in zip(self.costs, options, strict=True))
-        return total + sum(float(matrix[options[i], options[j]]) for (i, j), matrix in self.pairs.items())
+        chosen = options.tolist()
+        total = sum([float(cost[option]) for cost, option in zip(self.costs, chosen, strict=True)])
+        return total + sum([float(matrix[chosen[i], chosen[j]]) for (i, j), matrix in self.pairs.items()])
 
     def neighbours(self) -> list[list[tuple[int, np.ndarray]]]:
         """Per variable, its neighbours with the pair's matrix, own option first."""

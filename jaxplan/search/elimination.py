@@ -84,23 +84,27 @@ def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> 
 
 def solve(
     tables: Tables, order: list[int], incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP,
-    piece: int | None = None,
+    piece: int | None = None, known: np.ndarray | None = None,
 ) -> tuple[np.ndarray, bool]:
     """(an option per variable, whether it is proven optimal). `order`: the variables as they are to be eliminated.
 
     Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets of at most `piece` entries (None: `cap`),
-    then two rounds that start from what they found and build no larger tables. With an `incumbent` (an option per variable):
-    variables that would grow a table too far keep the incumbent's option this time, so the result is never worse. `tally` counts
-    how often each was kept, so that the next call keeps others.
+    then two rounds that start from what they found, or from `known` (an option per variable) where that is cheaper, and build
+    no larger tables. With an `incumbent`: variables that would grow a table too far keep its option this time, so the result is
+    never worse; it is the incumbent itself where nothing is better. `tally` counts how often each was kept, so that the next
+    call keeps others.
     """
     tally = tally if tally is not None else [0] * len(tables.costs)
     if incumbent is None:
         found, exact = _Buckets(tables, cap, piece).run(order, None, tally)
+        if not exact and known is not None and tables.price(known) < tables.price(found):
+            found = known
         for _ in range(0 if exact else 2):
             found, _ = solve(tables, order, found, tally, piece or cap)
         return found, exact
     found, exact = _Buckets(tables, cap).run(order, incumbent, tally)
-    return (found if tables.price(found) < tables.price(incumbent) else incumbent), exact
+    better = not np.array_equal(found, incumbent) and tables.price(found) < tables.price(incumbent)
+    return (found if better else incumbent), exact
 
 
 def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float, np.ndarray, bool]:

@@ -38,9 +38,9 @@ def hsm2dl(problem: Problem) -> Assignment:
     used" (option 0). The best is then refined where look-alikes are told apart by their neighbourhoods. On small problems nodes
     may first take one option along all axes at once (a sum that is partial along two axes is scattered over both or not at all);
     larger ones are crossed once with what messages over joint choices propose (`moves.py`). Then one axis is re-opened at a time
-    until nothing improves; where writing out all joint choices is cheap, all axes are re-opened at once. On small problems nodes
-    may then take one option along all axes, or exchange what two axes do, in one direction or both, and joint moves end the
-    search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+    until nothing improves (in larger ones the axis that was decided last comes first); where writing out all joint choices is
+    cheap, all axes are re-opened at once. On small problems nodes may then take one option along all axes, or exchange what two
+    axes do, in one direction or both, and joint moves end the search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
@@ -60,7 +60,7 @@ def hsm2dl(problem: Problem) -> Assignment:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
     if len(folded.nodes) > SMALL:
-        best, seconds = _swept(pricer, elimination, crossed(pricer, elimination, best, axes), axes)
+        best, seconds = _swept(pricer, elimination, crossed(pricer, elimination, best, axes), axes[::-1])
     else:
         best, seconds = _settled(pricer, elimination, best, axes)
         if len(axes) > 1:
@@ -241,7 +241,7 @@ def _sweep(
             now = now * pricer.options[:, axis] + choices[:, axis]
         seconds = seconds if turn else tables.price(now)
         options, exact = solve(tables, elimination, now, tally, cap)
-        improved = tables.price(options)
+        improved = seconds if options is now else tables.price(options)
         if improved < seconds * (1 - 1e-9):
             choices, seconds = _picked(rows, options), improved
             idle = 1 if exact and small else 0

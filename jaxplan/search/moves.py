@@ -127,10 +127,7 @@ def _best_of(pricer: Pricer, elimination: list[int], candidates: Sequence[np.nda
     """The number of one candidate (count, axes) per node that are best together, as far as is found; not dearer than all first
     ones."""
     tables, first = pricer.among(candidates), np.zeros(len(candidates), dtype=np.int64)
-    options, exact = solve(tables, elimination, cap=FUSED_CAP, piece=CAP)
-    if not exact and tables.price(first) < tables.price(options):
-        options, _ = solve(tables, elimination, first)
-    return options
+    return solve(tables, elimination, cap=FUSED_CAP, piece=CAP, known=first)[0]
 
 
 class Grove:
