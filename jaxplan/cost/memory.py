@@ -36,7 +36,7 @@ from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
+from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, staged
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
@@ -225,7 +225,8 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
                 members = graph.clusters[reading.reader].members
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
     known = {**inner, **layouts}
-    found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial), leaving)
+    orders, leaving = (facts.order, facts.operators), [*leaving, *enters_middle(modelled)]
+    found = kept(graph, *orders, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial), leaving, facts.fused)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 

@@ -97,6 +97,18 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     return cut - whole
 
 
+def enters_middle(modelled: Modelled) -> list[int]:
+    """What the operators between two loops that are one read, and others make, none of them in these loops: it is the same for all
+    micro-batches, and made for the whole batch before."""
+    if modelled.stages is None or not modelled.stages.asked.middle:
+        return []
+    asked, operators = modelled.stages.asked, modelled.graph.operators
+    inside = {t for index in asked.middle for t in operators[index].results}
+    inside |= {t for op in operators if op.name == BOUNDARY and op.path[:-2] in asked.loops for t in op.results}
+    read = {t: None for index in sorted(asked.middle) for t in operators[index].operands if t >= 0 and t not in inside}
+    return list(read)
+
+
 def as_one_loop(
     stages: Stages, facts: Facts, buffers: Sequence[Buffer], roots: Roots, copied: Copied
 ) -> list[Buffer]:
