@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,18 +118,18 @@ class _Node:
 
 def kept(
     graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
-    sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Iterable[int],
+    sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Mapping[int, int],
     sunk: frozenset[int] = frozenset(),
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
-    another layout to be read; `partial`: operators whose results are combined; `leaving`: tensors that are read later; `sunk`:
-    those that loops make for themselves."""
-    values, leaving = _Values(graph, order, operators, layouts, sizes, sunk), list(leaving)
+    another layout to be read; `partial`: operators whose results are combined; `leaving`: {tensor that others read too: the
+    last place where they do, 0 for the end}; `sunk`: those that loops make for themselves."""
+    values = _Values(graph, order, operators, layouts, sizes, sunk)
     values.reads.update(leaving)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
-    for tensor in leaving:
-        values.leave(tensor)
+    for tensor, place in leaving.items():
+        values.leave(tensor, place)
     before: dict[int, int] = {}
     for tensor, path in hoisted(graph).items():
         loop = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in order.begins), None)

@@ -225,8 +225,9 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
                 members = graph.clusters[reading.reader].members
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
     known = {**inner, **layouts}
-    orders, leaving = (facts.order, facts.operators), [*leaving, *enters_middle(modelled)]
-    found = kept(graph, *orders, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial), leaving, facts.fused)
+    read = {**dict.fromkeys(leaving, 0), **enters_middle(modelled, facts)}
+    orders, sizes = (facts.order, facts.operators), modelled.numbers.sizes
+    found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 

@@ -97,16 +97,18 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     return cut - whole
 
 
-def enters_middle(modelled: Modelled) -> list[int]:
-    """What the operators between two loops that are one read, and others make, none of them in these loops: it is the same for all
-    micro-batches, and made for the whole batch before."""
+def enters_middle(modelled: Modelled, facts: Facts) -> dict[int, int]:
+    """{what operators between two loops that are one read, and none of these makes: the last place where they do}. It is the same
+    for all micro-batches, and made for the whole batch before."""
     if modelled.stages is None or not modelled.stages.asked.middle:
-        return []
-    asked, operators = modelled.stages.asked, modelled.graph.operators
+        return {}
+    asked, operators, found = modelled.stages.asked, modelled.graph.operators, dict[int, int]()
     inside = {t for index in asked.middle for t in operators[index].results}
-    inside |= {t for op in operators if op.name == BOUNDARY and op.path[:-2] in asked.loops for t in op.results}
-    read = {t: None for index in sorted(asked.middle) for t in operators[index].operands if t >= 0 and t not in inside}
-    return list(read)
+    inside |= {t for op in facts.operators if op.name == BOUNDARY and op.path[:-2] in asked.loops for t in op.results}
+    for place, index in enumerate(facts.order.sequence):
+        if index in asked.middle:
+            found.update({t: place for t in operators[index].operands if t >= 0 and t not in inside})
+    return found
 
 
 def as_one_loop(
