@@ -36,7 +36,7 @@ from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, staged
+from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, single_layers, staged
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
@@ -228,6 +228,7 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     read = {**dict.fromkeys(leaving, 0), **enters_middle(modelled, facts)}
     orders, sizes = (facts.order, facts.operators), modelled.numbers.sizes
     found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused)
+    found = found._replace(same={**found.same, **single_layers(modelled, facts)})
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
 

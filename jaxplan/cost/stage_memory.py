@@ -97,6 +97,18 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     return cut - whole
 
 
+def single_layers(modelled: Modelled, facts: Facts) -> dict[int, int]:
+    """{what a layer reads of a stack: the stack}, where a stage has a single layer and so all that there is of it."""
+    if modelled.stages is None:
+        return {}
+    asked = modelled.stages.asked
+    single = {loop for loop, (_, most) in asked.loops.items() if most == 1}
+    return {
+        op.results[0]: op.operands[0] for op in facts.operators
+        if single and _stacks(op, "in", asked) and op.path[:-2] in single and op.results[0] not in asked.rows
+    }  # fmt: skip
+
+
 def enters_middle(modelled: Modelled, facts: Facts) -> dict[int, int]:
     """{what operators between two loops that are one read, and none of these makes: the last place where they do}. It is the same
     for all micro-batches, and made for the whole batch before."""
