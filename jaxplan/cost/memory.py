@@ -36,7 +36,7 @@ from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, single_layers, staged
+from jaxplan.cost.stage_memory import as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, kept_before, single_layers, staged
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
@@ -117,7 +117,7 @@ def memory(
     held = gathered_layers(modelled, facts, layouts, local, held, roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += stored_besides(graph, facts, layouts, local)
-    buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    buffers += kept_before(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2

@@ -17,18 +17,22 @@ from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
 
-def added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
-    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
-    read it at the beginning of the layer; the loop over a single layer is none, and adds to the stack as it is."""
+def kept_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """Of what micro-batches add up or is kept of each of them, what is there before: the part that is written. Compilers that
+    materialise read it at the beginning, of what layers stack at that of a layer, of what leaves the last one at that of a tick.
+    A sum over the layers of a stage that has one is added to as it is."""
     if modelled.stages is None or facts.fuses:
         return []
     asked, found = modelled.stages.asked, []
     for op in facts.operators:
-        if _stacks(op, "out", asked) and op.operands[0] not in asked.rows and asked.loops[op.path[:-2]][1] > 1:
-            layer, loop = op.operands[0], op.path[:-2]
-            layout = layouts.get(layer)
-            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
-            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, axes_of(layout)))
+        loop, part, last = op.path[:-2], -1, 0
+        if _stacks(op, "out", asked) and (op.operands[0] in asked.rows or asked.loops[loop][1] > 1):
+            part, last = op.operands[0], facts.made.get(op.operands[0], facts.order.ends[loop])
+        elif op.name == BOUNDARY and op.path[-2] == "carry" and loop in asked.loops and not asked.middle:
+            part, last = (op.results[0] if op.results[0] in asked.rows else -1), facts.order.ends[loop]
+        if part >= 0:
+            layout = layouts.get(part)
+            found.append(Buffer(part, TRANSIENT, local(part, layout), facts.order.begins[loop], last, axes_of(layout)))
     return found
 
 
