@@ -101,16 +101,14 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     return cut - whole
 
 
-def single_layers(modelled: Modelled, facts: Facts) -> dict[int, int]:
-    """{what a layer reads of a stack: the stack}, where a stage has a single layer and so all that there is of it."""
+def single_layers(modelled: Modelled, facts: Facts) -> frozenset[int]:
+    """What a layer reads of a stack, where a stage has a single one: that is all that the stage has of the stack, and no copy."""
     if modelled.stages is None:
-        return {}
+        return frozenset()
     asked = modelled.stages.asked
     single = {loop for loop, (_, most) in asked.loops.items() if most == 1}
-    return {
-        op.results[0]: op.operands[0] for op in facts.operators
-        if single and _stacks(op, "in", asked) and op.path[:-2] in single and op.results[0] not in asked.rows
-    }  # fmt: skip
+    ways_in = [op for op in facts.operators if single and _stacks(op, "in", asked) and op.path[:-2] in single]
+    return frozenset(op.results[0] for op in ways_in if op.results[0] not in asked.rows)
 
 
 def enters_middle(modelled: Modelled, facts: Facts) -> dict[int, int]:
