@@ -36,7 +36,18 @@ from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import as_one_loop, cut_arguments, cut_out, enters_middle, gathered_layers, kept_before, single_layers, staged
+from jaxplan.cost.stage_memory import (
+    as_one_loop,
+    carried_elsewhere,
+    cut_arguments,
+    cut_out,
+    enters_middle,
+    from_the_start,
+    gathered_layers,
+    kept_before,
+    single_layers,
+    staged,
+)
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
@@ -114,10 +125,11 @@ def memory(
     held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
     cut = {t for t in cut_out(modelled, choices) if t in facts.made and in_a_loop(facts.operators[facts.made[t]])}
     held = [buffer for buffer in held if buffer.tensor not in cut]
-    held = gathered_layers(modelled, facts, layouts, local, held, roots)
+    held = from_the_start(modelled, facts, gathered_layers(modelled, facts, layouts, local, held, roots), roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += stored_besides(graph, facts, layouts, local)
     buffers += kept_before(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    buffers += carried_elsewhere(modelled, choices, facts, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2

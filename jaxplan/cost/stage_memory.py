@@ -64,6 +64,33 @@ def gathered_layers(
     return list(found.values())
 
 
+def from_the_start(modelled: Modelled, facts: Facts, held: list[Buffer], roots: Roots) -> list[Buffer]:
+    """The buffers of values, what stages stack from the beginning of the program: it starts as zeros, which need nothing, so that
+    compilers that materialise make them first."""
+    if modelled.stages is None or facts.fuses:
+        return held
+    stacked = {roots.of(op.results[0]) for op in facts.operators if _stacks(op, "out", modelled.stages.asked)}
+    return [replace(buffer, first=0) if buffer.tensor in stacked else buffer for buffer in held]
+
+
+def carried_elsewhere(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
+    """Rows that layers hand on and that lie otherwise before the first layer: brought to their layout before the loop, whole."""
+    if modelled.stages is None or facts.fuses:
+        return []
+    asked, graph, found = modelled.stages.asked, modelled.graph, dict[tuple[int, Path], Buffer]()
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        op = graph.operators[graph.clusters[reading.reader].members[-1]]
+        enters = op.name == BOUNDARY and op.path[-2] == "carry" and op.path[:-2] in asked.loops and op.results[0] in asked.rows
+        if enters and reading.tensor == op.operands[0] and source != wanted:
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
+            if any(step.kind != "slice" for step in steps):
+                loop = op.path[:-2]
+                first, last = facts.order.begins[loop], facts.order.ends[loop]
+                nbytes = local(reading.tensor, wanted)
+                found[reading.tensor, loop] = Buffer(reading.tensor, TRANSIENT, nbytes, first, last, axes_of(wanted))
+    return list(found.values())
+
+
 def cut_arguments(modelled: Modelled, facts: Facts, inputs: Sequence[Layout], local: Local) -> list[Buffer]:
     """Arguments that hold rows of the batch, put in order by micro-batch for a loop that takes one after another. Of other values
     there is only that copy."""
