@@ -125,7 +125,7 @@ def memory(
     held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
     cut = {t for t in cut_out(modelled, choices) if t in facts.made and in_a_loop(facts.operators[facts.made[t]])}
     held = [buffer for buffer in held if buffer.tensor not in cut]
-    held = from_the_start(modelled, facts, gathered_layers(modelled, facts, layouts, local, held, roots), roots)
+    held = gathered_layers(modelled, facts, layouts, local, from_the_start(modelled, facts, held, roots), roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += stored_besides(graph, facts, layouts, local)
     buffers += kept_before(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)

@@ -57,7 +57,7 @@ def gathered_layers(
             most *= asked.microbatches if layer in asked.rows else 1
             part, whole = most * local(layer, layout), found.get(roots.of(stack))
             after[loop] = after.get(loop, facts.order.ends[loop]) + 1
-            found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], axes_of(layout))
+            found[layer, stack] = Buffer(layer, TRANSIENT, part, 0, after[loop], axes_of(layout))
             if whole is not None:
                 filled = whole.nbytes if whole.kind == OUTPUT else asked.stages * part
                 found[roots.of(stack)] = replace(whole, first=min(after[loop], whole.last), nbytes=filled)
