@@ -38,6 +38,7 @@ from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, ter
 from jaxplan.cost.schedule import run_order
 from jaxplan.cost.stage_memory import (
     as_one_loop,
+    before_loop,
     carried_elsewhere,
     cut_arguments,
     cut_out,
@@ -479,7 +480,7 @@ def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Cop
             steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
             if part != whole and (staged(modelled, op) or any(step.kind != "slice" for step in steps)):
                 found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
-    first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}
+    first = {key: before_loop(modelled, facts, min(facts.order.begins[loop] for loop in loops)) for key, loops in found.items()}
     return {(tensor, loop): first[tensor, wanted] for (tensor, wanted), loops in found.items() for loop in loops}
 
 

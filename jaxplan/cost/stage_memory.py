@@ -115,6 +115,11 @@ def staged(modelled: Modelled, op: Operator) -> bool:
     return op.name == BOUNDARY and op.path[-2] == "in" and op.path[:-2] in modelled.stages.asked.loops
 
 
+def before_loop(modelled: Modelled, facts: Facts, begin: int) -> int:
+    """Where what loops over layers slice is brought to another layout: before any stage's buffers are there."""
+    return begin if modelled.stages is None or facts.fuses else max(0, begin - 1)
+
+
 def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     """Tensors that everybody has whole, and of which stages only cut out their own: where they are computed element by element,
     the rest is never there."""
