@@ -319,10 +319,16 @@ class Plan:
 
     def _at_a_tick(self, exchange: PlannedExchange, reading: Reading) -> PlannedExchange:
         """Of what stages keep of several micro-batches, and move at every tick, layer by layer, what a layer has of one of these;
-        anything else as it is."""
+        of what those of unequal length keep, and move once, the layers of the longest; anything else as it is."""
         stages = self.modelled.stages
-        if stages is None or (reading.reader, reading.tensor) not in stages.moved:
+        if stages is None:
             return exchange
+        if (reading.reader, reading.tensor) not in stages.moved:
+            share = stages.own.get(reading.tensor, 1.0)  # priced as all layers, but not as often
+            layers = round(exchange.shape[0] * share * stages.asked.stages) if share != 1.0 else 0
+            sent = {axis: nbytes * share for axis, nbytes in exchange.wire_bytes.items()}
+            kept = replace(exchange, wire_bytes=sent, times=exchange.times / share)
+            return replace(kept, shape=(layers, *exchange.shape[1:])) if layers else exchange
         slots, dim = stages.asked.slots, stages.asked.ringed[reading.tensor]
         graph = self.modelled.graph
         loop = graph.operators[graph.clusters[reading.reader].members[-1]].path[:-2]

@@ -7,7 +7,7 @@ Modelled: `plan.memory`. Compiled: arguments + outputs - aliased + temporaries o
 device. The machine is v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
 
 `--pipelines`: train steps with their layers in stages instead, the state donated, each planned with the schedule: a decoder with
-rematerialised layers and with kept activations, layers of convolutions, and layers of two products, as a scan (rematerialised
+rematerialised layers, with kept activations, and with dropout in rematerialised layers, layers of convolutions, and layers of two products, as a scan (rematerialised
 or not) and written out one after another; on meshes of stages, and stages by data.
 """
 
@@ -32,7 +32,8 @@ import numpy as np
 import jaxplan
 from jaxplan import hybrid
 from jaxplan.examples import programs
-from jaxplan.examples.decoder import SMALL, decoder
+from jaxplan.examples.adamw import adamw_init, adamw_update
+from jaxplan.examples.decoder import SMALL, apply_block, decoder, decoder_params, rms_norm
 from jaxplan.machine import PRESETS, Machine
 
 STAGED = [((4,), 4, 2), ((4,), 8, 8), ((2, 2), 8, 2), ((2, 2), 5, 4), ((2, 4), 8, 4), ((4, 2), 8, 8), ((3,), 5, 4)]
@@ -112,6 +113,43 @@ def perceptrons(layers: int, written_out: bool = False, remat: bool = False) -> 
     return step, (params, jax.ShapeDtypeStruct((64, 32), "float32"), jax.ShapeDtypeStruct((64, 48), "float32"))
 
 
+def dropping(layers: int, remat: bool = True) -> tuple[Any, tuple[Any, ...]]:
+    """(the train step of the small decoder with dropout on what each half of a layer adds; shapes of parameters, state, batch and
+    key)."""
+    config = replace(SMALL, layers=layers, remat=remat)
+
+    def layer(x: jax.Array, given: Any) -> tuple[jax.Array, None]:
+        block, key = given
+        keys = iter(jax.random.split(key, 2))
+
+        def drop(where: str, y: jax.Array) -> jax.Array:
+            if where != "projected":
+                return y
+            return jnp.where(jax.random.bernoulli(next(keys), 0.9, y.shape), y / jnp.float32(0.9), jnp.float32(0))
+
+        return apply_block(x, block, config, drop), None
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        x = jnp.take(params["embedding"], batch["tokens"], axis=0) + params["positions"][None]
+        given = params["blocks"], jax.random.split(key, layers)
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, given)
+        logits = jnp.einsum("bsw,vw->bsv", rms_norm(x, params["final_scale"]), params["embedding"])
+        chosen = jnp.take_along_axis(logits, batch["targets"][:, :, None], axis=-1)[:, :, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
+        value, gradient = jax.value_and_grad(loss)(params, batch, key)
+        return *adamw_update(config.optimizer, gradient, state, params), value
+
+    def initial(key: jax.Array) -> tuple[Any, Any, jax.Array]:
+        params = decoder_params(key, config)
+        return params, adamw_init(params), key
+
+    params, state, key = jax.eval_shape(initial, jax.random.key(0))
+    words = jax.ShapeDtypeStruct((config.batch, config.sequence), "int32")
+    return step, (params, state, {"tokens": words, "targets": words}, key)
+
+
 def planned_under(schedule: str, fn: Any, args: Sequence[Any], **options: Any) -> jaxplan.Plan:
     """The best plan with stages along x that has this schedule."""
     with mock.patch.object(hybrid, "SCHEDULES", (schedule,)):
@@ -125,6 +163,7 @@ def staged_rows(
     for shape, layers, m in chosen:
         kept, remat = (decoder(replace(SMALL, layers=layers, remat=remat)) for remat in (False, True))
         cases = {"decoder, kept": (kept.fn, kept.args, (0, 1)), "decoder, remat": (remat.fn, remat.args, (0, 1))}
+        cases["decoder, dropout, remat"] = (*dropping(layers), (0, 1))
         cases["convolutions"] = (*convolutions(layers), (0,))
         cases["perceptrons"] = (*perceptrons(layers), (0,))
         cases["perceptrons, remat"] = (*perceptrons(layers, remat=True), (0,))

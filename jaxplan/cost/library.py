@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,8 +91,8 @@ class _Node:
     can take. `moves`: a loop that reads elsewhere than it writes; `spread`: a broadcast; `turns`: only the order of dimensions
     changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
     reader only, at a single place, and reads what it reads at so many; `copied`: for a
-    product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it. `width`:
-    stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: only places of what it
+    product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it; `beside`:
+    where the last of the loops ends that are given it. `width`: stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: only places of what it
     reads first."""
 
     place: int
@@ -109,6 +109,7 @@ class _Node:
     joins: int = 0
     copied: bool = False
     left: int = 0
+    beside: int = 0
     width: int = 0
     wide: bool = False
     updates: bool = False
@@ -117,16 +118,18 @@ class _Node:
 
 def kept(
     graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
-    sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Iterable[int],
+    sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Mapping[int, int],
+    sunk: frozenset[int] = frozenset(),
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
-    another layout to be read; `partial`: operators whose results are combined; `leaving`: tensors that are read later."""
-    values, leaving = _Values(graph, order, operators, layouts, sizes), list(leaving)
+    another layout to be read; `partial`: operators whose results are combined; `leaving`: {tensor that others read too: the
+    last place where they do, 0 for the end}; `sunk`: those that loops make for themselves."""
+    values = _Values(graph, order, operators, layouts, sizes, sunk)
     values.reads.update(leaving)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
-    for tensor in leaving:
-        values.leave(tensor)
+    for tensor, place in leaving.items():
+        values.leave(tensor, place)
     before: dict[int, int] = {}
     for tensor, path in hoisted(graph).items():
         loop = next((path[:n] for n in range(len(path) - 1, 0, -1) if path[:n] in order.begins), None)
@@ -155,9 +158,10 @@ class _Values:
     """All values of a program as such a compiler sees them: `of` a tensor, its node."""
 
     def __init__(
-        self, graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int]
-    ) -> None:
-        self.graph, self.operators = graph, operators
+        self, graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
+        sunk: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.graph, self.operators, self._ends, self._sunk = graph, operators, order.ends, sunk
         self._begins = {}
         for place, op in enumerate(operators):
             self._begins.setdefault(op.scope, place)
@@ -201,8 +205,11 @@ class _Values:
         rule = op.rule
         if op.name == BOUNDARY:
             for tensor in op.operands:
-                if tensor >= 0:
+                if tensor >= 0 and tensor not in self._sunk:
                     self.leave(tensor, place)
+                    if op.path[-2] == "in" and tensor in self.of:
+                        node = self.nodes[self.of[tensor]]
+                        node.beside = max(node.beside, self._ends.get(op.path[:-2], place))
             return
         if op.name == INPUT:
             return
@@ -483,7 +490,7 @@ class _Values:
                 if begun is not None:
                     begins[begun] = node.place
                 elif node.spread or node.copied or node.width:
-                    spreads.append(Spread(node.tensor, node.place, last, node.width))
+                    spreads.append(Spread(node.tensor, node.place, max(last, node.beside), node.width))
                 until[number] = last
                 again.append(found[number])
             if inside:

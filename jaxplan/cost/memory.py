@@ -36,7 +36,19 @@ from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
 from jaxplan.cost.schedule import run_order
-from jaxplan.cost.stage_memory import added_to, as_one_loop, cut_arguments, cut_out, gathered_layers, staged
+from jaxplan.cost.stage_memory import (
+    as_one_loop,
+    before_loop,
+    carried_elsewhere,
+    cut_arguments,
+    cut_out,
+    enters_middle,
+    from_the_start,
+    gathered_layers,
+    kept_before,
+    single_layers,
+    staged,
+)
 from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
@@ -114,10 +126,11 @@ def memory(
     held, roots = held_buffers(graph, facts, layouts, own, replaced, local, copied)
     cut = {t for t in cut_out(modelled, choices) if t in facts.made and in_a_loop(facts.operators[facts.made[t]])}
     held = [buffer for buffer in held if buffer.tensor not in cut]
-    held = gathered_layers(modelled, facts, layouts, local, held, roots)
+    held = gathered_layers(modelled, facts, layouts, local, from_the_start(modelled, facts, held, roots), roots)
     buffers = held + transients(modelled, choices, facts, local) + _rounded_before(modelled, facts, layouts, local)
     buffers += stored_besides(graph, facts, layouts, local)
-    buffers += added_to(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    buffers += kept_before(modelled, facts, layouts, local) + cut_arguments(modelled, facts, inputs, local)
+    buffers += carried_elsewhere(modelled, choices, facts, local)
     if modelled.stages is not None and modelled.stages.asked.middle:
         buffers = as_one_loop(modelled.stages, facts, buffers, roots, copied)
     places = len(facts.order.sequence) + 2
@@ -225,9 +238,11 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
                 members = graph.clusters[reading.reader].members
                 sent.update((reading.tensor, m) for m in members if reading.tensor in graph.operators[m].operands)
     known = {**inner, **layouts}
-    found = kept(graph, facts.order, facts.operators, known, modelled.numbers.sizes, frozenset(sent), frozenset(partial), leaving)
+    read = {**dict.fromkeys(leaving, 0), **enters_middle(modelled, facts)}
+    orders, sizes = (facts.order, facts.operators), modelled.numbers.sizes
+    found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
-    return replace(facts, fused=facts.fused | found.computed, readers=readers, kept=found, inner=inner)
+    return replace(facts, fused=facts.fused | found.computed | single_layers(modelled, facts), readers=readers, kept=found, inner=inner)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -465,7 +480,7 @@ def _stacks_copied(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Cop
             steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
             if part != whole and (staged(modelled, op) or any(step.kind != "slice" for step in steps)):
                 found.setdefault((reading.tensor, wanted), []).append(op.path[:-2])
-    first = {key: min(facts.order.begins[loop] for loop in loops) for key, loops in found.items()}
+    first = {key: before_loop(modelled, facts, min(facts.order.begins[loop] for loop in loops)) for key, loops in found.items()}
     return {(tensor, loop): first[tensor, wanted] for (tensor, wanted), loops in found.items() for loop in loops}
 
 

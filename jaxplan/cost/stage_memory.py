@@ -17,18 +17,22 @@ from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.layout import Layout
 
 
-def added_to(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
-    """What the layers of a stage stack and micro-batches add up: of one layer, what there was before. Compilers that materialise
-    read it at the beginning of the layer; the loop over a single layer is none, and adds to the stack as it is."""
+def kept_before(modelled: Modelled, facts: Facts, layouts: Mapping[int, Layout], local: Local) -> list[Buffer]:
+    """Of what micro-batches add up or is kept of each of them, what is there before: the part that is written. Compilers that
+    materialise read it at the beginning, of what layers stack at that of a layer, of what leaves the last one at that of a tick.
+    A sum over the layers of a stage that has one is added to as it is."""
     if modelled.stages is None or facts.fuses:
         return []
     asked, found = modelled.stages.asked, []
     for op in facts.operators:
-        if _stacks(op, "out", asked) and op.operands[0] not in asked.rows and asked.loops[op.path[:-2]][1] > 1:
-            layer, loop = op.operands[0], op.path[:-2]
-            layout = layouts.get(layer)
-            first, last = facts.order.begins[loop], facts.made.get(layer, facts.order.ends[loop])
-            found.append(Buffer(layer, TRANSIENT, local(layer, layout), first, last, axes_of(layout)))
+        loop, part, last = op.path[:-2], -1, 0
+        if _stacks(op, "out", asked) and (op.operands[0] in asked.rows or asked.loops[loop][1] > 1):
+            part, last = op.operands[0], facts.made.get(op.operands[0], facts.order.ends[loop])
+        elif op.name == BOUNDARY and op.path[-2] == "carry" and loop in asked.loops and not asked.middle:
+            part, last = (op.results[0] if op.results[0] in asked.rows else -1), facts.order.ends[loop]
+        if part >= 0:
+            layout = layouts.get(part)
+            found.append(Buffer(part, TRANSIENT, local(part, layout), facts.order.begins[loop], last, axes_of(layout)))
     return found
 
 
@@ -53,10 +57,37 @@ def gathered_layers(
             most *= asked.microbatches if layer in asked.rows else 1
             part, whole = most * local(layer, layout), found.get(roots.of(stack))
             after[loop] = after.get(loop, facts.order.ends[loop]) + 1
-            found[layer, stack] = Buffer(layer, TRANSIENT, part, facts.order.begins[loop], after[loop], axes_of(layout))
+            found[layer, stack] = Buffer(layer, TRANSIENT, part, 0, after[loop], axes_of(layout))
             if whole is not None:
                 filled = whole.nbytes if whole.kind == OUTPUT else asked.stages * part
                 found[roots.of(stack)] = replace(whole, first=min(after[loop], whole.last), nbytes=filled)
+    return list(found.values())
+
+
+def from_the_start(modelled: Modelled, facts: Facts, held: list[Buffer], roots: Roots) -> list[Buffer]:
+    """The buffers of values, what stages stack from the beginning of the program: it starts as zeros, which need nothing, so that
+    compilers that materialise make them first."""
+    if modelled.stages is None or facts.fuses:
+        return held
+    stacked = {roots.of(op.results[0]) for op in facts.operators if _stacks(op, "out", modelled.stages.asked)}
+    return [replace(buffer, first=0) if buffer.tensor in stacked else buffer for buffer in held]
+
+
+def carried_elsewhere(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Local) -> list[Buffer]:
+    """Rows that layers hand on and that lie otherwise before the first layer: brought to their layout before the loop, whole."""
+    if modelled.stages is None or facts.fuses:
+        return []
+    asked, graph, found = modelled.stages.asked, modelled.graph, dict[tuple[int, Path], Buffer]()
+    for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
+        op = graph.operators[graph.clusters[reading.reader].members[-1]]
+        enters = op.name == BOUNDARY and op.path[-2] == "carry" and op.path[:-2] in asked.loops and op.results[0] in asked.rows
+        if enters and reading.tensor == op.operands[0] and source != wanted:
+            steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
+            if any(step.kind != "slice" for step in steps):
+                loop = op.path[:-2]
+                first, last = facts.order.begins[loop], facts.order.ends[loop]
+                nbytes = local(reading.tensor, wanted)
+                found[reading.tensor, loop] = Buffer(reading.tensor, TRANSIENT, nbytes, first, last, axes_of(wanted))
     return list(found.values())
 
 
@@ -84,6 +115,11 @@ def staged(modelled: Modelled, op: Operator) -> bool:
     return op.name == BOUNDARY and op.path[-2] == "in" and op.path[:-2] in modelled.stages.asked.loops
 
 
+def before_loop(modelled: Modelled, facts: Facts, begin: int) -> int:
+    """Where what loops over layers slice is brought to another layout: before any stage's buffers are there."""
+    return begin if modelled.stages is None or facts.fuses else max(0, begin - 1)
+
+
 def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
     """Tensors that everybody has whole, and of which stages only cut out their own: where they are computed element by element,
     the rest is never there."""
@@ -95,6 +131,30 @@ def cut_out(modelled: Modelled, choices: np.ndarray) -> set[int]:
         apart = staged(modelled, graph.operators[graph.clusters[reading.reader].members[-1]])
         (cut if apart and steps and all(step.kind == "slice" for step in steps) else whole).add(reading.tensor)
     return cut - whole
+
+
+def single_layers(modelled: Modelled, facts: Facts) -> frozenset[int]:
+    """What a layer reads of a stack, where a stage has a single one: that is all that the stage has of the stack, and no copy."""
+    if modelled.stages is None:
+        return frozenset()
+    asked = modelled.stages.asked
+    single = {loop for loop, (_, most) in asked.loops.items() if most == 1}
+    ways_in = [op for op in facts.operators if single and _stacks(op, "in", asked) and op.path[:-2] in single]
+    return frozenset(op.results[0] for op in ways_in if op.results[0] not in asked.rows)
+
+
+def enters_middle(modelled: Modelled, facts: Facts) -> dict[int, int]:
+    """{what operators between two loops that are one read, and none of these makes: the last place where they do}. It is the same
+    for all micro-batches, and made for the whole batch before."""
+    if modelled.stages is None or not modelled.stages.asked.middle:
+        return {}
+    asked, operators, found = modelled.stages.asked, modelled.graph.operators, dict[int, int]()
+    inside = {t for index in asked.middle for t in operators[index].results}
+    inside |= {t for op in facts.operators if op.name == BOUNDARY and op.path[:-2] in asked.loops for t in op.results}
+    for place, index in enumerate(facts.order.sequence):
+        if index in asked.middle:
+            found.update({t: place for t in operators[index].operands if t >= 0 and t not in inside})
+    return found
 
 
 def as_one_loop(

@@ -37,7 +37,8 @@ class Staging:
     final values of carries and stacked outputs that add up over micro-batches. `middle`: operators that run per micro-batch
     between two loops that are one; `ringed`: {stacked tensor: its dimension that holds the batch} of which not all micro-batches
     are kept; `resident`: stacked tensors of which stages of unequal length keep their own, and nobody else reads any; `spared`:
-    {path of a scan: ticks at which nothing is handed on, since the loop of the last ones is a single tick}.
+    {path of a scan: ticks at which nothing is handed on, since the loop of the last ones is a single tick}; `drawn`: tensors of
+    `rows` that every micro-batch makes for the whole batch.
     """
 
     axis: int
@@ -50,6 +51,7 @@ class Staging:
     ringed: Mapping[int, int] = field(default_factory=dict)
     resident: frozenset[int] = frozenset()
     spared: Mapping[Path, int] = field(default_factory=dict)
+    drawn: frozenset[int] = frozenset()
 
     def even(self, loop: Path) -> bool:
         """Whether all stages have as many layers of a scan."""
@@ -168,8 +170,9 @@ class _Cut:
         self, graph: Graph, asked: Staging, inner: set[int], between: frozenset[int], left: frozenset[int]
     ) -> None:
         self.asked, self.inner, self.between, self.left = asked, inner, between, left
-        self.rows = {t: dim for t, dim in asked.rows.items() if t in inner or (t in between and t not in left)}
-        self.walked = dict(asked.rows) if asked.middle else self.rows
+        found = {t: dim for t, dim in asked.rows.items() if t in inner or (t in between and t not in left)}
+        self.walked = dict(asked.rows) if asked.middle else found
+        self.rows = {t: dim for t, dim in found.items() if t not in asked.drawn}
         self.divided = set(self.rows)
         self.apiece: set[tuple[int, int]] = set()
         self.moved: set[tuple[int, int]] = set()
@@ -191,7 +194,7 @@ class _Cut:
         batch = self._batch(cluster)
         work, divided = [], set()
         for piece in cluster.work:
-            if batch & piece.factors:
+            if batch & piece.factors and not all(self._draws(member) for member in piece.members):
                 divided |= set(piece.members)
                 piece = piece._replace(flops=piece.flops / self.asked.microbatches)
             work.append(piece)
@@ -285,6 +288,10 @@ class _Cut:
             return tuple([Terminal(t.tensor, (along, *t.leads[1:])) if t.tensor == stacked else t for t in terminals])
 
         return cluster._replace(units=(*units, stages), reads=laid(cluster.reads), writes=laid(cluster.writes))
+
+    def _draws(self, member: int) -> bool:
+        """Whether an operator works on the whole batch for every micro-batch."""
+        return not self.asked.drawn.isdisjoint(self.operators[member].results)
 
     def _batch(self, cluster: Cluster) -> set[int]:
         """The factors that walk the batch."""

@@ -13,7 +13,7 @@ from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.library import wider
 from jaxplan.cost.price import cluster_exchanges, write_layout
-from jaxplan.cost.stage_memory import staged
+from jaxplan.cost.stage_memory import before_loop, staged
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.layout import PARTIAL, Layout
@@ -48,6 +48,8 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
             continue
         users = users_of(graph, facts, reading.tensor, members)
         steps = reshard_steps(source, wanted, ndim, modelled.setting.order)
+        if staged(modelled, graph.operators[members[-1]]):
+            users = [before_loop(modelled, facts, min(users, default=0)), *users] if users else users
         if staged(modelled, graph.operators[members[-1]]) or any(step.kind != "slice" for step in steps):
             asked.setdefault((reading.tensor, wanted), []).extend(users)
             share = 1.0 if reading.tensor in facts.more.narrow else reading.share * sent_wider(graph, facts, reading.tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from jaxplan.cost import Stages, Staging, stage_graph
@@ -23,8 +23,8 @@ def stages_of(graph: Graph, pipeline: Pipeline, axis_names: Sequence[str]) -> St
     summed = frozenset().union(*[_summed(graph, chain) for chain in chains])
     longest = {chain.path: (chain.length, max(chain.layers)) for chain in chains}
     axis = tuple(axis_names).index(pipeline.axis)
-    resident = _resident(graph, pipeline)
-    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed, resident=resident)
+    resident, drawn = _resident(graph, pipeline), _drawn(graph, chains, rows)
+    staging = Staging(axis, pipeline.stages, pipeline.microbatches, longest, rows, summed, resident=resident, drawn=drawn)
     if pipeline.schedule != "1f1b":
         return stage_graph(graph, staging)
     middle, ahead = _middle(graph, pipeline), chains[0]
@@ -64,6 +64,18 @@ def _moved_by(graph: Graph, operators: Sequence[int], seeds: set[int]) -> list[i
             if not moved.isdisjoint(op.operands):
                 moved.update(op.results)
     return [i for i in operators if not moved.isdisjoint(graph.operators[i].operands)]
+
+
+def _drawn(graph: Graph, chains: Sequence[Chain], rows: Mapping[int, int]) -> frozenset[int]:
+    """Of what has the rows, that which a body makes of nothing that has any, in kernels of their own: random bits. Every
+    micro-batch makes all of it and takes its own; what loops make of it, they make of these alone."""
+    bodies, seeds = _bodies(graph, chains), set[int]()
+    for chain in chains:
+        seeds.update(tensor for tensor, role in _roles(graph, chain, leaving=False).items() if role.kind is Kind.CUT)
+    own = [i for i in bodies if graph.operators[i].rule.rounds_words or not graph.operators[i].rule.fusible]
+    own = [i for i in own if graph.operators[i].name != BOUNDARY and not rows.keys().isdisjoint(graph.operators[i].results)]
+    moved = set(_moved_by(graph, bodies, seeds)) if own else set[int]()
+    return frozenset(t for i in own if i not in moved for t in graph.operators[i].results if t in rows)
 
 
 def spread(known: dict[int, Rows], operators: Sequence[Operator], rows: dict[int, int]) -> None:
@@ -109,8 +121,8 @@ def _resident(graph: Graph, pipeline: Pipeline) -> frozenset[int]:
     return frozenset(found)
 
 
-def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:
-    """The role of each value of the body that the loop's boundary gives or takes."""
+def _roles(graph: Graph, chain: Chain, leaving: bool = True) -> dict[int, Role]:
+    """The role of each value of the body that the loop's boundary gives or (unless not `leaving`) takes."""
     found: dict[int, Role] = {}
     entering = (*chain.consts, *chain.carries, *chain.xs)
     for op in _edges(graph, chain):
@@ -119,9 +131,9 @@ def _roles(graph: Graph, chain: Chain) -> dict[int, Role]:
             found[op.results[0]] = entering[number]
         elif mark == "carry":
             found[op.results[0]] = chain.carries[number]
-            if op.operands[1] >= 0:
+            if leaving and op.operands[1] >= 0:
                 found[op.operands[1]] = chain.carries[number]
-        elif op.operands[0] >= 0:
+        elif leaving and op.operands[0] >= 0:
             found[op.operands[0]] = chain.ys[number - len(chain.carries)]
     return found
 
@@ -140,11 +152,8 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
     """Where the rows of the batch are in every value of the chains' bodies that has any: followed from what enters and leaves
     them through the factors of each operator, both ways, until nothing is new."""
     rows: dict[int, Rows] = {}
-    bodies: list[Operator] = []
+    bodies = [graph.operators[index] for index in _bodies(graph, chains)]
     for chain in chains:
-        depth = len(chain.path)
-        own = {op.scope for op in graph.operators if op.path[:depth] == chain.path and not _is_edge(op, chain)}
-        bodies += [op for op in graph.operators if op.scope in own]
         rows |= {t: (role.dim, role.stride) for t, role in _roles(graph, chain).items() if role.kind is Kind.CUT}
     known = -1
     while known < len(rows):
@@ -153,6 +162,16 @@ def batch_rows(graph: Graph, chains: Sequence[Chain]) -> dict[int, Rows]:
             for op in operators:
                 follow(op, rows)
     return rows
+
+
+def _bodies(graph: Graph, chains: Sequence[Chain]) -> list[int]:
+    """The operators of the chains' bodies, without those that stand at the loops' edges."""
+    bodies: list[int] = []
+    for chain in chains:
+        depth = len(chain.path)
+        own = {op.scope for op in graph.operators if op.path[:depth] == chain.path and not _is_edge(op, chain)}
+        bodies += [index for index, op in enumerate(graph.operators) if op.scope in own]
+    return bodies
 
 
 def at_extents(graph: Graph, chain: Chain) -> Chain | None:
