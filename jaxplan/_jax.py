@@ -50,6 +50,8 @@ fft_p = _primitives.fft_p
 custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
+ASKING = (sharding_constraint_p, reshard_p)
+"""Primitives by which a program asks for a layout itself; of a number, which has none, too."""
 shard_map_p = _shard_map.shard_map_p
 dot_general_p = _primitives.dot_general_p
 gather_p = _primitives.gather_p
@@ -238,6 +240,8 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
     `devices`: how many may share its work. `changed`: parameters that take the place of its own.
     """
     primitive, params = equation.primitive, {**equation.params, **(changed or {})}
+    if primitive in ASKING:
+        return values
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
     if primitive in _STARTS:

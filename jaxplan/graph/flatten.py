@@ -29,10 +29,6 @@ TOTAL = "total"
 """Where the view of a loop's total stands, which is outside of it: see `total_path`."""
 
 
-_ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
-"""Primitives by which a program asks for a layout itself: kept, as pins."""
-
-
 class Flat:
     """The operators of a program while they are being collected."""
 
@@ -116,7 +112,7 @@ class Flat:
             for var in equation.outvars:
                 tensor = env[var] = self.tensor(var.aval)
                 results.append(tensor)
-            asked = _jax.asked_layout(equation) if equation.primitive in _ASKING else None
+            asked = _jax.asked_layout(equation) if equation.primitive in _jax.ASKING else None  # kept, as pins
             if asked:
                 rule = passing_rule(self.tensors[results[0]].shape, 1, 1)
                 self.add(equation.primitive.name, rule, operands, results, place, (number,), equation=equation, asked=asked)
