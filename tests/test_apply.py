@@ -210,8 +210,8 @@ def test_a_number_has_no_layout_to_ask_for(kind):
     whole = NamedSharding(mesh, P())
 
     def step(x):
-        total = jax.lax.with_sharding_constraint(x.sum(), whole) if kind is AxisType.Auto else jax.sharding.reshard(x.sum(), whole)
-        return x / total
+        ask = jax.lax.with_sharding_constraint if kind is AxisType.Auto else jax.sharding.reshard
+        return x / ask(x.sum(), whole)
 
     assert_close(x / 120.0, jaxplan.make_plan(step, x, mesh=mesh).jit()(x))
     inner = jaxplan.auto_shard(mesh)(lambda total, x: (total + x.sum(), x * total))
