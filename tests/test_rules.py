@@ -214,7 +214,7 @@ GOLDEN: list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]] = [
     ("cholesky", "b i j -> b i j    i: whole; j: whole", lambda x: _jax.primitives("cholesky")[0].bind(x), (f32(2, 4, 4),)),
     (
         "triangular_solve",
-        "b m k, b m n -> b m n    m: whole; k: whole; n: whole",
+        "b m k, b m n -> b m n    m: whole; k: whole; by hand",
         lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True),
         (f32(2, 4, 4), f32(2, 4, 6)),
     ),
