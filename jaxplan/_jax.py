@@ -23,6 +23,7 @@ from jax._src import (
     source_info_util as _source_info,
 )
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.lax import parallel as _parallel
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
@@ -164,6 +165,22 @@ _HOMES = (
     "jax._src.random.prng",
     "jax._src.prng",
 )
+
+
+def _collectives() -> dict[Primitive, str]:
+    kinds = {
+        "all_reduce": ("psum", "psum_invariant", "pmax", "pmin"),
+        "all_gather": ("all_gather", "all_gather_invariant"),
+        "reduce_scatter": ("reduce_scatter",),
+        "all_to_all": ("all_to_all",),
+        "permute": ("ppermute",),
+    }
+    home = vars(_parallel)
+    return {home[f"{name}_p"]: kind for kind, names in kinds.items() for name in names if f"{name}_p" in home}
+
+
+COLLECTIVES = _collectives()
+"""{primitive with which a manual region sends: the kind of exchange}."""
 
 
 def primitives(names: str) -> tuple[Primitive, ...]:

@@ -27,7 +27,7 @@ from jaxplan.cost import (
     write_layout,
 )
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.price import halo_bytes, handed_bytes
+from jaxplan.cost.price import halo_bytes, handed_bytes, steps_sent
 from jaxplan.cost.scatters import scattered_left, scattered_sums, sends_a_number
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
@@ -368,6 +368,16 @@ class Plan:
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
+        return found + self._sent_by_hand(cluster)
+
+    def _sent_by_hand(self, cluster: Cluster) -> list[PlannedExchange]:
+        """What the program sends itself, in regions that it shards by hand."""
+        found, numbers = [], self.modelled.numbers
+        for own, step in steps_sent(cluster, self.modelled.setting, numbers):
+            sent = {self.axis_names[axis]: nbytes for axis, nbytes in step_bytes(step, own.nbytes, numbers.sizes)}
+            (file, line), names = _jax.source_line(own.equation), tuple([self.axis_names[axis] for axis in step.axes])
+            source, times = f"{file.rsplit('/', 1)[-1]}:{line}" if file else "", cluster.times * own.times
+            found.append(PlannedExchange(own.kind, names, sent, times, own.shape, own.dtype, own.equation.primitive.name, source))
         return found
 
     def _of_a_number(self, tensor: int) -> bool:
