@@ -227,6 +227,14 @@ def test_golden(name: str, line: str, fn: Callable[..., Any], args: tuple[Any, .
     assert str(last_rule(fn, *args)) == line
 
 
+def test_what_draws_depends_on_the_generator_of_its_key() -> None:
+    def drawn(name: str) -> Rule:
+        return last_rule(lambda k: jax.random.bits(k, (4, 6)), jax.eval_shape(lambda: jax.random.key(0, impl=name)))
+
+    rules = [drawn(name) for name in ("threefry2x32", "rbg", "threefry2x32")]
+    assert [(rule.rounds_words, rule.made_whole) for rule in rules] == [(4, False), (0, True), (4, False)]
+
+
 def test_points_are_multiply_adds() -> None:
     rule = last_rule(conv((2, 2)), f32(2, 4, 8, 8), f32(6, 4, 3, 3))
     assert rule.points * rule.flops == 2 * (2 * 6 * 4 * 4) * (4 * 3 * 3)

@@ -152,6 +152,12 @@ def _between(graph: Graph, asked: Staging) -> tuple[frozenset[int], frozenset[in
     return frozenset(made), frozenset(made & {*read, *graph.outputs})
 
 
+def _drawn_whole(graph: Graph, asked: Staging) -> set[int]:
+    """What is drawn for the whole batch for every micro-batch, which then takes its rows: other numbers would come of a part."""
+    drawn = [op for op in graph.operators if op.rule.rounds_words or op.rule.made_whole]
+    return {t for op in drawn if asked.rows.keys().isdisjoint(op.operands) for t in op.results}
+
+
 def _within(op: Operator, loops: Mapping[Path, Any]) -> Path | None:
     """The loop inside whose body an operator runs, if any."""
     return None if _edge(op, loops) else next((op.path[:n] for n in range(1, len(op.path)) if op.path[:n] in loops), None)
@@ -168,7 +174,8 @@ class _Cut:
         self, graph: Graph, asked: Staging, inner: set[int], between: frozenset[int], left: frozenset[int]
     ) -> None:
         self.asked, self.inner, self.between, self.left = asked, inner, between, left
-        self.rows = {t: dim for t, dim in asked.rows.items() if t in inner or (t in between and t not in left)}
+        cut = {*inner, *(between - left)} - _drawn_whole(graph, asked)
+        self.rows = {t: dim for t, dim in asked.rows.items() if t in cut}
         self.walked = dict(asked.rows) if asked.middle else self.rows
         self.divided = set(self.rows)
         self.apiece: set[tuple[int, int]] = set()
