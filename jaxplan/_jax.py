@@ -23,6 +23,7 @@ from jax._src import (
     source_info_util as _source_info,
 )
 from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.lax import parallel as _parallel
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as _core
 from jax.extend.core import Primitive as Primitive, primitives as _primitives
@@ -50,6 +51,8 @@ fft_p = _primitives.fft_p
 custom_vmap_p = _custom_batching.custom_vmap_p
 sharding_constraint_p = _pjit.sharding_constraint_p
 reshard_p = _pjit.reshard_p
+ASKING = (sharding_constraint_p, reshard_p)
+"""Primitives by which a program asks for a layout itself; of a number, which has none, too."""
 shard_map_p = _shard_map.shard_map_p
 dot_general_p = _primitives.dot_general_p
 gather_p = _primitives.gather_p
@@ -164,6 +167,22 @@ _HOMES = (
 )
 
 
+def _collectives() -> dict[Primitive, str]:
+    kinds = {
+        "all_reduce": ("psum", "psum_invariant", "pmax", "pmin"),
+        "all_gather": ("all_gather", "all_gather_invariant"),
+        "reduce_scatter": ("reduce_scatter",),
+        "all_to_all": ("all_to_all",),
+        "permute": ("ppermute",),
+    }
+    home = vars(_parallel)
+    return {home[f"{name}_p"]: kind for kind, names in kinds.items() for name in names if f"{name}_p" in home}
+
+
+COLLECTIVES = _collectives()
+"""{primitive with which a manual region sends: the kind of exchange}."""
+
+
 def primitives(names: str) -> tuple[Primitive, ...]:
     """The primitive objects that JAX binds as `<name>_p`: `primitives("add mul log2?")`.
 
@@ -238,6 +257,8 @@ def bind(equation: Any, values: list[Any], devices: int, changed: Mapping[str, A
     `devices`: how many may share its work. `changed`: parameters that take the place of its own.
     """
     primitive, params = equation.primitive, {**equation.params, **(changed or {})}
+    if primitive in ASKING:
+        return values
     if any(params.get(name) is not None for name in _TYPED):
         params = {**params, **{name: None for name in _TYPED if name in params}}
     if primitive in _STARTS:

@@ -32,7 +32,7 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One exchange, predicted and compiled. `status`: "matched" (bytes and times agree), "differs" (the same kind over the same
+    """One exchange, predicted and compiled. `status`: "matched" (bytes in all agree), "differs" (the same kind over the same
     axes at the same source line, with other bytes), "missing" (predicted only) or "unplanned" (compiled only)."""
 
     status: str
@@ -269,7 +269,8 @@ def match(planned: Iterable[PlannedExchange], compiled: Iterable[Collective]) ->
     """Every exchange of either side, in the row of its counterpart where it has one.
 
     Counterparts are of one kind over the same axes. Those with the same bytes per run are matched, first at the same source line,
-    then at any (the compiler names but one line for what it merges); what is left at the same line differs.
+    then at any (the compiler names but one line for what it merges); then those that send as much in all (planned for each layer,
+    say, and compiled for a stack of them); what is left at the same line differs.
     """
     left = [
         _Side(_COMPILED_AS[e.kind], frozenset(e.axes), math.fsum(e.wire_bytes.values()), e.times, _shown(e), e.source)
@@ -282,6 +283,10 @@ def match(planned: Iterable[PlannedExchange], compiled: Iterable[Collective]) ->
     for key in (_at_a_line, _anywhere):
         for mine, theirs in _both(left, right, key):
             rows += _pair_off(mine, theirs)
+    for mine, theirs in _both(left, right, _in_all):
+        for one, other in zip(mine, theirs, strict=False):
+            rows.append(_row("matched", [one], [other]))
+            one.times = other.times = 0.0
     for mine, theirs in _both(left, right, _of_a_line):
         rows.append(_row("differs", mine, theirs))
         for side in (*mine, *theirs):
@@ -297,6 +302,10 @@ def _at_a_line(side: _Side) -> Hashable:
 
 def _anywhere(side: _Side) -> Hashable:
     return side.kind, side.axes, round(side.each, 3)
+
+
+def _in_all(side: _Side) -> Hashable:
+    return side.kind, side.axes, round(side.each * side.times, 1)
 
 
 def _of_a_line(side: _Side) -> Hashable:

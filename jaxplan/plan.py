@@ -27,46 +27,23 @@ from jaxplan.cost import (
     write_layout,
 )
 from jaxplan.cost.exchange import step_bytes
-from jaxplan.cost.price import halo_bytes, handed_bytes
+from jaxplan.cost.price import halo_bytes, handed_bytes, steps_sent
 from jaxplan.cost.scatters import scattered_left, scattered_sums, sends_a_number
 from jaxplan.cost.symbols import DimensionNames
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
-from jaxplan.graph.branches import branches_around, worst_branches
+from jaxplan.graph.branches import branches_around
 from jaxplan.graph.flatten import BOUNDARY, TOTAL, VIEW
 from jaxplan.graph.nouns import EVERY_TICK, GATHERED, LEFT, Path
 from jaxplan.layout import PARTIAL, Layout, Spec, spec_of
 from jaxplan.paths import alike
 from jaxplan.pipeline import Pipeline
+from jaxplan.planned import PlannedExchange, of_worst_branches
 from jaxplan.trace import Traced
 
 if TYPE_CHECKING:
     import sympy
 
 Value = TypeVar("Value")
-
-@dataclass(frozen=True)
-class PlannedExchange:
-    """One collective that the plan expects.
-
-    `kind`: all_reduce, all_gather, reduce_scatter, all_to_all or permute. `wire_bytes`: {axis: bytes sent per device} each
-    time; `times`: how often in one call. `operator`: the primitive it serves; `source`: the user's "file.py:line".
-    `dtype`: what is sent: the tensor's own, or what the machine's matrix unit rounds it to.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    wire_bytes: Mapping[str, float]
-    times: float
-    shape: tuple[int, ...]
-    dtype: str
-    operator: str
-    source: str
-
-    @property
-    def total_bytes(self) -> float:
-        """Bytes per device and call, over all axes."""
-        return sum(self.wire_bytes.values()) * self.times
-
 
 @dataclass(frozen=True)
 class Constraints:
@@ -315,7 +292,7 @@ class Plan:
                     share = shares.get((reading.tensor, step), 1.0)
                     more = self.moved((step,), reading.tensor, reader, reading.times - already, share)
                     found += [(path, self._at_a_tick(exchange, reading)) for exchange in more]
-        return tuple(sorted(self._of_worst_branches(found), key=lambda e: -e.total_bytes))
+        return tuple(sorted(of_worst_branches(found, graph.branches), key=lambda e: -e.total_bytes))
 
     def _at_a_tick(self, exchange: PlannedExchange, reading: Reading) -> PlannedExchange:
         """Of what stages keep of several micro-batches, and move at every tick, layer by layer, what a layer has of one of these;
@@ -336,18 +313,6 @@ class Plan:
         shape = (*exchange.shape[1:dim], exchange.shape[dim] // slots, *exchange.shape[dim + 1 :])
         sent = {axis: nbytes / slots / layers for axis, nbytes in exchange.wire_bytes.items()}
         return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots * layers)))
-
-    def _of_worst_branches(self, found: Sequence[tuple[Path, PlannedExchange]]) -> list[PlannedExchange]:
-        """Of every conditional the exchanges of the branch that sends most, as often as they run; and all others. `found`: with
-        the paths where they stand."""
-        branches = self.modelled.graph.branches
-        worst = worst_branches(branches, [(path, exchange.total_bytes) for path, exchange in found]) if branches else {}
-        kept = []
-        for path, exchange in found:
-            around = branches_around(path, branches)
-            if exchange.times and all(branch in worst for branch in around):
-                kept.append(replace(exchange, times=exchange.times / worst[around[-1]]) if around else exchange)
-        return kept
 
     def combined(self, index: int) -> list[PlannedExchange]:
         """The exchanges inside of one cluster: of partial results, and with neighbours."""
@@ -374,6 +339,16 @@ class Plan:
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
+        return found + self._sent_by_hand(cluster)
+
+    def _sent_by_hand(self, cluster: Cluster) -> list[PlannedExchange]:
+        """What the program sends itself, in regions that it shards by hand."""
+        found, numbers = [], self.modelled.numbers
+        for own, step in steps_sent(cluster, self.modelled.setting, numbers):
+            sent = {self.axis_names[axis]: nbytes for axis, nbytes in step_bytes(step, own.nbytes, numbers.sizes)}
+            (file, line), names = _jax.source_line(own.equation), tuple([self.axis_names[axis] for axis in step.axes])
+            source, times = f"{file.rsplit('/', 1)[-1]}:{line}" if file else "", cluster.times * own.times
+            found.append(PlannedExchange(own.kind, names, sent, times, own.shape, own.dtype, own.equation.primitive.name, source))
         return found
 
     def _of_a_number(self, tensor: int) -> bool:

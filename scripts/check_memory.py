@@ -7,8 +7,8 @@ Modelled: `plan.memory`. Compiled: arguments + outputs - aliased + temporaries o
 device. The machine is v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
 
 `--pipelines`: train steps with their layers in stages instead, the state donated, each planned with the schedule: a decoder with
-rematerialised layers, with kept activations, and with dropout in rematerialised layers, layers of convolutions, and layers of two products, as a scan (rematerialised
-or not) and written out one after another; on meshes of stages, and stages by data.
+rematerialised layers, with kept activations, and with dropout in rematerialised layers, layers of convolutions, and layers of
+two products, as a scan (rematerialised or not) and written out one after another; on meshes of stages, and stages by data.
 """
 
 from __future__ import annotations

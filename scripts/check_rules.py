@@ -133,6 +133,14 @@ SAMPLES: dict[str, Sample] = {
     "take along": (lambda x, i: jnp.take_along_axis(x, i, 1), (A, data(16, 8, dtype=np.int32, below=32))),
     "add at": (lambda x, i, u: x.at[i].add(u), (A, WHERE, data(16, 32, seed=2))),
     "cholesky": (lambda x: jnp.linalg.cholesky(x, symmetrize_input=False), (np.eye(8, dtype=np.float32)[None].repeat(16, 0),)),
+    "triangular solve": (
+        lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True, lower=True),
+        (np.eye(8, dtype=np.float32)[None].repeat(8, 0), data(8, 8, 16)),
+    ),
+    "tridiagonal solve": (
+        lambda d, b: lax.linalg.tridiagonal_solve(0.1 * d, 2.0 + 0 * d, 0.1 * d, b),
+        (np.ones((8, 8), np.float32), data(8, 8, 16)),
+    ),
     "fft": (lambda x: jnp.fft.fft(x, axis=1), (A.astype(np.complex64),)),
     "softmax": (lambda x: jax.nn.softmax(x, 1), (A,)),
     "layer norm": (lambda x: (x - x.mean(1, keepdims=True)) * lax.rsqrt(x.var(1, keepdims=True) + 1e-6), (A,)),

@@ -203,6 +203,22 @@ def test_layouts_that_the_program_asks_for_itself_are_kept():
         assert_close(x @ w * 2, plan.jit()(x, w))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_number_has_no_layout_to_ask_for(kind):
+    """It had been bound with none at all, and JAX stopped. Planned functions inside of others ask for it, too."""
+    mesh, x = mesh_of((4, 2), kind), jnp.arange(16.0)
+    whole = NamedSharding(mesh, P())
+
+    def step(x):
+        ask = jax.lax.with_sharding_constraint if kind is AxisType.Auto else jax.sharding.reshard
+        return x / ask(x.sum(), whole)
+
+    assert_close(x / 120.0, jaxplan.make_plan(step, x, mesh=mesh).jit()(x))
+    inner = jaxplan.auto_shard(mesh)(lambda total, x: (total + x.sum(), x * total))
+    plan = jaxplan.make_plan(lambda rows: jax.lax.scan(inner, 0.0, rows), x.reshape(2, 8), mesh=mesh)
+    assert_close(np.float32(120.0), plan.jit()(x.reshape(2, 8))[0])
+
+
 def test_an_axis_of_one_device_may_be_asked_for():
     mesh = mesh_of((2, 1))
 
@@ -246,6 +262,12 @@ def test_what_is_sharded_by_hand_keeps_its_layouts():
         return jax.grad(lambda w: by_hand(x, w).sum())(w)
 
     assert_close(jax.jit(trained)(x, w), jaxplan.make_plan(trained, x, w, mesh=mesh).jit()(x, w))
+
+    def handed_on(x):
+        return jnp.sort(jax.shard_map(lambda a: a * 2, mesh=mesh, in_specs=P("x"), out_specs=P("x"))(x), 0)
+
+    audited = jaxplan.make_plan(handed_on, x, mesh=mesh).audit()
+    assert audited.predicted == audited.compiled and audited.predicted["x"] > 0
 
     def looped(x, w):
         return jax.lax.scan(lambda c, _: (by_hand(c, w)[:, :32], None), x, None, length=3)[0]

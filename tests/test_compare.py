@@ -15,6 +15,7 @@ from jaxplan.compare import UNKNOWN, PlanAudit, compare, match, relative_error, 
 from jaxplan.examples import programs
 from jaxplan.hlo import Audit, Collective
 from jaxplan.machine import Machine, machine
+from jaxplan.plan import PlannedExchange
 
 
 def cheap_links() -> Machine:
@@ -247,6 +248,17 @@ def test_merged_all_reduces_are_matched_one_by_one():
     assert statuses(found) == {"matched"}
     assert sum(row.compiled_times for row in found.exchanges) == 3
     assert len(found.audit.collectives) < 3  # they are merged
+
+
+def test_what_is_sent_in_one_piece_is_the_same_as_in_parts():
+    """Planned for each of three layers, at no line that JAX knows, and compiled for a stack of them."""
+    planned = PlannedExchange("all_gather", ("x",), {"x": 64.0}, 3.0, (2, 8), "float32", "pipeline", "")
+    stacked, other = (
+        Collective("all-gather", sent, sent, 1, 4, ("x",), "f32", "f32[3,2,8]", "a.py:1", "", True) for sent in (192.0, 128.0)
+    )
+    assert [row.status for row in match([planned], [stacked])] == ["matched"]
+    assert sorted(row.status for row in match([planned], [other])) == ["missing", "unplanned"]
+    assert sorted(row.status for row in match([planned], [stacked, stacked])) == ["matched", "unplanned"]
 
 
 # --- parts --------------------------------------------------------------------------------------------------

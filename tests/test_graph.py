@@ -108,6 +108,7 @@ def test_a_transpose_of_a_square_is_no_state():
         (lambda x: jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] * 2, s[1] @ x), (1, x)), 10),
         (lambda x: jax.lax.while_loop(lambda s: s[0] < 7, lambda s: (s[0] - 1, s[1] @ x), (1, x)), 10),
         (lambda x: jax.lax.while_loop(lambda s: s.sum() < 7, lambda s: s @ x, x), 10),
+        (lambda x: jax.lax.while_loop(lambda s: s[0].any(), lambda s: (s[0] & (s[1][0] > 0), s[1] @ x), (x[0] > 0, x)), 10),
     ],
 )
 def test_the_rounds_of_a_loop_are_read_where_the_program_says_them(loop, trips):

@@ -423,6 +423,31 @@ def test_words_that_a_rematerialised_layer_draws_are_made_once_their_keys_are_th
     assert plan.peak_bytes == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.06)
 
 
+def dropout_layers(params, x, key):
+    def layer(h, given):
+        (up, down), key = given
+        kept = jax.random.bernoulli(key, 0.9, (*h.shape[:-1], up.shape[-1]))
+        return h + jnp.where(kept, jnp.tanh(h @ up), 0.0) @ down, None
+
+    def loss(params):
+        return (jax.lax.scan(layer, x, (params, jax.random.split(key, 4)))[0] ** 2).mean()
+
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+
+@pytest.mark.parametrize(
+    ("generator", "options"),
+    [("rbg", {"pipeline": None})]
+    + [(generator, {"pipeline": "y", "microbatches": 4}) for generator in ("rbg", "threefry2x32")],
+)
+def test_what_is_drawn_whole_is_stored_whole(generator, options):
+    """XLA's own generator makes all numbers on every device; and every micro-batch draws those of the whole batch."""
+    params, key = (jnp.ones((4, 32, 256)) / 99, jnp.ones((4, 256, 32)) / 99), jax.random.key(0, impl=generator)
+    args = params, jnp.ones((32, 16, 32)), key
+    plan = jaxplan.make_plan(dropout_layers, *args, mesh=mesh_of((4, 2)), machine=SCRIPT["busy_machine"](), **options)
+    assert 1 / 1.2 <= float(plan.peak_bytes) / SCRIPT["compiled_bytes"](plan, args) <= 1.2
+
+
 @pytest.mark.xfail(
     jax.__version_info__ >= (0, 12), strict=True, raises=AssertionError,
     reason="modelled 12% too large there",

@@ -53,7 +53,16 @@ def routed(params, x):
     return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, slopes)
 
 
+def posterior(x, y):
+    """A Gaussian process: columns of a right-hand side have nothing to do with each other; and rods, one per column."""
+    kernel = jnp.exp(-((x[:8, None] - x[None, :8]) ** 2).sum(-1)) + 0.1 * jnp.eye(8)
+    solved = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(kernel), jnp.sin(y), lower=True)
+    near, own = jnp.full(8, 0.1), jnp.full(8, 2.0)
+    return (solved**2).sum(0), jax.lax.linalg.tridiagonal_solve(near.at[0].set(0), own, near.at[7].set(0), jnp.cos(y))
+
+
 PROGRAMS = {
+    "posterior": (posterior, (normal(16, 4), normal(8, 64))),
     "spectral": (spectral, (normal(8, 16, 16, 8), jax.lax.complex(normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1)))),
     "along two": (along_two, (normal(8, 16, 8),)),
     "routed": (routed, ((normal(2, 16, 8), normal(2, 8, 16, 16)), normal(16, 8, 16))),
@@ -79,6 +88,13 @@ def test_a_batch_of_transforms_and_of_choices_sends_nothing(shape):
     plan = jaxplan.make_plan(fn, x, mesh=mesh_of(shape))
     assert plan.audit().compiled_bytes == 0 and all(entry is not None for entry in plan.in_specs[0][:1])
     assert_close(plan.jit()(x), jax.jit(fn)(x))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_right_hand_sides_of_a_solve_are_split(shape):
+    fn, args = PROGRAMS["posterior"]
+    plan = jaxplan.make_plan(fn, *args, mesh=mesh_of(shape))
+    assert plan.in_specs[1][1:] and plan.audit().compiled_bytes == 0
 
 
 def test_a_planned_function_is_differentiated_and_batched_like_any_other():

@@ -214,7 +214,7 @@ GOLDEN: list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]] = [
     ("cholesky", "b i j -> b i j    i: whole; j: whole", lambda x: _jax.primitives("cholesky")[0].bind(x), (f32(2, 4, 4),)),
     (
         "triangular_solve",
-        "b m k, b m n -> b m n    m: whole; k: whole; n: whole",
+        "b m k, b m n -> b m n    m: whole; k: whole; by hand",
         lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True),
         (f32(2, 4, 4), f32(2, 4, 6)),
     ),
@@ -225,6 +225,14 @@ GOLDEN: list[tuple[str, str, Callable[..., Any], tuple[Any, ...]]] = [
 @pytest.mark.parametrize("name, line, fn, args", GOLDEN, ids=[row[0] for row in GOLDEN])
 def test_golden(name: str, line: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     assert str(last_rule(fn, *args)) == line
+
+
+def test_what_draws_depends_on_the_generator_of_its_key() -> None:
+    def drawn(name: str) -> Rule:
+        return last_rule(lambda k: jax.random.bits(k, (4, 6)), jax.eval_shape(lambda: jax.random.key(0, impl=name)))
+
+    rules = [drawn(name) for name in ("threefry2x32", "rbg", "threefry2x32")]
+    assert [(rule.rounds_words, rule.made_whole) for rule in rules] == [(4, False), (0, True), (4, False)]
 
 
 def test_points_are_multiply_adds() -> None:

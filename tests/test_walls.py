@@ -18,7 +18,7 @@ MOST_LINES = 600
 
 FLOW = (
     "layout", "paths", "_jax", "problem", "machine", "rolls", "trace", "rules", "graph", "cost", "buckets", "reduce", "search",
-    "pipeline", "plan",
+    "pipeline", "planned", "plan",
 )  # fmt: skip
 """The rooms in the order data flows: each may import those before it."""
 

@@ -373,4 +373,5 @@ def _cluster_kind(cluster: Cluster, numbers: Numbers, name: str, pin: Pin | None
     handed = tuple([(h.operand.leads, h.factor, h.how, nbytes(h.operand.tensor)) for h in cluster.handed])
     return (
         name, cluster.units, len(cluster.reads), sizes, shares, work, combines, halos, apart, cluster.moves_bytes, pin, handed,
+        tuple([(s.kind, s.axes, s.nbytes, s.times) for s in cluster.sent]),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxplan.cost.exchange import step_bytes, step_rounds
 from jaxplan.cost.formulas import work_seconds
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.price import (
@@ -25,6 +26,7 @@ from jaxplan.cost.price import (
     handed_times,
     parts_steps,
     sent_seconds,
+    steps_sent,
 )
 from jaxplan.cost.prices import steps_rates
 from jaxplan.graph import Cluster
@@ -196,7 +198,7 @@ class Clusters:
             self._without_exchanges(whole),
             np.cumsum(count) - count,
             count,
-            np.array([bool(price.cluster.halos or price.cluster.handed) for price in members], dtype=bool),
+            np.array([price.sends for price in members], dtype=bool),
             np.array([nbytes for nbytes, _, _ in results]),
             np.array([self.combines.start(parts) for _, parts, _ in results], dtype=np.int64),
             np.array(codes, dtype=np.int64).reshape(len(results), axes, widest),
@@ -239,10 +241,15 @@ class ClusterPrice:
     def exchanges(self) -> bool:
         """Whether any choice exchanges something inside of the cluster."""
         combines = any(combine.result.tensor >= 0 for combine in self.cluster.combines)
-        return bool(combines or self.cluster.halos or self.cluster.handed)
+        return combines or self.sends
+
+    @property
+    def sends(self) -> bool:
+        """Whether neighbours may send, or the program itself does."""
+        return bool(self.cluster.halos or self.cluster.handed or self.cluster.sent)
 
     def sent_seconds(self, row: Sequence[int]) -> float:
-        """What neighbours send: halos, and what is handed on."""
+        """What neighbours send (halos, and what is handed on), and what the program sends itself."""
         options, numbers = [axis[i] for axis, i in zip(self.options, row, strict=True)], self.family.numbers
         seconds = 0.0
         for _, _, axis, slab in halo_bytes(self.cluster, options, self.family.combines.setting, numbers):
@@ -250,6 +257,9 @@ class ClusterPrice:
         for handed, axis, slab in handed_bytes(self.cluster, options, numbers):
             often, rounds = handed_times(handed, numbers)
             seconds += often * sent_seconds({axis: slab}, {axis: rounds}, numbers)
+        for sent, step in steps_sent(self.cluster, self.family.combines.setting, numbers):
+            nbytes, rounds = dict(step_bytes(step, sent.nbytes, numbers.sizes)), dict(step_rounds(step))
+            seconds += sent.times * sent_seconds(nbytes, rounds, numbers)
         return seconds
 
 

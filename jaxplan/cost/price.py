@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jaxplan.cost.exchange import Step, combine_steps, step_bytes, step_rounds
 from jaxplan.cost.formulas import ROUNDS, Value, all_gather_bytes, all_reduce_bytes, exchange_seconds, work_seconds
-from jaxplan.graph import Cluster, Combine, Halo, Handed, Terminal, Work
+from jaxplan.graph import Cluster, Combine, Halo, Handed, Sent, Terminal, Work
 from jaxplan.graph.nouns import GATHERED, LEFT
 from jaxplan.layout import PARTIAL, AxisOrder, Layout
 
@@ -39,6 +39,11 @@ class Algebra(Protocol):
     @property
     def counts(self) -> Sequence[int]:
         """The same as numbers."""
+        ...
+
+    @property
+    def axis_names(self) -> Sequence[str]:
+        """The mesh axes."""
         ...
 
     @property
@@ -206,6 +211,11 @@ def cluster_terms(cluster: Cluster, options: Sequence[Option], setting: Setting,
         often, steps = handed_times(handed, algebra)
         sent[axis] = sent.get(axis, 0) + value * often
         rounds[axis] = rounds.get(axis, 0) + steps * often
+    for own, step in steps_sent(cluster, setting, algebra):
+        for axis, value in step_bytes(step, own.nbytes, algebra.sizes):
+            sent[axis] = sent.get(axis, 0) + own.times * value
+        for axis, count in step_rounds(step):
+            rounds[axis] = rounds.get(axis, 0) + own.times * count
     return Terms(tuple(work), local, sent, rounds)
 
 
@@ -252,6 +262,18 @@ def _senders(halo: Halo, axes: tuple[int, ...], sizes: Sequence[int]) -> list[tu
             steps, crossed = steps // sizes[crossed[-1]], crossed[:-1]
         if width:
             found.append((Fraction(width, local), crossed))
+    return found
+
+
+def steps_sent(cluster: Cluster, setting: Setting, algebra: Algebra) -> list[tuple[Sent, Step]]:
+    """What a program itself sends in regions that it shards by hand, each as a step for an operand of `nbytes`; along axes that
+    have several devices."""
+    found = []
+    for sent in cluster.sent:
+        axes = {algebra.axis_names.index(name) for name in sent.axes if name in algebra.axis_names}
+        slow_first = tuple([axis for axis in setting.order.slow_first if axis in axes and algebra.counts[axis] > 1])
+        if slow_first:
+            found.append((sent, Step(sent.kind, slow_first, (), ())))
     return found
 
 

@@ -107,7 +107,7 @@ def sends_a_number(graph: Graph, cluster: Cluster, steps: Sequence[Step]) -> boo
     """Whether steps gather or hand on what a cluster makes of a number alone: it is made whole at once. (All-to-alls run.)"""
     operator = graph.operators[cluster.members[-1]]
     given = getattr(operator.equation, "invars", ())
-    if len(cluster.members) > 1 or not given or operator.rule.flops or max(operator.operands) >= 0:
+    if len(cluster.members) > 1 or not given or operator.rule.flops or max(operator.operands, default=0) >= 0:
         return False
     numbers = all(hasattr(v, "val") and not v.aval.shape for v in given)
     return numbers and all(step.kind in ("all_gather", "permute", "slice") for step in steps)

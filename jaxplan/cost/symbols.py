@@ -209,6 +209,7 @@ class Symbols:
         self.graph, self.numbers, self.names, self.stages = graph, numbers, names, stages
         self.values: dict[Any, float] = {}
         self._dimension = {name: sympy.Symbol(name, positive=True) for name in names.names}
+        self.axis_names = numbers.axis_names
         self.sizes = [self._symbol(f"n_{axis}", size) for axis, size in zip(numbers.axis_names, numbers.sizes, strict=True)]
         self.counts = numbers.sizes
         self.smaller = lambda a, b: sympy.Min(a, b, evaluate=False)

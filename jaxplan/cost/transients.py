@@ -61,7 +61,7 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
             found.append(Buffer(tensor, TRANSIENT, nbytes, min(users), last, axes_of(layout)))
     if not facts.fuses:
         found += _on_the_way(modelled, choices, facts, local, asked) + _masked(modelled, choices, facts, local)
-        found += _in_rounds(modelled, choices, facts, local)
+        found += _in_rounds(modelled, choices, facts, local) + _made_whole(modelled, facts)
     for index, cluster in enumerate(graph.clusters):
         for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
             if exchange.operator in place:
@@ -112,6 +112,16 @@ def _in_rounds(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
             until = max([last, *[numbers.last for numbers in same]])
             same[:] = [Buffer(tensor, TRANSIENT, word, 0, until, axes_of(layout)) for _ in range(words)]
     return found + [numbers for same in counted.values() for numbers in same]
+
+
+def _made_whole(modelled: Modelled, facts: Facts) -> list[Buffer]:
+    """Results of which every device makes all: until loops have taken their parts."""
+    found, tensors = [], modelled.graph.tensors
+    for at, op in enumerate(facts.operators):
+        if op.rule.made_whole and op.results[0] >= 0:
+            word = 4 * math.prod(tensors[op.results[0]].shape)
+            found.append(Buffer(op.results[0], TRANSIENT, word, at, until_sliced(facts, op.results[0], at), ()))
+    return found
 
 
 def until_sliced(facts: Facts, tensor: int, at: int) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from jaxplan import _jax
-from jaxplan.graph.nouns import Operator, Path, Tensor, Within
+from jaxplan.graph.manual import sent_inside
+from jaxplan.graph.nouns import Operator, Path, Sent, Tensor, Within
+from jaxplan.graph.trips import counted_trips
 from jaxplan.rules import Factor, Kind, Rule, rule_of
 from jaxplan.trace import Traced
 
@@ -27,10 +28,6 @@ MANUAL = "edge of a manual region"
 
 TOTAL = "total"
 """Where the view of a loop's total stands, which is outside of it: see `total_path`."""
-
-
-_ASKING = (_jax.sharding_constraint_p, _jax.reshard_p)
-"""Primitives by which a program asks for a layout itself: kept, as pins."""
 
 
 class Flat:
@@ -73,13 +70,14 @@ class Flat:
         read_times: tuple[float, ...] | None = None,
         equation: Any = None,
         asked: _jax.Asked | None = None,
+        sent: tuple[Sent, ...] = (),
     ) -> None:
         """A new operator at `place` that stands for no equation (or for one side of one)."""
         path = place.path + mark
         self.operators.append(
             Operator(
                 name, rule, tuple(operands), tuple(results), place.times, place.scope, path, equation, read_times, asked,
-                self.within,
+                self.within, sent,
             )
         )  # fmt: skip
 
@@ -116,7 +114,7 @@ class Flat:
             for var in equation.outvars:
                 tensor = env[var] = self.tensor(var.aval)
                 results.append(tensor)
-            asked = _jax.asked_layout(equation) if equation.primitive in _ASKING else None
+            asked = _jax.asked_layout(equation) if equation.primitive in _jax.ASKING else None  # kept, as pins
             if asked:
                 rule = passing_rule(self.tensors[results[0]].shape, 1, 1)
                 self.add(equation.primitive.name, rule, operands, results, place, (number,), equation=equation, asked=asked)
@@ -349,40 +347,6 @@ def _updates(rule: Rule) -> bool:
     return bool(rule.touched) and rule.touched[-1] < 1 and rule.operands[:1] == rule.results
 
 
-def counted_trips(equation: Any) -> int | None:
-    """How often a `while` runs, where its jaxprs say so: one compares a carried counter with a constant, the other adds a
-    constant to it, and it starts from a constant. None otherwise."""
-    params = equation.params
-    test, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-    consts = params["cond_nconsts"] + params["body_nconsts"]
-    if len(test.eqns) != 1 or test.eqns[0].outvars[0] is not test.outvars[0]:
-        return None
-    compare, (left, right) = test.eqns[0].primitive.name, test.eqns[0].invars
-    if isinstance(left, _jax.Literal):
-        left, right = right, left
-        compare = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(compare, compare)
-    counters = test.invars[params["cond_nconsts"] :]
-    if compare not in _COUNTS or not isinstance(right, _jax.Literal) or left not in counters:
-        return None
-    place = counters.index(left)
-    start, inside = equation.invars[consts + place], body.invars[params["body_nconsts"] + place]
-    step = next((e for e in body.eqns if e.outvars[0] is body.outvars[place]), None)
-    if step is None or step.primitive.name not in ("add", "sub") or not isinstance(start, _jax.Literal):
-        return None
-    by = [v.val for v in step.invars if isinstance(v, _jax.Literal)]
-    if len(by) != 1 or inside not in step.invars or (step.primitive.name == "sub" and step.invars[0] is not inside):
-        return None
-    stride = float(by[0]) * (-1 if step.primitive.name == "sub" else 1)
-    span = (float(right.val) - float(start.val)) / stride if stride else math.inf
-    upwards = compare in ("lt", "le")
-    if not math.isfinite(span) or (stride > 0) != upwards:
-        return None
-    return max(0, math.floor(span) + 1 if compare in ("le", "ge") else math.ceil(span))
-
-
-_COUNTS = ("lt", "le", "gt", "ge")
-
-
 def _while(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     params = equation.params
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
@@ -457,7 +421,7 @@ def _remat(flat: Flat, equation: Any, operands: list[int], place: Place) -> list
 
 def _shard_map(flat: Flat, equation: Any, operands: list[int], place: Place) -> list[int]:
     """Sharded by hand: its operands are brought to the layouts it asks for, its results are where it leaves them; what it does
-    inside is its own affair and is not priced."""
+    inside is its own affair, but what it sends is known."""
     ins, outs = _jax.shard_map_layouts(equation)
     for k, (operand, asked) in enumerate(zip(operands, ins, strict=True)):
         if operand >= 0 and asked:
@@ -466,7 +430,8 @@ def _shard_map(flat: Flat, equation: Any, operands: list[int], place: Place) -> 
     results = [flat.tensor(var.aval) for var in equation.outvars]
     for k, (result, asked) in enumerate(zip(results, outs, strict=True)):
         rule = passing_rule(flat.tensors[result].shape, 0, 1)
-        flat.add(MANUAL, rule, (), (result,), place, ("out", k), equation=equation, asked=asked or None)
+        sent = () if k else sent_inside(equation.params["jaxpr"], flat.while_trips)
+        flat.add(MANUAL, rule, (), (result,), place, ("out", k), equation=equation, asked=asked or None, sent=sent)
     return results
 
 

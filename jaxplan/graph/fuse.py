@@ -52,7 +52,21 @@ def fuse(
     asked = [operator.results for operator in operators if operator.asked is not None]
     needed = leaves.union(*asked, *[draft.reads() for draft in drafts])
     left = {index for index in sums.terms if _added(home[readers[operators[index].results[0]][0]])}.union(sums.loops.values())
-    return [forms.close(draft, needed, draft.members[0] in left) for draft in reversed(drafts)]
+    clusters = [forms.close(draft, needed, draft.members[0] in left) for draft in reversed(drafts)]
+    return _with_sent(clusters, operators)
+
+
+def _with_sent(clusters: list[Cluster], operators: list[Operator]) -> list[Cluster]:
+    """What regions sharded by hand send is of the clusters of their results, which are then like no others."""
+    sending = {index for index, operator in enumerate(operators) if operator.sent}
+    if not sending:
+        return clusters
+    return [
+        cluster._replace(sent=sent, alike=-1)
+        if (sent := tuple([one for m in cluster.members if m in sending for one in operators[m].sent]))
+        else cluster
+        for cluster in clusters
+    ]
 
 
 def _only_reader(operator: Operator, near: list[int], home: list[_Draft | None]) -> _Draft | None:

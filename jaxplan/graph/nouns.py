@@ -40,6 +40,20 @@ class Within(NamedTuple):
     outer: Within | None
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A collective that a program makes itself in a region sharded by hand. `kind`: as of a step of an exchange; over mesh
+    `axes`; `nbytes`: of the operand that each device has, of `shape`; `times`: how often each time that the region runs."""
+
+    kind: str
+    axes: tuple[str, ...]
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    times: float
+    equation: Any
+
+
 class Operator(NamedTuple):
     """One equation (or loop boundary, or program input) and its rule.
 
@@ -48,6 +62,7 @@ class Operator(NamedTuple):
     `read_times`: how often each operand is read, where that is not `times` (the far side of a loop's boundary).
     `asked`: per dimension of the result the mesh axes that the program itself asks for, None where it leaves a dimension open.
     `within`: the call, loop or branch that it stands in, and what that stands in: JAX knows no line of what it traced before.
+    `sent`: what a region sends that the program shards by hand, and that this is a result of.
     """
 
     name: str
@@ -61,6 +76,7 @@ class Operator(NamedTuple):
     read_times: tuple[float, ...] | None = None
     asked: tuple[tuple[str, ...] | None, ...] | None = None
     within: Within | None = None
+    sent: tuple[Sent, ...] = ()
 
     def source(self) -> tuple[str, int]:
         """The user's (file, line): of the equation, or of the innermost call around it that has one; ("", 0) if none has."""
@@ -153,7 +169,7 @@ class Cluster(NamedTuple):
     which only one may be given axes. `alike`: clusters of one graph that differ only in which tensors and operators they are
     made of share a number; -1: not known. `handed`: what goes from stage to stage of a pipeline. `slots`: (operator, operand,
     number in `reads`), where members read one tensor in more than one way (as x x^T does). `inner`: values that only members
-    read.
+    read. `sent`: what members send in regions that the program shards by hand.
     """
 
     members: tuple[int, ...]
@@ -173,6 +189,7 @@ class Cluster(NamedTuple):
     handed: tuple[Handed, ...] = ()
     slots: tuple[tuple[int, int, int], ...] = ()
     inner: tuple[Terminal, ...] = ()
+    sent: tuple[Sent, ...] = ()
 
     @property
     def scatters(self) -> bool:

@@ -43,16 +43,16 @@ batched(*primitives("eig schur"), flops=25)
 
 @register(*primitives("triangular_solve"), reads=("left_side",))
 def triangular_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """b m k, b m n -> b m n. The right-hand sides n could be split too, but XLA splits the batch only."""
+    """b m k, b m n -> b m n, m and k whole. XLA splits the batch only, so each device is given its right-hand sides n."""
     build = Builder()
     *batch, rows, columns = operands[1].shape
     leading = build.factors_of(batch, name="b")
     left = params["left_side"]
     inner = build.factor(rows if left else columns, Kind.WHOLE, name="m")
     other = build.factor(rows if left else columns, Kind.WHOLE, name="k")
-    sides = build.factor(columns if left else rows, Kind.WHOLE, name="n")
+    sides = build.factor(columns if left else rows, name="n")
     both = (*leading, inner, sides) if left else (*leading, sides, inner)
-    return build.rule([(*leading, inner, other), both], [both])
+    return replace(build.rule([(*leading, inner, other), both], [both]), by_hand=True)
 
 
 @register(*primitives("symmetric_product?"), reads=())
@@ -80,13 +80,16 @@ def permutation(params: Mapping[str, Any], operands: Sequence[Any], results: Seq
 
 @register(*primitives("tridiagonal_solve"), reads=())
 def tridiagonal_solve(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
-    """Three diagonals b m, and b m n -> b m n. Eight operations an unknown (Thomas's algorithm)."""
+    """Three diagonals b m, and b m n -> b m n, m whole; each device is given its right-hand sides n, as XLA would gather them.
+
+    Eight operations an unknown (Thomas's algorithm).
+    """
     build = Builder()
     *batch, unknowns, sides = results[0].shape
     leading = build.factors_of(batch, name="b")
     inner = build.factor(unknowns, Kind.WHOLE, name="m")
-    both = (*leading, inner, build.factor(sides, Kind.WHOLE, name="n"))
-    return build.rule([(*leading, inner)] * 3 + [both], [both], flops=8.0)
+    both = (*leading, inner, build.factor(sides, name="n"))
+    return replace(build.rule([(*leading, inner)] * 3 + [both], [both], flops=8.0), by_hand=True)
 
 
 @register(*primitives("fft"), reads=("fft_lengths",))

@@ -75,6 +75,7 @@ class Rule:
     may be split are parallel.
     `alone`: one device computes it, and the others get the results from it: a sum in which all other terms are zeros.
     `rounds_words`: made in rounds, between which a compiler that materialises stores so many words of 32 bits per element.
+    `made_whole`: every device makes all of the result, in words of 32 bits, and takes its part of that.
     """
 
     factors: tuple[Factor, ...]
@@ -96,6 +97,7 @@ class Rule:
     scale: int = -1
     masked: tuple[float, ...] = ()
     rounds_words: int = 0
+    made_whole: bool = False
     joins: int = -1
     by_hand: bool = False
     alone: bool = False

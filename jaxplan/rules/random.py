@@ -1,5 +1,5 @@
 """Keys and bits. JAX's threefry is partitionable: every device can make its own part of the bits, at no
-exchange.
+exchange. Of XLA's own generator (`rbg` keys) every device makes all, and takes its part, at no exchange either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def from_keys(extra: Kind, *prims: Primitive) -> None:
     keys k -> bits k i j (parallel); raw words k w <-> keys k (the words of one key belong together).
     """
 
-    @register(*prims, reads=(), free=True)
+    @register(*prims, reads=None if prims == _BITS else (), free=True)
     def keyed(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any]) -> Rule:
         build = Builder()
         shapes = [a.shape for a in (*operands, *results)]
@@ -38,8 +38,10 @@ def from_keys(extra: Kind, *prims: Primitive) -> None:
             return [dim if extent != 1 else () for dim, extent in zip(dims, a.shape, strict=False)]
 
         rule = build.rule(map(leading, operands), map(leading, results), flops=0.0, fusible=True)
-        words = IN_ROUNDS.get(generator(operands[0].dtype), 0) if prims == _BITS else 0
-        return replace(rule, rounds_words=words) if words else rule
+        if prims != _BITS:
+            return rule
+        words = IN_ROUNDS.get(generator(operands[0].dtype), 0)
+        return replace(rule, rounds_words=words, made_whole=not words)
 
 
 from_keys(

@@ -40,7 +40,8 @@ def hsm2dl(problem: Problem) -> Assignment:
     larger ones are crossed once with what messages over joint choices propose (`moves.py`). Then one axis is re-opened at a time
     until nothing improves (in larger ones the axis that was decided last comes first); where writing out all joint choices is
     cheap, all axes are re-opened at once. On small problems nodes may then take one option along all axes, or exchange what two
-    axes do, in one direction or both, and joint moves end the search; on larger ones these take longer than all the rest, and `search="joint"` makes them. Deterministic.
+    axes do, in one direction or both, and joint moves end the search; on larger ones these take longer than all the rest, and
+    `search="joint"` makes them. Deterministic.
 
     Within a limit on usages the recursion and its sweeps run at prices of usages, several times, and what they find is improved
     by neighbourhoods (`limited.py`); raises OverLimit where nothing is found within it.
