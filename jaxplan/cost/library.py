@@ -92,8 +92,8 @@ class _Node:
     changes; `apart`: never computed inside of readers; `joins`: puts so many parts together, so it is computed inside of a single
     reader only, at a single place, and reads what it reads at so many; `copied`: for a
     product, with dimensions in another order or in wider numbers. `left`: the last place where somebody else reads it; `beside`:
-    where the last of the loops ends that are given it. `width`: stored in so many bytes an element, besides the tensor; `wide`: in as many as products read. `updates`: only places of what it
-    reads first."""
+    where the last of the loops ends that are given it. `width`: stored in so many bytes an element, besides the tensor; `wide`:
+    in as many as products read. `updates`: only places of what it reads first."""
 
     place: int
     tensor: int

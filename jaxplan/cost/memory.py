@@ -242,7 +242,8 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     orders, sizes = (facts.order, facts.operators), modelled.numbers.sizes
     found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
-    return replace(facts, fused=facts.fused | found.computed | single_layers(modelled, facts), readers=readers, kept=found, inner=inner)
+    fused = facts.fused | found.computed | single_layers(modelled, facts)
+    return replace(facts, fused=fused, readers=readers, kept=found, inner=inner)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
