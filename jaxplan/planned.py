@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxplan.graph.nouns import Path
 from jaxplan.graph.branches import branches_around, worst_branches
+from jaxplan.graph.nouns import Path
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ Modelled: `plan.memory`. Compiled: arguments + outputs - aliased + temporaries o
 device. The machine is v5e with slower arithmetic and no latency, so that such small programs are worth sharding at all.
 
 `--pipelines`: train steps with their layers in stages instead, the state donated, each planned with the schedule: a decoder with
-rematerialised layers, with kept activations, and with dropout in rematerialised layers, layers of convolutions, and layers of
-two products, as a scan (rematerialised or not) and written out one after another; on meshes of stages, and stages by data.
+rematerialised layers (also with dropout in them) and with kept activations, layers of convolutions, and layers of two products,
+as a scan (rematerialised or not) and written out one after another; on meshes of stages, and stages by data.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def staged_rows(
     """The same for train steps in stages along x. `only`: names of programs."""
     for shape, layers, m in chosen:
         kept, remat = (decoder(replace(SMALL, layers=layers, remat=remat)) for remat in (False, True))
-        cases = {"decoder, kept": (kept.fn, kept.args, (0, 1)), "decoder, remat": (remat.fn, remat.args, (0, 1))}
+        cases: dict[str, tuple[Any, Any, tuple[int, ...]]] = {"decoder, kept": (kept.fn, kept.args, (0, 1))}
+        cases["decoder, remat"] = (remat.fn, remat.args, (0, 1))
         cases["decoder, dropout, remat"] = (*dropping(layers), (0, 1))
         cases["convolutions"] = (*convolutions(layers), (0,))
         cases["perceptrons"] = (*perceptrons(layers), (0,))

@@ -18,7 +18,7 @@ the processor time of every part, run alone; the step is what these parts take i
 soon as its stage is free and what it waits for is there. Handing values on takes no time in it. All numbers of micro-batches
 are measured in turn, again and again; ratios are medians of those of one turn. `a row each`: the same with as many micro-batches
 of a single row: what parts take that does not shrink with the rows. A part is called from Python, and every kernel of it started;
-the model knows nothing of either.
+the model knows nothing of either. `calls alone`: each part a program with as many arguments and results that computes nothing.
 """
 
 from __future__ import annotations
@@ -178,20 +178,36 @@ def replayed(took: Mapping[tuple[int, str], float], stages: int, m: int) -> floa
     return max(free[stage] + last[stage] for stage in free)
 
 
-def staged(width: int, rows: int, m: int, cuts: Sequence[int] | None) -> tuple[Any, Callable[[], float]]:
-    """(a plan of so many stages and micro-batches, what measures the seconds of a call). `cuts`: None for the best."""
+def alone(piece: Slice, known: dict[int, Any]) -> Callable[[Any], None]:
+    """What calls a program that takes what a piece takes, gives as many results, and computes nothing."""
+    if id(piece) not in known:
+        count = len(piece.leaves)
+        known[id(piece)] = jax.jit(lambda *_: [jax.numpy.zeros(())] * count, keep_unused=True)
+    return lambda env: jax.block_until_ready(known[id(piece)](*[env[v] for v in piece.reads]))
+
+
+def staged(width: int, rows: int, m: int, cuts: Sequence[int] | None) -> tuple[Any, Callable[..., float]]:
+    """(a plan of so many stages and micro-batches, what measures the seconds of a call; `empty`: of its parts' calls alone).
+    `cuts`: None for the best."""
     step, args = PROGRAMS["residual_network"](width=width, batch=rows)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     asked = {"mesh": MEMORY["mesh_of"]((STAGES,)), "machine": "cpu", "pipeline": "x", "microbatches": m}
     with mock.patch.object(choose, "_cut", choose._cut if cuts is None else lambda asked, micro: (0.0, micro, cuts)):
         plan = jaxplan.make_plan(step, *shapes, **asked)
-    function = plan.jit()
+    function, known = plan.jit(), dict[int, Any]()
 
-    def measure() -> float:
+    def measure(empty: bool = False) -> float:
         took: dict[tuple[int, str], list[float]] = {}
 
         def watch(stage: int, name: str, piece: Slice, env: Any, go: Callable[[], None]) -> None:
             jax.block_until_ready([env[v] for v in piece.reads])
+            if empty:
+                call = alone(piece, known)
+                call(env)  # the first one compiles
+                start = time.process_time()
+                call(env)
+                took.setdefault((stage, name), []).append(time.process_time() - start)
+                return go()
             start = time.process_time()
             go()
             jax.block_until_ready([env[v] for v in piece.leaves])
@@ -214,13 +230,14 @@ def bubble(width: int, repeat: int) -> None:
         ({m: measure() for m, (_, measure) in runs.items()}, {m: measure() for m, (_, measure) in least.items()})
         for _ in range(repeat + 1)
     ][1:]  # the first one compiles
-    print("| m | (m+k-1)/m | modelled | measured | modelled, to m=16 | measured, to m=16 | a row each |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    empty = {m: measure(empty=True) for m, (_, measure) in runs.items()}
+    print("| m | (m+k-1)/m | modelled | measured | modelled, to m=16 | measured, to m=16 | a row each | calls alone |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for m, (plan, _) in runs.items():
         times = f"{plan.seconds * 1e3:.2f} ms | {statistics.median(whole[m] for whole, _ in turns) * 1e3:.1f} ms"
         ratio = statistics.median(whole[m] / whole[last] for whole, _ in turns)
         row = f"{statistics.median(rows[m] for _, rows in turns) * 1e3:.1f} ms" if m in least else ""
-        told = f"{plan.seconds / runs[last][0].seconds:.2f} | {ratio:.2f} | {row}"
+        told = f"{plan.seconds / runs[last][0].seconds:.2f} | {ratio:.2f} | {row} | {empty[m] * 1e3:.1f} ms"
         print(f"| {m} | {(m + STAGES - 1) / m:.2f} | {times} | {told} |")
 
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import assert_close, mesh_of
 
 import jaxplan
+from jaxplan.examples.decoder import SMALL, decoder
 from jaxplan.pipeline import PipelineError, pipeline_of
 
 SLOW_WORK = jaxplan.Machine(
@@ -220,7 +221,9 @@ def test_every_permute_was_planned_one_per_tick_there_and_back(schedule, stages,
     assert {row.status for row in handed} == {"matched"}, str(found)
 
 
-QUICK = [(((2,), 4, 4), ["perceptrons, written out"]), (((2, 2), 5, 4), ["convolutions"])]
+QUICK = [
+    (((2,), 4, 4), ["perceptrons, written out"]), (((2, 2), 5, 4), ["convolutions"]), (((2,), 4, 8), ["decoder, dropout, remat"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -229,9 +232,36 @@ QUICK = [(((2,), 4, 4), ["perceptrons, written out"]), (((2, 2), 5, 4), ["convol
     [*QUICK, *[pytest.param(case, None, marks=pytest.mark.slow) for case in (((4,), 6, 8), ((2, 2), 5, 4), ((2, 4), 4, 4))]],
 )
 def test_a_stage_holds_what_is_modelled(case, only, schedule):
-    """Layers kept and rematerialised, as a scan and written out, in stages of equal and of unequal length, beside other axes."""
+    """Layers kept and rematerialised, with dropout, as a scan and written out, in stages of equal and of unequal length, beside
+    other axes."""
     for name, where, modelled, compiled in MEMORY["staged_rows"]([schedule], [case], only):
         assert abs(modelled / compiled - 1) <= WITHIN, (name, where, modelled, compiled)
+
+
+def test_what_layers_draw_has_the_whole_batch_for_every_microbatch():
+    """Bits are those of the unpipelined program, so that all are drawn each time; what is computed of them is a micro-batch's."""
+    fn, args = MEMORY["dropping"](4)
+    asked = {"mesh": mesh_of((2,)), "machine": SLOW_WORK, "microbatches": 8, "donate_argnums": (0, 1)}
+    plan = MEMORY["planned_under"]("gpipe", fn, args, **asked)
+    stages, graph = plan.modelled.stages, plan.modelled.graph
+    drawn = [op for op in graph.operators if op.rule.rounds_words]
+    assert len(drawn) == 4 and stages.asked.drawn == {op.results[0] for op in drawn}, "two forward, two made again"
+    for op in drawn:
+        assert graph.tensors[op.results[0]].shape == (16, 16, 64)
+        read = [other for other in graph.operators if op.results[0] in other.operands]
+        assert read and {graph.tensors[t].shape for other in read for t in other.results} == {(2, 16, 64)}
+
+
+@pytest.mark.parametrize("form", ["scan", "unrolled"])
+def test_what_unequal_stages_move_once_is_audited_as_it_is_sent(form):
+    """Residuals that are read in another layout on the way back, under gpipe: one exchange of what the longest stage keeps."""
+    program = decoder(dataclasses.replace(SMALL, layers=3, remat=form == "scan"), form)
+    asked = {"mesh": mesh_of((2, 2)), "machine": "cpu", "microbatches": 4, "donate_argnums": program.donate or None}
+    plan = MEMORY["planned_under"]("gpipe", program.fn, program.args, **asked)
+    assert plan.modelled.stages.own and any(e.shape[:2] == (4, 16) for e in plan.exchanges), plan.exchanges
+    found = plan.audit()
+    assert {row.status for row in found.exchanges} == {"matched"}, str(found)
+    assert float(plan.cost.subs(plan.symbol_values)) == pytest.approx(plan.seconds, rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
