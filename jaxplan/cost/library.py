@@ -23,7 +23,7 @@ from typing import NamedTuple
 from jaxplan import _jax
 from jaxplan.cost.hoisting import hoisted
 from jaxplan.cost.loops import ADDS, SCATTER_ADDS, fills, in_a_loop, is_step, reduces, shifts, step_of
-from jaxplan.cost.schedule import Order, summed_last, wanted_order
+from jaxplan.cost.schedule import Loop, Order, summed_last, wanted_order
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
 from jaxplan.graph.nouns import constant
@@ -119,12 +119,13 @@ class _Node:
 def kept(
     graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
     sent: frozenset[tuple[int, int]], partial: frozenset[int], leaving: Mapping[int, int],
-    sunk: frozenset[int] = frozenset(),
+    sunk: frozenset[int] = frozenset(), beside: frozenset[Loop] = frozenset(),
 ) -> Kept:  # fmt: skip
     """Of operators in the order in which they run. `layouts`: of every value; `sent`: (tensor, operator) where it is brought into
     another layout to be read; `partial`: operators whose results are combined; `leaving`: {tensor that others read too: the
-    last place where they do, 0 for the end}; `sunk`: those that loops make for themselves."""
-    values = _Values(graph, order, operators, layouts, sizes, sunk)
+    last place where they do, 0 for the end}; `sunk`: those that loops make for themselves; `beside`: loops
+    of which what they are given as a broadcast stays until they end."""
+    values = _Values(graph, order, operators, layouts, sizes, sunk, beside)
     values.reads.update(leaving)
     for place, index in enumerate(order.sequence):
         values.take(place, index, sent, partial)
@@ -159,9 +160,10 @@ class _Values:
 
     def __init__(
         self, graph: Graph, order: Order, operators: Sequence[Operator], layouts: Mapping[int, Layout], sizes: Sequence[int],
-        sunk: frozenset[int] = frozenset(),
+        sunk: frozenset[int], beside: frozenset[Loop],
     ) -> None:  # fmt: skip
-        self.graph, self.operators, self._ends, self._sunk = graph, operators, order.ends, sunk
+        self.graph, self.operators, self._sunk = graph, operators, sunk
+        self._ends = {loop: order.ends[loop] for loop in order.ends if loop in beside}
         self._begins = {}
         for place, op in enumerate(operators):
             self._begins.setdefault(op.scope, place)
@@ -209,7 +211,7 @@ class _Values:
                     self.leave(tensor, place)
                     if op.path[-2] == "in" and tensor in self.of:
                         node = self.nodes[self.of[tensor]]
-                        node.beside = max(node.beside, self._ends.get(op.path[:-2], place))
+                        node.beside = max(node.beside, self._ends.get(op.path[:-2], 0))
             return
         if op.name == INPUT:
             return

@@ -240,7 +240,8 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     known = {**inner, **layouts}
     read = {**dict.fromkeys(leaving, 0), **enters_middle(modelled, facts)}
     orders, sizes = (facts.order, facts.operators), modelled.numbers.sizes
-    found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused)
+    loops = frozenset(modelled.stages.asked.loops if modelled.stages is not None else ())
+    found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused, loops)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     fused = facts.fused | found.computed | single_layers(modelled, facts)
     return replace(facts, fused=fused, readers=readers, kept=found, inner=inner)
