@@ -315,7 +315,7 @@ class Plan:
         return replace(exchange, shape=shape, wire_bytes=sent, times=float(round(exchange.times * slots * layers)))
 
     def combined(self, index: int) -> list[PlannedExchange]:
-        """The exchanges inside of one cluster: of partial results, with neighbours, and those that the program makes itself."""
+        """The exchanges inside of one cluster: of partial results, and with neighbours."""
         graph, setting, cluster = self.modelled.graph, self.modelled.setting, self.modelled.graph.clusters[index]
         options, found = self.modelled.chosen(self.choices, index), []
         for exchange in cluster_exchanges(cluster, options, setting):
@@ -339,11 +339,16 @@ class Plan:
             found.append(PlannedExchange(
                 kind, (name,), {name: sent}, ticks, about.shape, about.dtype, what, self.source(self._maker(op))
             ))  # fmt: skip
-        for own, step in steps_sent(cluster, self.modelled.setting, self.modelled.numbers):
-            sent = {self.axis_names[a]: n for a, n in step_bytes(step, own.nbytes, self.modelled.numbers.sizes)}
+        return found + self._sent_by_hand(cluster)
+
+    def _sent_by_hand(self, cluster: Cluster) -> list[PlannedExchange]:
+        """What the program sends itself, in regions that it shards by hand."""
+        found, numbers = [], self.modelled.numbers
+        for own, step in steps_sent(cluster, self.modelled.setting, numbers):
+            sent = {self.axis_names[axis]: nbytes for axis, nbytes in step_bytes(step, own.nbytes, numbers.sizes)}
             (file, line), names = _jax.source_line(own.equation), tuple([self.axis_names[axis] for axis in step.axes])
-            what = own.shape, own.dtype, own.equation.primitive.name, f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
-            found.append(PlannedExchange(own.kind, names, sent, cluster.times * own.times, *what))
+            source, times = f"{file.rsplit('/', 1)[-1]}:{line}" if file else "", cluster.times * own.times
+            found.append(PlannedExchange(own.kind, names, sent, times, own.shape, own.dtype, own.equation.primitive.name, source))
         return found
 
     def _of_a_number(self, tensor: int) -> bool:
