@@ -436,16 +436,16 @@ def dropout_layers(params, x, key):
 
 
 @pytest.mark.parametrize(
-    ("generator", "options", "within"),
-    [("rbg", {"pipeline": None}, 1.2)]
-    + [(generator, {"pipeline": "y", "microbatches": 4}, WORST) for generator in ("rbg", "threefry2x32")],
+    ("generator", "options"),
+    [("rbg", {"pipeline": None})]
+    + [(generator, {"pipeline": "y", "microbatches": 4}) for generator in ("rbg", "threefry2x32")],
 )
-def test_what_is_drawn_whole_is_stored_whole(generator, options, within):
+def test_what_is_drawn_whole_is_stored_whole(generator, options):
     """XLA's own generator makes all numbers on every device; and every micro-batch draws those of the whole batch."""
     params, key = (jnp.ones((4, 32, 256)) / 99, jnp.ones((4, 256, 32)) / 99), jax.random.key(0, impl=generator)
     args = params, jnp.ones((32, 16, 32)), key
     plan = jaxplan.make_plan(dropout_layers, *args, mesh=mesh_of((4, 2)), machine=SCRIPT["busy_machine"](), **options)
-    assert 1 / within <= float(plan.peak_bytes) / SCRIPT["compiled_bytes"](plan, args) <= within
+    assert float(plan.peak_bytes) == pytest.approx(SCRIPT["compiled_bytes"](plan, args), rel=0.06)
 
 
 @pytest.mark.xfail(

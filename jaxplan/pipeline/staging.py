@@ -72,7 +72,8 @@ def _drawn(graph: Graph, chains: Sequence[Chain], rows: Mapping[int, int]) -> fr
     bodies, seeds = _bodies(graph, chains), set[int]()
     for chain in chains:
         seeds.update(tensor for tensor, role in _roles(graph, chain, leaving=False).items() if role.kind is Kind.CUT)
-    own = [i for i in bodies if graph.operators[i].rule.rounds_words or not graph.operators[i].rule.fusible]
+    rules = {i: graph.operators[i].rule for i in bodies}
+    own = [i for i, rule in rules.items() if rule.rounds_words or rule.made_whole or not rule.fusible]
     own = [i for i in own if graph.operators[i].name != BOUNDARY and not rows.keys().isdisjoint(graph.operators[i].results)]
     moved = set(_moved_by(graph, bodies, seeds)) if own else set[int]()
     return frozenset(t for i in own if i not in moved for t in graph.operators[i].results if t in rows)
