@@ -73,7 +73,7 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
     if sum(layers) != equation.params["length"]:
         raise PipelineError(f"{told(equation)} has {equation.params['length']} layers; {tuple(layers)} are {sum(layers)}")
     refusals, found = dict[str, str](), dict[int, Chain]()
-    dimensions, readers = LikeDimensions(body), Readers()
+    dimensions, readers, enough = LikeDimensions(body), Readers(), NEARLY_ALL * points_in(body)
     for k in range(consts, consts + carries):
         for dim, extent in enumerate(body.invars[k].aval.shape):
             if extent < 2:
@@ -86,7 +86,7 @@ def chain_of(equation: Any, path: Path, layers: Sequence[int], microbatches: int
             try:
                 chain = _chain(equation, path, tuple(layers), walk, dimensions, k, dim)
                 points = walk.points()
-                if points > NEARLY_ALL * points_in(body):
+                if points > enough:
                     return chain
                 found.setdefault(points, chain)
             except PipelineError as error:
