@@ -237,15 +237,19 @@ def _followers(graph: Graph, readings: list[Reading], pinned: set[int]) -> dict[
 
     They cost nothing wherever they lie, so the best layout is the one that the cluster asks for; exact.
     """
-    near: dict[int, dict[tuple[int, Leads], None]] = {}
+    operators = graph.operators
+    near: dict[int, dict[tuple[int, Leads], None]] = {
+        index: {} for index, cluster in enumerate(graph.clusters)
+        if operators[cluster.members[-1]].name == INPUT and index not in pinned
+    }  # fmt: skip
     for reading in readings:
-        near.setdefault(reading.writer, {})[(reading.reader, reading.read.leads)] = None
-        near.setdefault(reading.reader, {})[(reading.writer, reading.write.leads)] = None
+        if reading.writer in near:
+            near[reading.writer][reading.reader, reading.read.leads] = None
+        if reading.reader in near:
+            near[reading.reader][reading.writer, reading.write.leads] = None
     found = {}
     for index, asked in near.items():
-        cluster = graph.clusters[index]
-        is_input = graph.operators[cluster.members[-1]].name == INPUT
-        if is_input and len(asked) == 1 and index not in pinned:
+        if len(asked) == 1:
             ((other, leads),) = asked
             if not (graph.clusters[other].scatters or graph.clusters[other].adds):
                 found[index] = (other, leads)
@@ -337,7 +341,9 @@ def _readings(graph: Graph, writers: dict[int, tuple[int, Terminal]], machine: M
     readings, operators = [], graph.operators
     rounding = rounded(graph)[1] if machine.matmul_reads else (False,) * len(operators)
     shares = {dtype: machine.rounded_share(dtype) for dtype in {tensor.dtype for tensor in graph.tensors}}
-    sized = [max(tensor.shape, default=0) > 1 for tensor in graph.tensors]  # whether there is anything to shard
+    kinds = {id(tensor): tensor for tensor in graph.tensors}  # many are one object
+    some = {kind for kind, tensor in kinds.items() if max(tensor.shape, default=0) > 1}
+    sized = [id(tensor) in some for tensor in graph.tensors]  # whether there is anything to shard
     for index, cluster in enumerate(graph.clusters):
         whole: set[int] | None = None  # what is read as it is
         for read, times in zip(cluster.reads, cluster.read_times, strict=True):

@@ -152,7 +152,7 @@ class _Forms:
         self.kinds = [kinds.setdefault(tensor, len(kinds)) for tensor in tensors]
         self.digests: dict[int, _Digest] = {}
         self.empty = {adds: _Form(adds) for adds in ("", "adds", "apart", "carries")}
-        self.closed: dict[tuple[int, tuple[bool, ...], bool], tuple[int, Cluster]] = {}
+        self.closed: dict[tuple[int, ...], tuple[int, Cluster]] = {}
 
     def start(self, index: int, operator: Operator, adds: str = "") -> _Draft:
         """A cluster of one operator. `adds`: what makes the total of an addition of sums; "apart" where nobody could compute it
@@ -177,42 +177,38 @@ class _Forms:
 
     def _step(self, draft: _Draft, operator: Operator, touched: tuple[int, ...]) -> _Step:
         """What becomes of a draft's form by an operator. Tensors that the draft has not seen are given places."""
-        places, names = draft.places, draft.tensors
-        known, pattern = len(names), []
+        places, names, kinds = draft.places, draft.tensors, self.kinds
+        key: list[object] = [id(operator.rule), operator.times, operator.read_times]
         for tensor in touched:
             if tensor < 0:
-                pattern.append(-1)
-                continue
-            place = places.get(tensor)
-            if place is None:
-                place = places[tensor] = len(names)
+                key.append(-1)
+            elif tensor in places:
+                key.append(places[tensor])
+            else:
+                places[tensor] = len(names)
                 names.append(tensor)
-            pattern.append(place)
-        kinds = self.kinds
-        fresh = [kinds[tensor] for tensor in names[known:]]
-        form = draft.form
-        key = (id(operator.rule), operator.times, operator.read_times, tuple(pattern), tuple(fresh))
-        step = form.steps.get(key)
+                key.append(-2 - kinds[tensor])  # its place is the next one
+        steps, form = draft.form.steps, draft.form
+        known = tuple(key)
+        step = steps.get(known)
         if step is None:
             digest = _digest(operator, self.tensors, self.digests)
-            count = len(operator.operands)
-            alike = operator._replace(operands=tuple(pattern[:count]), results=tuple(pattern[count:]))
-            step = form.steps[key] = form.after(alike, digest, [self.tensors[t] for t in names])
+            operands, results = operator.operands, touched[len(operator.operands) :]
+            alike = operator._replace(
+                operands=tuple([places.get(tensor, -1) for tensor in operands]),
+                results=tuple([places[tensor] for tensor in results]),
+            )  # fmt: skip
+            step = steps[known] = form.after(alike, digest, [self.tensors[t] for t in names])
         return step
 
     def close(self, draft: _Draft, needed: set[int], left: bool) -> Cluster:
         """The finished cluster; only values somebody else needs are written. `left`: its sum may be left partial."""
-        form, names = draft.form, draft.tensors
-        wanted = tuple([names[place] in needed for place, _ in form.writes])
-        key = (id(form), wanted, left)
-        if key not in self.closed:
-            self.closed[key] = (len(self.closed), form.close(wanted, left))
-        number, model = self.closed[key]
-        members = draft.members
-
-        def terminals(places: tuple[Terminal, ...]) -> tuple[Terminal, ...]:
-            return tuple([Terminal(names[place], leads) for place, leads in places])
-
+        form, names, members = draft.form, draft.tensors, draft.members
+        key = (id(form), left, *[names[place] in needed for place, _ in form.writes])
+        found = self.closed.get(key)
+        if found is None:
+            found = self.closed[key] = (len(self.closed), form.close(key[2:], left))
+        number, model = found
         combines, halos, slots = model.combines, model.halos, model.slots
         if combines:
             combines = tuple([
@@ -226,11 +222,13 @@ class _Forms:
             ])  # fmt: skip
         if slots:
             slots = tuple([(members[index], slot, read) for index, slot, read in slots])
-        work = tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work])
+        reads = tuple([Terminal(names[place], leads) for place, leads in model.reads])
+        writes = tuple([Terminal(names[place], leads) for place, leads in model.writes])
+        inner = tuple([Terminal(names[place], leads) for place, leads in model.inner])
+        work = tuple([Work(flops, factors, dtype, tuple([members[i] for i in mine])) for flops, factors, dtype, mine in model.work])
         return Cluster(
-            tuple(members[::-1]), model.units, terminals(model.reads), terminals(model.writes), work, combines, halos,
-            model.times, model.read_times, model.read_shares, model.write_shares, model.moves_bytes, model.apart, number,
-            (), slots, terminals(model.inner) if model.inner else (),
+            tuple(members[::-1]), model.units, reads, writes, work, combines, halos, model.times, model.read_times,
+            model.read_shares, model.write_shares, model.moves_bytes, model.apart, number, (), slots, inner,
         )  # fmt: skip
 
 
@@ -260,11 +258,11 @@ class _Form:
         self.steps: dict[Hashable, _Step] = {}
 
     def _copy(self) -> _Form:
-        new = _Form(self.adds)
-        new.fusible, new.times, new.count, new.moves = self.fusible, self.times, self.count, self.moves
+        new = _Form.__new__(_Form)
+        new.adds, new.fusible, new.times, new.count, new.moves = self.adds, self.fusible, self.times, self.count, self.moves
         new.units, new.combines, new.halos, new.apart = self.units[:], self.combines[:], self.halos[:], self.apart[:]
-        new.reads, new.writes, new.work, new.inner = dict(self.reads), dict(self.writes), dict(self.work), dict(self.inner)
-        new.slots, new.united = dict(self.slots), dict(self.united)
+        new.reads, new.writes, new.work, new.inner = self.reads.copy(), self.writes.copy(), self.work.copy(), self.inner.copy()
+        new.slots, new.united, new.steps = self.slots.copy(), self.united.copy(), {}
         return new
 
     def after(self, operator: Operator, digest: _Digest, tensors: list[Tensor]) -> _Step:

@@ -80,6 +80,8 @@ def find_sums(
 def _carried(operators: Sequence[Operator], readers: Sequence[Sequence[int]]) -> dict[int, int]:
     """{what a round of a loop sees of a carry that is only added to: the boundary of the carry}."""
     totals = {operator.operands[0] for operator in operators if operator.name == VIEW and TOTAL in operator.path[-3:-2]}
+    if not totals:
+        return {}
     return {
         operator.results[0]: index for index, operator in enumerate(operators)
         if operator.name == BOUNDARY and len(operator.results) == 2 and operator.results[1] in totals

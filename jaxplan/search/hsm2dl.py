@@ -18,6 +18,8 @@ SWEEPS = 6
 PATIENCE = 2
 """Rounds without improvement before a bounded (inexact) elimination of a small problem gives up: each round keeps other variables
 fixed. Larger ones have one."""
+GAIN = 3e-4
+"""By what share re-opening one block of axes must improve a larger problem for the others to be re-opened after it."""
 BLOCK_LIMIT = 30_000
 """Table entries up to which several axes are re-opened at once."""
 BLOCK_CAP = 1 << 16
@@ -232,7 +234,7 @@ def _sweep(
     pricer: Pricer, elimination: list[int], choices: np.ndarray, blocks: Sequence[tuple[int, ...]], cap: int
 ) -> tuple[np.ndarray, float]:
     """Re-open one block of axes after the other, given the others, until nothing improves; in larger problems, until all blocks
-    but one have improved nothing."""
+    but one have improved hardly anything."""
     choices, tally, small = choices.copy(), [0] * len(choices), len(choices) <= SMALL
     seconds, idle = math.nan, 0
     for turn in range(SWEEPS * len(blocks)):
@@ -243,11 +245,13 @@ def _sweep(
         seconds = seconds if turn else tables.price(now)
         options, exact = solve(tables, elimination, now, tally, cap)
         improved = seconds if options is now else tables.price(options)
-        if improved < seconds * (1 - 1e-9):
+        gained = 1 - improved / seconds if improved < seconds else 0.0
+        if gained > 1e-9:
             choices, seconds = _picked(rows, options), improved
-            idle = 1 if exact and small else 0
-        else:
+        if gained <= (1e-9 if small else GAIN):
             idle += 1
+        else:
+            idle = 1 if exact and small else 0
         if idle >= (len(blocks) * (1 if exact else PATIENCE) if small else max(1, len(blocks) - 1)):
             break
     return choices, seconds
