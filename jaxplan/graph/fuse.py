@@ -225,7 +225,7 @@ class _Forms:
         reads = tuple([Terminal(names[place], leads) for place, leads in model.reads])
         writes = tuple([Terminal(names[place], leads) for place, leads in model.writes])
         inner = tuple([Terminal(names[place], leads) for place, leads in model.inner])
-        work = tuple([Work(flops, factors, dtype, tuple([members[i] for i in mine])) for flops, factors, dtype, mine in model.work])
+        work = tuple([Work(w.flops, w.factors, w.dtype, tuple([members[i] for i in w.members])) for w in model.work])
         return Cluster(
             tuple(members[::-1]), model.units, reads, writes, work, combines, halos, model.times, model.read_times,
             model.read_shares, model.write_shares, model.moves_bytes, model.apart, number, (), slots, inner,

@@ -53,16 +53,15 @@ def hsm2dl(problem: Problem) -> Assignment:
     if problem.limit < math.inf:
         return limited(problem, _AtPrices(problem), "hsm2dl")
     axes = _open_axes(problem)
-    folded, expand = fold(problem, 0)
+    (folded, expand), (fine, unfold) = fold(problem, 0), finest(problem)
     coarse = len(folded.nodes)
+    large = max(len(fine.nodes), coarse) > SMALL
     pricer, elimination = Pricer(folded), elimination_order(folded)
-    tried = _recursions(pricer, elimination, axes)
-    best = fused(pricer, elimination, tried)
-    fine, unfold = finest(problem)
+    best = fused(pricer, elimination, _recursions(pricer, elimination, axes, exchanged=not large))
     if len(fine.nodes) > coarse:
         best = restricted(fine, expand(best), unfold)
         folded, expand, pricer, elimination = fine, unfold, Pricer(fine, pricer), elimination_order(fine)
-    if len(folded.nodes) > SMALL:
+    if large:
         best, seconds = _swept(pricer, elimination, crossed(pricer, elimination, best, axes), axes[::-1])
     else:
         best, seconds = _settled(pricer, elimination, best, axes)
@@ -109,11 +108,11 @@ def _open_axes(problem: Problem) -> list[int]:
     return [a for a in (problem.axis_order or range(len(problem.axes))) if any(n.options[a] > 1 for n in problem.nodes)]
 
 
-def _recursions(pricer: Pricer, elimination: list[int], axes: list[int]) -> list[np.ndarray]:
-    """What every order of the axes finds, axes that are alike exchanged as well."""
+def _recursions(pricer: Pricer, elimination: list[int], axes: list[int], exchanged: bool = True) -> list[np.ndarray]:
+    """What every order of the axes finds; `exchanged`: with axes that are alike exchanged as well."""
     problem = pricer.problem
     nothing = np.zeros((len(problem.nodes), len(problem.axes)), dtype=np.int64)
-    swaps = _swaps(axes, problem.alike, len(problem.axes))
+    swaps = _swaps(axes, problem.alike if exchanged else (), len(problem.axes))
     tried: dict[tuple[Hashable, ...], np.ndarray] = {}
     for order in _orders(axes):
         labels = tuple([problem.alike[a] if problem.alike else a for a in order])

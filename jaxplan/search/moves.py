@@ -75,30 +75,34 @@ def _polished_along(
 
 def _proposed(
     pricer: Pricer, elimination: list[int], relaxation: Relaxation, grove: Grove, best: list[int], sweeps: int,
-    rng: np.random.Generator,
+    rng: np.random.Generator, others: Sequence[list[int]] = (),
 ) -> list[int]:
-    """An assignment crossed with what messages propose after some more sweeps of them: numbers of options, as forests have
-    them."""
+    """An assignment crossed with `others`, and with what messages propose after some more sweeps of them: numbers of options, as
+    forests have them."""
     for turn in range(sweeps):
         relaxation.sweep(turn % 2 == 0, math.inf)
     proposed = relaxation.decided(forward=True)
     for _ in range(POLISHED):
         proposed = grove.moved(proposed, rng)
-    numbers = [(one,) if one == other else (one, other) for one, other in zip(best, proposed, strict=True)]
+    numbers = [tuple(dict.fromkeys(several)) for several in zip(best, proposed, *others, strict=True)]
     candidates = [rows[list(own)] for rows, own in zip(relaxation.rows, numbers, strict=True)]
     return [own[k] for own, k in zip(numbers, _best_of(pricer, elimination, candidates).tolist(), strict=True)]
 
 
 def crossed(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """An assignment (nodes, axes) at least as good, by little work: for every two axes it is crossed once with what messages
-    propose, and a few forests are re-opened. Pairs of axes whose joint prices are too many to write out are left as they are."""
+    propose, and with itself where these axes, being alike, have changed places; and a few forests are re-opened. Pairs of axes
+    whose joint prices are too many to write out are left as they are."""
+    alike = pricer.problem.alike
     for pair in combinations(axes, 2):
         try:
             relaxation = Relaxation(pricer.problem, evaluate(pricer.problem, choices), pair, choices)
         except TooLarge:
             continue
         grove, rng = Grove(relaxation), np.random.default_rng(SEED)
-        options = _proposed(pricer, elimination, relaxation, grove, grove.numbered(choices), FEW_SWEEPS, rng)
+        options = grove.numbered(choices)
+        others = [grove.exchanged(options, *pair)] if alike and alike[pair[0]] == alike[pair[1]] else []
+        options = _proposed(pricer, elimination, relaxation, grove, options, FEW_SWEEPS, rng, others)
         for _ in range(FEW_FORESTS):
             options = grove.moved(options, rng)
         choices = relaxation.choices(options)
@@ -145,6 +149,19 @@ class Grove:
         """Per node, the number of its choice among those open to it."""
         rows = self._relaxation.rows
         return [int((mine == choice).all(1).argmax()) for mine, choice in zip(rows, choices, strict=True)]
+
+    def exchanged(self, options: list[int], one: int, other: int) -> list[int]:
+        """Options with what two axes do exchanged, but for nodes to which that is not open."""
+        found = []
+        for rows, option in zip(self._relaxation.rows, options, strict=True):
+            row = rows[option]
+            if row[one] != row[other]:
+                turned = row.copy()
+                turned[[one, other]] = row[[other, one]]
+                same = (rows == turned).all(1)
+                option = int(same.argmax()) if same.any() else option
+            found.append(option)
+        return found
 
     def price(self, options: list[int]) -> float:
         """Seconds of one option per node (an illegal pair counts as cut: dear)."""
