@@ -191,11 +191,11 @@ def share_views(flat: Flat, apart: Set[Path] = frozenset()) -> list[Operator]:
         for index in found:
             swapped = tuple([view if t == tensor else t for t in operators[index].operands])
             operators[index] = operators[index]._replace(operands=swapped)
-    placed = []
-    for index, operator in enumerate(operators):
-        placed += [view for _, view in views.get(index, ())]
-        placed.append(operator)
-    return placed
+    placed, begin = list[Operator](), 0
+    for index in sorted(views):
+        placed += [*operators[begin:index], *[view for _, view in views[index]]]
+        begin = index
+    return placed + operators[begin:]
 
 
 @lru_cache(maxsize=4096)

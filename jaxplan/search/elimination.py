@@ -89,16 +89,16 @@ def solve(
     """(an option per variable, whether it is proven optimal). `order`: the variables as they are to be eliminated.
 
     Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets of at most `piece` entries (None: `cap`),
-    then two rounds that start from what they found, or from `known` (an option per variable) where that is cheaper, and build
-    no larger tables. With an `incumbent`: variables that would grow a table too far keep its option this time, so the result is
-    never worse; it is the incumbent itself where nothing is better. `tally` counts how often each was kept, so that the next
-    call keeps others.
+    then two rounds that start from what they found and build no larger tables; or, with `known` (an option per variable), the
+    cheaper of that and what they found. With an `incumbent`: variables that would grow a table too far keep its option this
+    time, so the result is never worse; it is the incumbent itself where nothing is better. `tally` counts how often each was
+    kept, so that the next call keeps others.
     """
     tally = tally if tally is not None else [0] * len(tables.costs)
     if incumbent is None:
         found, exact = _Buckets(tables, cap, piece).run(order, None, tally)
-        if not exact and known is not None and tables.price(known) < tables.price(found):
-            found = known
+        if not exact and known is not None:
+            return (known if tables.price(known) < tables.price(found) else found), False
         for _ in range(0 if exact else 2):
             found, _ = solve(tables, order, found, tally, piece or cap)
         return found, exact
