@@ -34,6 +34,10 @@ PASSES = 6
 ROUNDING, NOISE, LEAN = 2, (0.0003, 0.01), 0.1
 """Passes before the dual is rounded; what strategies then cost more at random, in costs per node, between these; and the standard
 deviation of the logarithm by which multipliers differ from the best ones."""
+HUB_NOISE = 0.0003, 0.03
+"""What strategies of hubs cost more at random while diving, in costs per node and chain, between these."""
+DIVING = 10**9
+"""One in so many walks does not begin with a dive."""
 RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
 """Chunks of moves of a walk that pays for its usage, and its first heat, in costs per node, between these."""
 FOREST = 80
@@ -234,8 +238,9 @@ class Search:
             began = self.incumbent.clock()
             self.ascend(began + ASCENDING * (self.deadline - began))
             self.team.show(self.dual)
-            if self.size <= BRANCHED:
-                self.team.tree = Tree(self.dual, self.look)
+            tree = Tree(self.dual, self.look)
+            if self.size <= BRANCHED or len(tree.hubs):
+                self.team.tree = tree
             self.work()
 
     @contextlib.contextmanager
@@ -275,7 +280,8 @@ class Search:
                 self.dual = self.team.dual
             if tree is None and self.team.tree is not None:
                 tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
-            family.add(family.level(self.relaxed(), self.dual.best_multipliers))
+            diving = tree if tree is not None and len(tree.hubs) and number % DIVING else None
+            family.add(family.level(self.relaxed(diving), self.dual.best_multipliers))
             self.breed(family)
             if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
@@ -366,13 +372,18 @@ class Search:
         if self.dual.best - before <= 1e-3 * abs(before):
             self.step *= 0.5
 
-    def relaxed(self) -> Walk:
+    def relaxed(self, tree: Tree | None = None) -> Walk:
         """A short walk that pays for its usage instead of keeping the limit, from the dual's solution at other costs and
-        multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time."""
-        best = self.dual.best_multipliers
-        multipliers = best * np.exp(LEAN * self.rng.standard_normal(len(best)))
-        noise = _between(NOISE, self.rng) * abs(self.dual.best + self.dual.offset) / self.size
-        walk = Walk(self.core, self.dual.rounded(multipliers, ROUNDING, noise, self.rng))
+        multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time. With a tree,
+        it begins where a dive there ends."""
+        dual = self.dual
+        unit = abs(dual.best + dual.offset) / self.size
+        if tree is None:
+            multipliers = dual.best_multipliers * np.exp(LEAN * self.rng.standard_normal(len(dual.best_multipliers)))
+        else:
+            dual = tree.dive(_between(HUB_NOISE, self.rng) * unit, self.rng, self.check)
+            multipliers = dual.multipliers
+        walk = Walk(self.core, dual.rounded(multipliers, ROUNDING, _between(NOISE, self.rng) * unit, self.rng))
         heat = _between(RELAXED_HEATS, self.rng)
         for chunk in range(RELAXED):
             cool = chunk / max(1, RELAXED - 2)
