@@ -27,8 +27,10 @@ STEPS, FIRST_STEP, LAST_STEP = 30, 0.01, 1e-5
 """Steps of the ascent in each half, falling geometrically between these."""
 HUB_STEPS, HUB_FIRST_STEP = 10, 3e-4
 """The same where a hub was split, which changes messages more than multipliers."""
-DIVING_STEP = 1e-4
+DIVING_STEP = 1e-5
 """Steps while diving."""
+RIVALS = 2
+"""Open problems, at random, of which the one of least bound is dived from."""
 SETTLING = 2
 """Passes before a dual is read."""
 LUMP = 1e-4
@@ -226,14 +228,14 @@ class Tree:
         return mine & ~left, mine & left
 
     def dive(self, noise: float, rng: np.random.Generator, check: Callable[[], None]) -> Dual:
-        """The dual in which all hubs are decided, of one of the open problems: that of the lesser bound of two at random.
+        """The dual in which all hubs are decided, of one of the open problems: that of the least bound of a few at random.
 
         `noise`: what strategies cost more at random, per chain through their node.
         """
         with self.front.lock:
             leaves = list(self.front.leaves)
         if leaves:
-            leaf = min(leaves[k] for k in rng.integers(len(leaves), size=2).tolist())
+            leaf = min(leaves[k] for k in rng.integers(len(leaves), size=RIVALS).tolist())
         else:
             leaf = self.root
         self.bar = 4.0 * abs(leaf.bound)

@@ -18,7 +18,7 @@ from jaxplan.solve.dual import Dual
 
 HUB, MOST = 16, 100
 """Edges of a hub, at least, and hubs, at most: those of most edges."""
-CLEAR = 1e-5
+CLEAR = 1e-4
 """A hub whose second strategy costs this share of the bound more is clear: the others need not be told before the next one."""
 SETTLING = 3
 """Steps after the last hub is decided."""
