@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.solve.core import BARRED
-from jaxplan.solve.diving import dive, hubs_of
+from jaxplan.solve.diving import dive, hubs_of, keep
 from jaxplan.solve.dual import Dual
 
 STEPS, FIRST_STEP, LAST_STEP = 30, 0.01, 1e-5
@@ -29,6 +29,8 @@ HUB_STEPS, HUB_FIRST_STEP = 10, 3e-4
 """The same where a hub was split, which changes messages more than multipliers."""
 DIVING_STEP = 1e-5
 """Steps while diving."""
+FREED = 0.7
+"""Hubs that are decided anew where the others are kept: a share of at most this."""
 RIVALS = 2
 """Open problems, at random, of which the one of least bound is dived from."""
 SETTLING = 2
@@ -227,18 +229,21 @@ class Tree:
         mine = self.owner == node
         return mine & ~left, mine & left
 
-    def dive(self, noise: float, rng: np.random.Generator, check: Callable[[], None]) -> Dual:
+    def dive(self, noise: float, rng: np.random.Generator, check: Callable[[], None], like: np.ndarray | None = None) -> Dual:
         """The dual in which all hubs are decided, of one of the open problems: that of the least bound of a few at random.
 
-        `noise`: what strategies cost more at random, per chain through their node.
+        `noise`: what strategies cost more at random, per chain through their node. `like`: positions that most hubs keep.
         """
         with self.front.lock:
             leaves = list(self.front.leaves)
-        if leaves:
+        leaf = self.root
+        if leaves and like is None:
             leaf = min(leaves[k] for k in rng.integers(len(leaves), size=RIVALS).tolist())
-        else:
-            leaf = self.root
+        kept = self.hubs[:0]
+        if like is not None:
+            kept = self.hubs[rng.random(len(self.hubs)) >= FREED * rng.random()]
         self.bar = 4.0 * abs(leaf.bound)
         self.load(leaf)
-        dive(self.dual, self.hubs, noise * self.chains, self.bar, DIVING_STEP, rng, check)
+        keep(self.dual, kept, self.core.start[kept] + like[kept], self.bar) if like is not None else None
+        dive(self.dual, self.hubs[~np.isin(self.hubs, kept)], noise * self.chains, self.bar, DIVING_STEP, rng, check)
         return self.dual

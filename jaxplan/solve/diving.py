@@ -20,8 +20,10 @@ HUB, MOST = 16, 100
 """Edges of a hub, at least, and hubs, at most: those of most edges."""
 CLEAR = 1e-4
 """A hub whose second strategy costs this share of the bound more is clear: the others need not be told before the next one."""
-SETTLING = 3
-"""Steps after the last hub is decided."""
+PASSES = 2
+"""Passes before the first hub is decided."""
+SETTLING, FIRST_STEP = 12, 1e-3
+"""Steps after the last hub is decided, falling geometrically from the first one on."""
 
 
 def hubs_of(core: Core) -> np.ndarray:
@@ -40,6 +42,16 @@ def marginal(core, costs, inbox, message, v, out):
         add(out, message, inbox[i], count)
 
 
+def keep(dual: Dual, nodes: np.ndarray, strategies: np.ndarray, bar: float) -> None:
+    """Decide these nodes in the dual, in place, for these strategies of all: the other ones of theirs cost `bar` more."""
+    core = dual.core
+    cost = core.cost.copy()
+    for v, kept in zip(nodes.tolist(), strategies.tolist()):
+        cost[core.start[v] : core.start[v + 1]] += bar
+        cost[kept] -= bar
+    dual.core = core._replace(cost=cost)
+
+
 def dive(
     dual: Dual, hubs: np.ndarray, noise: np.ndarray, bar: float, step: float, rng: np.random.Generator, check: Callable[[], None]
 ) -> None:
@@ -48,7 +60,7 @@ def dive(
     core = dual.core
     cost = core.cost.copy()
     dual.core = core._replace(cost=cost)
-    dual.passes(1)
+    dual.passes(PASSES)
     scale, out, told = abs(dual.best + dual.offset), np.zeros(int(np.diff(core.start).max())), True
     for v in hubs.tolist():
         if not told:
@@ -60,5 +72,5 @@ def dive(
         told = bool((np.delete(out[: end - begin], chosen) >= out[chosen] + CLEAR * scale).all())
         cost[begin:end] += bar
         cost[begin + chosen] -= bar
-    for _ in range(SETTLING):
-        dual.ascend(step)
+    for last in np.geomspace(FIRST_STEP, step, SETTLING).tolist():
+        dual.ascend(last)

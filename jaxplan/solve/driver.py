@@ -36,6 +36,8 @@ ROUNDING, NOISE, LEAN = 2, (0.0003, 0.01), 0.1
 deviation of the logarithm by which multipliers differ from the best ones."""
 HUB_NOISE = 0.0003, 0.03
 """What strategies of hubs cost more at random while diving, in costs per node and chain, between these."""
+DIVES, LIKELY = 3, 0.7
+"""Dives until one has a bound below the best known cost, at most; and how likely one keeps most of the best one's hubs."""
 DIVING = 10**9
 """One in so many walks does not begin with a dive."""
 RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
@@ -281,7 +283,7 @@ class Search:
             if tree is None and self.team.tree is not None:
                 tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
             diving = tree if tree is not None and len(tree.hubs) and number % DIVING else None
-            family.add(family.level(self.relaxed(diving), self.dual.best_multipliers))
+            family.add(family.level(self.relaxed(diving, family.best), self.dual.best_multipliers))
             self.breed(family)
             if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
@@ -372,7 +374,7 @@ class Search:
         if self.dual.best - before <= 1e-3 * abs(before):
             self.step *= 0.5
 
-    def relaxed(self, tree: Tree | None = None) -> Walk:
+    def relaxed(self, tree: Tree | None = None, best: Walk | None = None) -> Walk:
         """A short walk that pays for its usage instead of keeping the limit, from the dual's solution at other costs and
         multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time. With a tree,
         it begins where a dive there ends."""
@@ -381,7 +383,11 @@ class Search:
         if tree is None:
             multipliers = dual.best_multipliers * np.exp(LEAN * self.rng.standard_normal(len(dual.best_multipliers)))
         else:
-            dual = tree.dive(_between(HUB_NOISE, self.rng) * unit, self.rng, self.check)
+            for _ in range(DIVES):
+                like = best.chosen if best is not None and self.rng.random() < LIKELY else None
+                dual = tree.dive(_between(HUB_NOISE, self.rng) * unit, self.rng, self.check, like)
+                if dual.best + dual.offset < self.incumbent.cost:
+                    break
             multipliers = dual.multipliers
         walk = Walk(self.core, dual.rounded(multipliers, ROUNDING, _between(NOISE, self.rng) * unit, self.rng))
         heat = _between(RELAXED_HEATS, self.rng)
