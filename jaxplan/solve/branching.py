@@ -140,7 +140,10 @@ class Tree:
         """Split a problem, or close it."""
         self.bar = 4.0 * abs(cutoff)
         self.load(leaf)
-        self.dual.passes(SETTLING)
+        if leaf.message is None or not len(self.hubs):
+            self.dual.passes(SETTLING)
+        else:
+            self.dual.price()  # its messages were settled when it was opened
         split = self.split(leaf, cutoff)
         if split is None:
             self.front.close(leaf.bound)

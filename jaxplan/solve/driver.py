@@ -38,8 +38,10 @@ HUB_NOISE = 0.0003, 0.03
 """What strategies of hubs cost more at random while diving, in costs per node and chain, between these."""
 DIVES, LIKELY = 3, 0.7
 """Dives until one has a bound below the best known cost, at most; and how likely one keeps most of the best one's hubs."""
-DIVING = 10**9
-"""One in so many walks does not begin with a dive."""
+PLAIN = 4
+"""Of so many walks, one begins without a dive."""
+APART = 0.01
+"""Gap above which hubs are dived for and branched on."""
 RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
 """Chunks of moves of a walk that pays for its usage, and its first heat, in costs per node, between these."""
 FOREST = 80
@@ -275,6 +277,7 @@ class Search:
     def work(self) -> None:
         """Walks are merged in families that take turns, and problems split, until `check` ends it."""
         family, number, tree = Family(self.core, self.rng, self.repeats), 0, None
+        hubs = len(family.hubs) > 0
         while number < self.rounds:
             number += 1
             if self.place:
@@ -282,8 +285,8 @@ class Search:
                 self.dual = self.team.dual
             if tree is None and self.team.tree is not None:
                 tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
-            diving = tree if tree is not None and len(tree.hubs) and number % DIVING else None
-            family.add(family.level(self.relaxed(diving, family.best), self.dual.best_multipliers))
+            diver = tree if hubs and number % PLAIN and self.apart else None
+            family.add(family.level(self.relaxed(diver, family.best), self.dual.best_multipliers))
             self.breed(family)
             if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
@@ -291,11 +294,16 @@ class Search:
                 self.keep(family)
             if family.stale >= PATIENCE:
                 family = self.succeed(family)
-            if tree is not None:
+            if tree is not None and (self.apart or not hubs):
                 self.branch(tree)
             elif self.place == 0 and number % REFINED == 0:
                 self.refine()
                 self.team.show(self.dual)
+
+    @property
+    def apart(self) -> bool:
+        """Cost and bound are so far apart that the dual cannot be right about all hubs."""
+        return not self.incumbent.cost - self.incumbent.bound <= APART * abs(self.incumbent.cost)
 
     def breed(self, family: Family) -> None:
         """Merge a family, and keep what is better than anything known."""
