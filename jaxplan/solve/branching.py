@@ -4,6 +4,7 @@ Where few nodes take much of what is limited, the dual may mix a strategy that t
 bound stays far below every feasible cost. So a node's strategies are split by what their usage costs at the multipliers, where
 that differs most; both halves have a dual of their own, which begins at the messages and multipliers of what was split. The
 problem of least bound is split next. Where usage does not differ, it is the node on most chains that has two strategies left.
+Hubs (`diving.py`) come before all others: while one has strategies that could be in a cheaper solution, the dual takes half of each.
 """
 
 from __future__ import annotations
@@ -208,8 +209,9 @@ class Tree:
         beyond = (total - np.minimum.reduceat(total, start)[self.owner]) / self.chains[self.owner]
         near = leaf.open & (beyond <= cutoff - leaf.bound)
         several = np.add.reduceat(near, start, dtype=np.int64) > 1
-        for hub in self.hubs[several[self.hubs]].tolist():
-            return self.halved(hub, near, beyond)
+        waiting = self.hubs[several[self.hubs]]
+        if len(waiting):
+            return self.halved(int(waiting[0]), near, beyond)
         priced = dual.costs - dual.core.cost
         high = np.maximum.reduceat(np.where(near, priced, -math.inf), start)
         low = np.minimum.reduceat(np.where(near, priced, math.inf), start)
@@ -239,14 +241,12 @@ class Tree:
         """
         with self.front.lock:
             leaves = list(self.front.leaves)
-        leaf = self.root
-        if leaves and like is None:
-            leaf = min(leaves[k] for k in rng.integers(len(leaves), size=RIVALS).tolist())
-        kept = self.hubs[:0]
-        if like is not None:
-            kept = self.hubs[rng.random(len(self.hubs)) >= FREED * rng.random()]
+        free = rng.random(len(self.hubs)) < (1.0 if like is None else FREED * rng.random())
+        leaf = min(leaves[k] for k in rng.integers(len(leaves), size=RIVALS).tolist()) if leaves and like is None else self.root
         self.bar = 4.0 * abs(leaf.bound)
         self.load(leaf)
-        keep(self.dual, kept, self.core.start[kept] + like[kept], self.bar) if like is not None else None
-        dive(self.dual, self.hubs[~np.isin(self.hubs, kept)], noise * self.chains, self.bar, DIVING_STEP, rng, check)
+        if like is not None:
+            kept = self.hubs[~free]
+            keep(self.dual, kept, like[kept], self.bar)
+        dive(self.dual, self.hubs[free], noise * self.chains, self.bar, DIVING_STEP, rng, check)
         return self.dual

@@ -42,14 +42,14 @@ def marginal(core, costs, inbox, message, v, out):
         add(out, message, inbox[i], count)
 
 
-def keep(dual: Dual, nodes: np.ndarray, strategies: np.ndarray, bar: float) -> None:
-    """Decide these nodes in the dual, in place, for these strategies of all: the other ones of theirs cost `bar` more."""
-    core = dual.core
-    cost = core.cost.copy()
-    for v, kept in zip(nodes.tolist(), strategies.tolist()):
-        cost[core.start[v] : core.start[v + 1]] += bar
-        cost[kept] -= bar
-    dual.core = core._replace(cost=cost)
+def keep(dual: Dual, nodes: np.ndarray, positions: np.ndarray, bar: float) -> None:
+    """Decide these nodes in the dual, in place, for a position each: what is not chosen costs `bar` more."""
+    start = dual.core.start
+    cost = dual.core.cost.copy()
+    for v, position in zip(nodes.tolist(), positions.tolist()):
+        cost[start[v] : start[v + 1]] += bar
+        cost[start[v] + position] -= bar
+    dual.core = dual.core._replace(cost=cost)
 
 
 def dive(

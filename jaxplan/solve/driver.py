@@ -68,8 +68,8 @@ REFINED = 12
 """New walks between two ascents of the dual."""
 PATIENCE = 6
 """Merges that gain nothing to speak of, after which it is another family's turn."""
-BRANCHED, BRANCHES = 1000, 3
-"""Nodes of the largest problem that branches, and problems that are split after each new walk."""
+BRANCHED, BRANCHES, HUB_BRANCHES = 1000, 3, 4
+"""Nodes of the largest problem that branches without hubs, and problems that are split after each new walk, without and with them."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
 PROVEN = 1e-9
@@ -294,7 +294,7 @@ class Search:
                 self.keep(family)
             if family.stale >= PATIENCE:
                 family = self.succeed(family)
-            if tree is not None and (self.apart or not hubs):
+            if tree is not None and (self.apart or self.size <= BRANCHED):
                 self.branch(tree)
             elif self.place == 0 and number % REFINED == 0:
                 self.refine()
@@ -303,7 +303,8 @@ class Search:
     @property
     def apart(self) -> bool:
         """Cost and bound are so far apart that the dual cannot be right about all hubs."""
-        return not self.incumbent.cost - self.incumbent.bound <= APART * abs(self.incumbent.cost)
+        cost = self.incumbent.cost
+        return not math.isfinite(cost) or cost - self.incumbent.bound > APART * abs(cost)
 
     def breed(self, family: Family) -> None:
         """Merge a family, and keep what is better than anything known."""
@@ -312,7 +313,9 @@ class Search:
 
     def branch(self, tree: Tree) -> None:
         """Split some of the open problems, once there is a cost to compare bounds with."""
-        for _ in range(BRANCHES if math.isfinite(self.incumbent.cost) else 0):
+        if not math.isfinite(self.incumbent.cost):
+            return
+        for _ in range(HUB_BRANCHES if len(tree.hubs) else BRANCHES):
             tree.grow(self.incumbent.cost)
             self.incumbent.prove(min(tree.bound, self.incumbent.cost))
             self.check()
