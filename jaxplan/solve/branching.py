@@ -4,7 +4,7 @@ Where few nodes take much of what is limited, the dual may mix a strategy that t
 bound stays far below every feasible cost. So a node's strategies are split by what their usage costs at the multipliers, where
 that differs most; both halves have a dual of their own, which begins at the messages and multipliers of what was split. The
 problem of least bound is split next. Where usage does not differ, it is the node on most chains that has two strategies left.
-Hubs (`diving.py`) come before all others: while one has strategies that could be in a cheaper solution, the dual takes half of each.
+Hubs (`diving.py`), of which the dual takes a part of several strategies too, are split before all others.
 """
 
 from __future__ import annotations

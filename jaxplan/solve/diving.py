@@ -1,9 +1,10 @@
 """Hubs, and diving: a walk's start at which the nodes of many edges are decided one after the other, by the dual.
 
-Some nodes are read all over a program: masks, positions, one scale for all layers. Half of the graph follows each of them, so walks,
-which change few nodes at once, stay on the side of a hub on which they begin, and merging, whose tables would grow too large, leaves
-it where it is. The dual knows better: what a hub's strategy costs all around it is in the messages. So hubs are decided in order of
-their edges, the largest first, each at its least min-marginal, and after each that was not clear a pass tells the others.
+Some nodes are read all over a program: masks, positions, one scale for all layers. Half of the graph follows each of them, so
+walks, which change few nodes at once, stay on the side of a hub on which they begin, and merging, whose tables would grow too
+large, leaves it where it is. The dual knows better: what a hub's strategy costs all around it is in the messages. So hubs are
+decided in order of their edges, the largest first, each at its least min-marginal, and after each that was not clear the others
+are told by a step of the dual.
 """
 
 from __future__ import annotations

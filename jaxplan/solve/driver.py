@@ -69,7 +69,7 @@ REFINED = 12
 PATIENCE = 6
 """Merges that gain nothing to speak of, after which it is another family's turn."""
 BRANCHED, BRANCHES, HUB_BRANCHES = 1000, 3, 4
-"""Nodes of the largest problem that branches without hubs, and problems that are split after each new walk, without and with them."""
+"""Nodes of the largest problem that branches without hubs; problems that are split after each new walk, without hubs and with."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
 PROVEN = 1e-9
@@ -388,7 +388,7 @@ class Search:
     def relaxed(self, tree: Tree | None = None, best: Walk | None = None) -> Walk:
         """A short walk that pays for its usage instead of keeping the limit, from the dual's solution at other costs and
         multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time. With a tree,
-        it begins where a dive there ends."""
+        it begins where a dive there ends, now and then one that keeps most hubs of the `best`."""
         dual = self.dual
         unit = abs(dual.best + dual.offset) / self.size
         if tree is None:
