@@ -4,6 +4,7 @@ Where few nodes take much of what is limited, the dual may mix a strategy that t
 bound stays far below every feasible cost. So a node's strategies are split by what their usage costs at the multipliers, where
 that differs most; both halves have a dual of their own, which begins at the messages and multipliers of what was split. The
 problem of least bound is split next. Where usage does not differ, it is the node on most chains that has two strategies left.
+Hubs (`diving.py`), of which the dual takes a part of several strategies too, are split before all others.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxplan.solve.core import BARRED
+from jaxplan.solve.diving import dive, hubs_of, keep
 from jaxplan.solve.dual import Dual
 
 STEPS, FIRST_STEP, LAST_STEP = 30, 0.01, 1e-5
 """Steps of the ascent in each half, falling geometrically between these."""
+HUB_STEPS, HUB_FIRST_STEP = 10, 3e-4
+"""The same where a hub was split, which changes messages more than multipliers."""
+DIVING_STEP = 1e-5
+"""Steps while diving."""
+FREED = 0.7
+"""Hubs that are decided anew where the others are kept: a share of at most this."""
+RIVALS = 2
+"""Open problems, at random, of which the one of least bound is dived from."""
 SETTLING = 2
 """Passes before a dual is read."""
 LUMP = 1e-4
@@ -99,7 +109,9 @@ class Tree:
         width = counts[ends]
         self.strategy = np.repeat(core.start[ends] - (np.cumsum(width) - width), width) + np.arange(int(width.sum()))
         everything = np.ones(len(core.cost), dtype=bool)
-        self.front = Front([Leaf(dual.best + dual.offset, 0, everything, dual.best_multipliers, None)])
+        self.root = Leaf(dual.best + dual.offset, 0, everything, dual.best_multipliers, None)
+        self.front = Front([self.root])
+        self.hubs = hubs_of(core)
         self.bar = 0.0  # what a closed strategy costs more: any sum makes the bound hold, a moderate one keeps its digits
 
     def twin(self, found: Callable[[np.ndarray], None]) -> Tree:
@@ -129,16 +141,21 @@ class Tree:
         """Split a problem, or close it."""
         self.bar = 4.0 * abs(cutoff)
         self.load(leaf)
-        self.dual.passes(SETTLING)
+        if leaf.message is None or not len(self.hubs):
+            self.dual.passes(SETTLING)
+        else:
+            self.dual.price()  # its messages were settled when it was opened
         split = self.split(leaf, cutoff)
         if split is None:
             self.front.close(leaf.bound)
             return
+        node = self.owner[split[0].argmax()]
+        steps = (HUB_STEPS, HUB_FIRST_STEP) if node in self.hubs else (STEPS, FIRST_STEP)
         for half in (leaf.open & ~split[0], leaf.open & ~split[1]):
             if not self.propagate(half):
                 continue  # nothing is possible in it
             self.load(leaf, half)
-            bound = max(leaf.bound, self.climb(cutoff))
+            bound = max(leaf.bound, self.climb(cutoff, *steps))
             if bound >= cutoff:
                 self.front.close(bound)
                 continue
@@ -173,10 +190,10 @@ class Tree:
                     queue.append(w)
         return True
 
-    def climb(self, cutoff: float) -> float:
-        """Ascend the loaded dual: its bound."""
+    def climb(self, cutoff: float, steps: int, first: float) -> float:
+        """Ascend the loaded dual by so many steps, from the first one on: its bound."""
         dual = self.dual
-        for step in np.geomspace(FIRST_STEP, LAST_STEP, STEPS).tolist():
+        for step in np.geomspace(first, LAST_STEP, steps).tolist():
             _, chosen = dual.ascend(step)
             if dual.best + dual.offset >= cutoff:
                 break
@@ -191,6 +208,10 @@ class Tree:
         total = dual.costs + np.bincount(self.strategy, dual.message, len(dual.costs))
         beyond = (total - np.minimum.reduceat(total, start)[self.owner]) / self.chains[self.owner]
         near = leaf.open & (beyond <= cutoff - leaf.bound)
+        several = np.add.reduceat(near, start, dtype=np.int64) > 1
+        waiting = self.hubs[several[self.hubs]]
+        if len(waiting):
+            return self.halved(int(waiting[0]), near, beyond)
         priced = dual.costs - dual.core.cost
         high = np.maximum.reduceat(np.where(near, priced, -math.inf), start)
         low = np.minimum.reduceat(np.where(near, priced, math.inf), start)
@@ -198,13 +219,34 @@ class Tree:
         if high[node] - low[node] > LUMP * abs(leaf.bound):
             left = priced <= 0.5 * (high[node] + low[node])
         else:
-            ties = np.where(np.add.reduceat(near, start, dtype=np.int64) > 1, self.chains, 0)
+            ties = np.where(several, self.chains, 0)
             node = int(ties.argmax())
-            if not ties[node]:
-                return None
-            mine = np.flatnonzero(near & (self.owner == node))
-            left = beyond <= np.sort(beyond[mine])[(len(mine) - 1) // 2]
-            if left[mine].all():  # all tie
-                left[mine[len(mine) // 2 :]] = False
+            return self.halved(node, near, beyond) if ties[node] else None
         mine = self.owner == node
         return mine & ~left, mine & left
+
+    def halved(self, node: int, near: np.ndarray, beyond: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The node's strategies, split in the middle of those that are near, by how far they are beyond its best one."""
+        among = np.flatnonzero(near & (self.owner == node))
+        left = beyond <= np.sort(beyond[among])[(len(among) - 1) // 2]
+        if left[among].all():  # all tie
+            left[among[len(among) // 2 :]] = False
+        mine = self.owner == node
+        return mine & ~left, mine & left
+
+    def dive(self, noise: float, rng: np.random.Generator, check: Callable[[], None], like: np.ndarray | None = None) -> Dual:
+        """The dual in which all hubs are decided, of one of the open problems: that of the least bound of a few at random.
+
+        `noise`: what strategies cost more at random, per chain through their node. `like`: positions that most hubs keep.
+        """
+        with self.front.lock:
+            leaves = list(self.front.leaves)
+        free = rng.random(len(self.hubs)) < (1.0 if like is None else FREED * rng.random())
+        leaf = min(leaves[k] for k in rng.integers(len(leaves), size=RIVALS).tolist()) if leaves and like is None else self.root
+        self.bar = 4.0 * abs(leaf.bound)
+        self.load(leaf)
+        if like is not None:
+            kept = self.hubs[~free]
+            keep(self.dual, kept, like[kept], self.bar)
+        dive(self.dual, self.hubs[free], noise * self.chains, self.bar, DIVING_STEP, rng, check)
+        return self.dual

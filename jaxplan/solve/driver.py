@@ -34,6 +34,14 @@ PASSES = 6
 ROUNDING, NOISE, LEAN = 2, (0.0003, 0.01), 0.1
 """Passes before the dual is rounded; what strategies then cost more at random, in costs per node, between these; and the standard
 deviation of the logarithm by which multipliers differ from the best ones."""
+HUB_NOISE = 0.0003, 0.03
+"""What strategies of hubs cost more at random while diving, in costs per node and chain, between these."""
+DIVES, LIKELY = 3, 0.7
+"""Dives until one has a bound below the best known cost, at most; and how likely one keeps most of the best one's hubs."""
+PLAIN = 4
+"""Of so many walks, one begins without a dive."""
+APART = 0.01
+"""Gap above which hubs are dived for and branched on."""
 RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
 """Chunks of moves of a walk that pays for its usage, and its first heat, in costs per node, between these."""
 FOREST = 80
@@ -60,8 +68,8 @@ REFINED = 12
 """New walks between two ascents of the dual."""
 PATIENCE = 6
 """Merges that gain nothing to speak of, after which it is another family's turn."""
-BRANCHED, BRANCHES = 1000, 3
-"""Nodes of the largest problem that branches, and problems that are split after each new walk."""
+BRANCHED, BRANCHES, HUB_BRANCHES = 1000, 3, 4
+"""Nodes of the largest problem that branches without hubs; problems that are split after each new walk, without hubs and with."""
 BLUR = 3.0
 """How much more the costs of strategies are blurred than results may get worse."""
 PROVEN = 1e-9
@@ -234,8 +242,9 @@ class Search:
             began = self.incumbent.clock()
             self.ascend(began + ASCENDING * (self.deadline - began))
             self.team.show(self.dual)
-            if self.size <= BRANCHED:
-                self.team.tree = Tree(self.dual, self.look)
+            tree = Tree(self.dual, self.look)
+            if self.size <= BRANCHED or len(tree.hubs):
+                self.team.tree = tree
             self.work()
 
     @contextlib.contextmanager
@@ -268,6 +277,7 @@ class Search:
     def work(self) -> None:
         """Walks are merged in families that take turns, and problems split, until `check` ends it."""
         family, number, tree = Family(self.core, self.rng, self.repeats), 0, None
+        hubs = len(family.hubs) > 0
         while number < self.rounds:
             number += 1
             if self.place:
@@ -275,7 +285,8 @@ class Search:
                 self.dual = self.team.dual
             if tree is None and self.team.tree is not None:
                 tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
-            family.add(family.level(self.relaxed(), self.dual.best_multipliers))
+            diver = tree if hubs and number % PLAIN and self.apart else None
+            family.add(family.level(self.relaxed(diver, family.best), self.dual.best_multipliers))
             self.breed(family)
             if number % TURN == 0 and (family.best is None or family.stale):
                 walk = self.returned(family)
@@ -283,11 +294,17 @@ class Search:
                 self.keep(family)
             if family.stale >= PATIENCE:
                 family = self.succeed(family)
-            if tree is not None:
+            if tree is not None and (self.apart or self.size <= BRANCHED):
                 self.branch(tree)
             elif self.place == 0 and number % REFINED == 0:
                 self.refine()
                 self.team.show(self.dual)
+
+    @property
+    def apart(self) -> bool:
+        """Cost and bound are so far apart that the dual cannot be right about all hubs."""
+        cost = self.incumbent.cost
+        return not math.isfinite(cost) or cost - self.incumbent.bound > APART * abs(cost)
 
     def breed(self, family: Family) -> None:
         """Merge a family, and keep what is better than anything known."""
@@ -296,7 +313,9 @@ class Search:
 
     def branch(self, tree: Tree) -> None:
         """Split some of the open problems, once there is a cost to compare bounds with."""
-        for _ in range(BRANCHES if math.isfinite(self.incumbent.cost) else 0):
+        if not math.isfinite(self.incumbent.cost):
+            return
+        for _ in range(HUB_BRANCHES if len(tree.hubs) else BRANCHES):
             tree.grow(self.incumbent.cost)
             self.incumbent.prove(min(tree.bound, self.incumbent.cost))
             self.check()
@@ -366,13 +385,22 @@ class Search:
         if self.dual.best - before <= 1e-3 * abs(before):
             self.step *= 0.5
 
-    def relaxed(self) -> Walk:
+    def relaxed(self, tree: Tree | None = None, best: Walk | None = None) -> Walk:
         """A short walk that pays for its usage instead of keeping the limit, from the dual's solution at other costs and
-        multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time."""
-        best = self.dual.best_multipliers
-        multipliers = best * np.exp(LEAN * self.rng.standard_normal(len(best)))
-        noise = _between(NOISE, self.rng) * abs(self.dual.best + self.dual.offset) / self.size
-        walk = Walk(self.core, self.dual.rounded(multipliers, ROUNDING, noise, self.rng))
+        multipliers, both a little: alike strategies tie in the dual, and are then told apart differently each time. With a tree,
+        it begins where a dive there ends, now and then one that keeps most hubs of the `best`."""
+        dual = self.dual
+        unit = abs(dual.best + dual.offset) / self.size
+        if tree is None:
+            multipliers = dual.best_multipliers * np.exp(LEAN * self.rng.standard_normal(len(dual.best_multipliers)))
+        else:
+            for _ in range(DIVES):
+                like = best.chosen if best is not None and self.rng.random() < LIKELY else None
+                dual = tree.dive(_between(HUB_NOISE, self.rng) * unit, self.rng, self.check, like)
+                if dual.best + dual.offset < self.incumbent.cost:
+                    break
+            multipliers = dual.multipliers
+        walk = Walk(self.core, dual.rounded(multipliers, ROUNDING, _between(NOISE, self.rng) * unit, self.rng))
         heat = _between(RELAXED_HEATS, self.rng)
         for chunk in range(RELAXED):
             cool = chunk / max(1, RELAXED - 2)

@@ -145,11 +145,14 @@ class Dual:
             setattr(twin, name, getattr(self, name).copy())
         return twin
 
+    def price(self) -> None:
+        """Let usages cost what they do at the multipliers."""
+        relaxed_costs(self.core, np.concatenate([[0.0], np.cumsum(self.multipliers)]), self.costs)
+
     def passes(self, count: int) -> tuple[float, np.ndarray, np.ndarray]:
         """Forward and backward passes at the multipliers: (bound, positions by conditioning, mean usage of the chains)."""
         core = self.core
-        prices = np.concatenate([[0.0], np.cumsum(self.multipliers)])
-        relaxed_costs(core, prices, self.costs)
+        self.price()
         messages = (self.inbox, self.message)
         chosen = np.zeros(len(core.start) - 1, dtype=np.int64)
         bound = -np.inf

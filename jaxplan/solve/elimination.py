@@ -329,7 +329,7 @@ def eliminate(sizes: np.ndarray, costs: np.ndarray, pairs: np.ndarray, tables: n
     if not HAVE_NUMBA or sizes.min(initial=2) < 2:
         return by_arrays(sizes, costs, pairs, tables, cells)
     found = np.zeros((len(sizes), costs.shape[1]), dtype=np.int64)
-    widest, spare = max(2, cells.bit_length() - 1), 4 * cells + 64 * len(sizes)
+    widest, spare = max(2, cells.bit_length() - 1), 4 * cells + 128 * len(sizes)
     while True:
         board = board_of(sizes, costs, pairs, tables, widest, spare)
         if run(board, cells):

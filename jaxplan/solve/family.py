@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxplan.solve.core import Core, core_cost, core_usage
 from jaxplan.solve.crossover import cross
+from jaxplan.solve.diving import hubs_of
 from jaxplan.solve.merging import merge
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.repeats import Repeats
@@ -47,6 +48,10 @@ class Family:
     made: list[np.ndarray] = field(default_factory=list)
     prices: np.ndarray | None = None
     stale: int = 0
+    hubs: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hubs = hubs_of(self.core)
 
     @property
     def cost(self) -> float:
@@ -81,7 +86,7 @@ class Family:
         factors = np.exp(np.linspace(-SPREAD, SPREAD, PRICES)[:, None] + BLUR * self.rng.standard_normal((PRICES, len(learned))))
         tried = learned * factors
         tried[0] = multipliers
-        merged = merge(core, base, others, np.concatenate([np.zeros((PRICES, 1)), np.cumsum(tried, axis=1)], axis=1))
+        merged = self.merged(base, others, np.concatenate([np.zeros((PRICES, 1)), np.cumsum(tried, axis=1)], axis=1), tried)
         check()
         costs = np.array([core_cost(core, chosen) for chosen in merged])
         over = np.maximum(np.array([core_usage(core, chosen) for chosen in merged]) - core.capacity, 0.0)
@@ -95,6 +100,20 @@ class Family:
         made = list({chosen.tobytes(): chosen for chosen in merged}.values())
         self.made = [made[i] for i in np.unique(np.linspace(0, len(made) - 1, KEPT).astype(int))]
         self.stale = 0 if self.cost < before - GAIN * abs(before) or before == math.inf else self.stale + 1
+
+    def merged(self, base: np.ndarray, others: list[np.ndarray], sums: np.ndarray, prices: np.ndarray) -> np.ndarray:
+        """For each price the better one of two merges where the latest walk has other hubs than the base: a merge leaves
+        hubs where its base has them, as a rule."""
+        core = self.core
+        found = merge(core, base, others, sums)
+        latest = self.recent[-1] if self.recent else base
+        if (latest[self.hubs] != base[self.hubs]).any():
+            again = merge(core, latest, [base, *others], sums)
+            for k, price in enumerate(prices):
+                worth = [core_cost(core, chosen[k]) + float(core_usage(core, chosen[k]) @ price) for chosen in (found, again)]
+                if worth[1] < worth[0]:
+                    found[k] = again[k]
+        return found
 
     def learn(self, prices: np.ndarray, multipliers: np.ndarray, over: np.ndarray, fits: np.ndarray, cost: float) -> None:
         """Change the prices by what came out: lower where the middle one fits, else higher where the limit is exceeded."""
