@@ -36,7 +36,8 @@ class Buffer:
 @dataclass(frozen=True)
 class Facts:
     """The order, who makes and who reads each tensor (places in the order), what fuses away. `kept`: for compilers that
-    materialise; `inner`: the layouts of what clusters do not leave."""
+    materialise; `inner`: the layouts of what clusters do not leave; `combined`: {operator: the place where its partial result is
+    combined}, of those that wait for others."""
 
     order: Order
     operators: Sequence[Operator]
@@ -48,6 +49,7 @@ class Facts:
     more: Stored = NOTHING
     kept: Kept = NO_MORE
     inner: Mapping[int, Layout] = field(default_factory=dict)
+    combined: Mapping[int, int] = field(default_factory=dict)
 
 
 class Roots:

@@ -93,9 +93,10 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], 
         for combine in cluster.combines if cluster.times else ():
             if combine.operator in facts.place:
                 at, tensor = facts.place[combine.operator], combine.result.tensor
-                partial[combine.operator] = Life(at, max(at, facts.more.waits.get(tensor, at)))
+                together = facts.combined.get(combine.operator, at)
+                partial[combine.operator] = Life(at, max(together, facts.more.waits.get(tensor, at)))
                 if not facts.fuses and not cluster.adds:
-                    scattered[combine.operator] = Life(at, until_sliced(facts, tensor, at))
+                    scattered[combine.operator] = Life(together, max(together, until_sliced(facts, tensor, at)))
         if graph.operators[cluster.members[-1]].name != VIEW and cluster.times:
             for write in cluster.writes:
                 if write.tensor not in held and write.tensor not in facts.fused and roots.of(write.tensor) in lives:

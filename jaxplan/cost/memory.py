@@ -29,13 +29,14 @@ from jaxplan.cost.buffers import (
     stored_besides,
 )
 from jaxplan.cost.build import Modelled
+from jaxplan.cost.combined import SUMS, combined
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import hands_on, stored
 from jaxplan.cost.heap import stack_by_size, stack_in_order
 from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
-from jaxplan.cost.schedule import run_order
+from jaxplan.cost.schedule import Together, run_order
 from jaxplan.cost.stage_memory import (
     as_one_loop,
     before_loop,
@@ -58,8 +59,6 @@ from jaxplan.layout import PARTIAL, Layout, shards
 
 COMBINED_BYTES = 128e6
 """Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
-
-SUMS = ("all_reduce", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -212,13 +211,22 @@ def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
 def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
     if modelled.numbers.machine.materialises:
-        alternates = modelled.stages is not None and bool(modelled.stages.asked.middle)
-        found = _facts(modelled.graph, True, sinks=not alternates)
         graph, key = modelled.graph, (id(modelled), choices.tobytes())
-        return graph.remembered("kept", key, lambda: kept_of(modelled, choices, found, graph.outputs))
+        return graph.remembered("kept", key, lambda: _materialised(modelled, choices))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
     return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))
+
+
+def _materialised(modelled: Modelled, choices: np.ndarray) -> Facts:
+    graph, alternates = modelled.graph, modelled.stages is not None and bool(modelled.stages.asked.middle)
+    facts = _facts(graph, True, sinks=not alternates)
+    together = combined(modelled, choices, facts)
+    if together:
+        facts = _facts(graph, True, sinks=not alternates, together=together)
+        last = {member: max([facts.place[m] for m in group]) for group in together for member in group}
+        facts = replace(facts, combined=last)
+    return kept_of(modelled, choices, facts, graph.outputs)
 
 
 def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iterable[int]) -> Facts:
@@ -244,7 +252,8 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     found = kept(graph, *orders, known, sizes, frozenset(sent), frozenset(partial), read, facts.fused, loops)
     readers = {t: [found.until[t]] if t in found.until else near for t, near in facts.readers.items()}
     fused = facts.fused | found.computed | single_layers(modelled, facts)
-    return replace(facts, fused=fused, readers=readers, kept=found, inner=inner)
+    whole = {t: at for index, at in facts.combined.items() for t in graph.operators[index].results if t not in found.begins}
+    return replace(facts, fused=fused, readers=readers, kept=found._replace(begins={**found.begins, **whole}), inner=inner)
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -328,8 +337,9 @@ def _facts(
     groups: int = 1,
     sinks: bool = True,
     totals: frozenset[int] = frozenset(),
+    together: Together = (),
 ) -> Facts:
-    order = run_order(graph, materialises)
+    order = run_order(graph, materialises, together)
     operators = [graph.operators[i] for i in order.sequence]
     places = {i: place for place, i in enumerate(order.sequence)}
     made: dict[int, int] = {}

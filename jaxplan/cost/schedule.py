@@ -4,7 +4,7 @@ Two families. Compilers that *materialise* (XLA on CPU) run each computation bre
 which it became so. What a rematerialised call outside of a loop computes again waits for all that the call reads since jaxlib
 0.11.1; before, it is computed at once, beside its first computation, and kept: only inside loops does rematerialisation save
 memory there. Compilers that *fuse* (XLA on TPU and GPU) keep program order. Seen in the compiled programs of jaxlib 0.10 to 0.12
-(`scripts/check_memory.py`).
+(`scripts/check_memory.py`). Who reads one of the partial sums that are combined together waits for all of them (`combined.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from jaxplan.rules import Rule
 Loop = tuple[Any, ...]
 """The path of a loop or branch; () is the program itself."""
 Unit = tuple[str, Any]
-"""What is ordered as one: a cluster, a whole loop, or the copy of an operand."""
+"""What is ordered as one: a cluster, a whole loop, the copy of an operand, or an exchange of several partial sums."""
+Together = tuple[tuple[int, ...], ...]
+"""Operators whose partial results are combined in one exchange, for every such exchange."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Order:
     ends: dict[Loop, int]
 
 
-@lru_cache(maxsize=8)
-def run_order(graph: Graph, materialises: bool) -> Order:
-    """The order for one family of compilers. Remembered per graph: it does not depend on layouts."""
+@lru_cache(maxsize=16)
+def run_order(graph: Graph, materialises: bool, together: Together = ()) -> Order:
+    """The order for one family of compilers. Remembered: of layouts it depends on nothing but what they combine `together`."""
     operators = _placed(graph.operators)
-    sequence = _breadth_first(graph, operators) if materialises else list(range(len(operators)))
+    sequence = _breadth_first(graph, together) if materialises else list(range(len(operators)))
     begins: dict[Loop, int] = {}
     ends: dict[Loop, int] = {}
     known = {op.path[:-2] for op in operators if op.name == BOUNDARY}
@@ -52,10 +54,15 @@ def run_order(graph: Graph, materialises: bool) -> Order:
     return Order(tuple(sequence), begins, ends)
 
 
-def _breadth_first(graph: Graph, operators: Sequence[Operator]) -> list[int]:
-    """Rematerialised calls wait where the compiler makes them, and clusters that hold work of several calls can do so."""
-    sequence = _Breadth(graph, operators, waits=_jax.REMAT_WAITS).run(())
-    return sequence if len(sequence) == len(operators) else _Breadth(graph, operators, waits=False).run(())
+def _breadth_first(graph: Graph, together: Together) -> list[int]:
+    """Rematerialised calls wait where the compiler makes them, and readers of partial sums for one another's, where clusters that
+    hold several things can do so."""
+    sequence: list[int] = []
+    for waits, groups in dict.fromkeys([(_jax.REMAT_WAITS, together), (False, together), (_jax.REMAT_WAITS, ()), (False, ())]):
+        sequence = _breadth(graph, waits).run((), groups)
+        if len(sequence) == len(graph.operators):
+            break
+    return sequence
 
 
 def _placed(operators: Sequence[Operator]) -> list[Operator]:
@@ -157,14 +164,25 @@ class _Breadth:
             theirs = copy
         needs.setdefault(mine, {})[theirs] = None
 
-    def run(self, loop: Loop) -> list[int]:
-        """Operator indices of a computation in order, loops inside it written out."""
-        members, needs = self._members.get(loop, {}), self._needs.get(loop, {})
+    def run(self, loop: Loop, together: Together = ()) -> list[int]:
+        """Operator indices of a computation in order, loops inside it written out. Who reads a sum waits for the exchange of all
+        that are combined `together`."""
+        members, needs = dict(self._members.get(loop, {})), self._needs.get(loop, {})
         missing = {unit: len(needs.get(unit, ())) for unit in members}
         users: dict[Unit, list[Unit]] = {}
         for unit in members:
             for source in needs.get(unit, ()):
                 users.setdefault(source, []).append(unit)
+        for group in together:
+            at = [self._at(member) for member in group]
+            makers = dict.fromkeys([unit for chain, unit in at if chain[-1] == loop])
+            exchange, readers = ("exchange", group), dict.fromkeys([user for unit in makers for user in users.get(unit, ())])
+            if makers:
+                members[exchange], missing[exchange], users[exchange] = [], len(makers), list(readers)
+                for unit in makers:
+                    users.setdefault(unit, []).append(exchange)
+                for user in readers:
+                    missing[user] += 1
         ready = deque([unit for unit in members if not missing[unit]])
         sequence: list[int] = []
         while ready:
@@ -176,10 +194,15 @@ class _Breadth:
             edges = members[unit]
             if unit[0] == "loop":
                 entering = [i for i in edges if self.operators[i].path[-2] == "in"]
-                sequence += [*entering, *self.run(unit[1]), *[i for i in edges if i not in entering]]
+                sequence += [*entering, *self.run(unit[1], together), *[i for i in edges if i not in entering]]
             else:
                 sequence += edges
         return sequence
+
+
+@lru_cache(maxsize=4)
+def _breadth(graph: Graph, waits: bool) -> _Breadth:
+    return _Breadth(graph, _placed(graph.operators), waits)
 
 
 def summed_last(rule: Rule) -> bool:

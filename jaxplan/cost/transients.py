@@ -69,13 +69,15 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
                 size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
                 size *= sent_wider(graph, facts, exchange.tensor)
                 at = place[exchange.operator]
-                last = facts.more.waits.get(exchange.tensor, at)
+                together = facts.combined.get(exchange.operator, at)
+                last = max(facts.more.waits.get(exchange.tensor, at), together)
                 if any(step.kind == "reduce_scatter" for step in exchange.steps):
                     last = max(last, facts.more.beside.get(exchange.tensor, at))
                 found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
                 parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
                 if parts > 1 and not facts.fuses and not cluster.adds:  # all is reduced (a sum's terms make room), then sliced
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size, at, until_sliced(facts, exchange.tensor, at), split))
+                    until = max(together, until_sliced(facts, exchange.tensor, at))
+                    found.append(Buffer(exchange.tensor, TRANSIENT, size, together, until, split))
                 if parts > 1 and facts.fuses:  # what goes round lies beside the whole
                     found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
