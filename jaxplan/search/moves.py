@@ -34,7 +34,7 @@ POLISHED = 2
 """Forests re-opened in a proposal before it is fused."""
 FEW_SWEEPS, FEW_FORESTS = 2, 2
 """What of these a large problem is given before single axes are swept."""
-FUSED_CAP = 1 << 16
+FUSED_CAP = 1 << 17
 """Entries of a table in fusing: with few options each, it is exact more often, which is faster than to begin again."""
 SEED = 0
 BETTER = 1e-9
