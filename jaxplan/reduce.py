@@ -77,29 +77,37 @@ def _folding(problem: Problem, rounds: int) -> _Folding:
 
 def _colours(problem: Problem, rounds: int) -> list[int]:
     """A class number per node, numbered by first appearance."""
-    table: dict[Hashable, int] = {}
-    colours = [
-        table.setdefault((node.kind if node.kind is not None else ("node", i), node.times, node.options), len(table))
-        for i, node in enumerate(problem.nodes)
-    ]
-    if rounds:
-        around: list[list[tuple[int, int]]] = [[] for _ in problem.nodes]
-        kinds: dict[Hashable, int] = {}
-        many = len(problem.nodes)  # more than there are colours, so that one number tells side, kind and colour
-        for number, edge in enumerate(problem.edges):
-            kind = kinds.setdefault(edge.kind if edge.kind is not None else ("edge", number), len(kinds))
-            around[edge.tail].append((2 * kind * many, edge.head))
-            around[edge.head].append(((2 * kind + 1) * many, edge.tail))
+    known = problem.structure.get("colours")
+    if known is None:
+        table: dict[Hashable, int] = {}
+        kinds = [(node.kind if node.kind is not None else ("node", i), node.times, node.options)
+                 for i, node in enumerate(problem.nodes)]  # fmt: skip
+        known = problem.structure["colours"] = [table.setdefault(kind, len(table)) for kind in kinds]
+    colours, count = known, max(known, default=-1) + 1
+    if rounds and problem.edges:
+        owners, others, places, begins = _sides(problem)
         for _ in range(rounds):
+            codes = places + np.array(colours)[others]
+            seen = codes[np.lexsort((codes, owners))].tolist()
             fresh: dict[Hashable, int] = {}
-            colours = [
-                fresh.setdefault((colours[i], *sorted([place + colours[j] for place, j in near])), len(fresh))
-                for i, near in enumerate(around)
-            ]
-            if len(fresh) == len(table):
+            spans = zip(colours, begins, begins[1:], strict=False)
+            colours = [fresh.setdefault((colour, *seen[begin:end]), len(fresh)) for colour, begin, end in spans]
+            if len(fresh) == count:
                 break
-            table = fresh
+            count = len(fresh)
     return colours
+
+
+def _sides(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Both ends of every edge: (the node; the other one; a number that tells side and kind, and leaves room for a colour; where
+    the ends of each node begin, sorted by it)."""
+    kinds: dict[Hashable, int] = {}
+    tails, heads = (np.array([edge[end] for edge in problem.edges]) for end in (0, 1))
+    named = [edge.kind if edge.kind is not None else ("edge", n) for n, edge in enumerate(problem.edges)]
+    sides = 2 * len(problem.nodes) * np.array([kinds.setdefault(kind, len(kinds)) for kind in named])
+    owners = np.concatenate([tails, heads])
+    begins = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(problem.nodes)))])
+    return owners, np.concatenate([heads, tails]), np.concatenate([sides, sides + len(problem.nodes)]), begins.tolist()
 
 
 @dataclass(frozen=True)
