@@ -78,7 +78,21 @@ def test_usages_tell_the_true_peak_of_the_plan_they_were_made_from(name, machine
     assert peak(problem, plan.choices).usage == pytest.approx(plan.peak_bytes, rel=1e-9)
     meter = Meter(problem)
     level = meter.levels(meter.amounts(plan.choices))
-    assert level == pytest.approx(plan.memory.over_all(len(level)))
+    assert level == pytest.approx(plan.memory.over_all(plan.memory.sequence))
+
+
+def test_what_is_taken_is_told_in_the_order_of_another_plan():
+    """Partial sums that are combined together order the operators, so that plans do not run them in one order."""
+    program = programs()["decoder_unrolled"]
+    one, other = [
+        jaxplan.make_plan(program.fn, *program.args, mesh=AbstractMesh(sizes, ("x", "y")), machine="cpu", memory_budget=math.inf)
+        for sizes in ((1, 1), (4, 2))
+    ]
+    order = one.memory.sequence
+    assert order != other.memory.sequence and sorted(order) == sorted(other.memory.sequence)
+    mine, again = other.memory.over_all(other.memory.sequence), other.memory.over_all(order)
+    assert again[order.index(7)] == mine[other.memory.sequence.index(7)] and again[-2:].tolist() == mine[-2:].tolist()
+    assert again.max() == mine.max() and (again != mine).any()
 
 
 CASES = [

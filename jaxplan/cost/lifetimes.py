@@ -44,8 +44,8 @@ class Lifetimes:
     layout is another; `beside` and `pieces`, of what exchanges need more while they run, where parts are gathered along a
     dimension that is not the outermost, or all send to all; `gathered`, of state that stays while its new value is gathered;
     `ties`: the readings of new state by its old place. By operator: `partial`, of partial results; `scattered`, of those more
-    that are scattered. `places`: in all. `local`: bytes per device of a tensor in a layout; `stored`: tensors for which it is
-    equal are stored alike.
+    that are scattered. `sequence`: the operators in that order. `local`: bytes per device of a tensor in a layout; `stored`:
+    tensors for which it is equal are stored alike.
     """
 
     held: Mapping[int, Sequence[Life]]
@@ -57,9 +57,14 @@ class Lifetimes:
     ties: frozenset[tuple[int, int]]
     partial: Mapping[int, Life]
     scattered: Mapping[int, Life]
-    places: int
+    sequence: Sequence[int]
     local: Local
     stored: Callable[[int], Hashable]
+
+    @property
+    def places(self) -> int:
+        """In all: those of the order, and two after it."""
+        return len(self.sequence) + 2
 
 
 def waits(modelled: Modelled, choices: np.ndarray) -> bool:
@@ -117,7 +122,7 @@ def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], 
 
     return Lifetimes(
         held, *_copied(modelled, facts), *_on_the_way(modelled, facts), _kept(modelled, facts, replaced),
-        frozenset(_ties(modelled)), partial, scattered, places, local_sizes(modelled, facts), stored,
+        frozenset(_ties(modelled)), partial, scattered, facts.order.sequence, local_sizes(modelled, facts), stored,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class Memory:
     worst moment: `temporaries`. `live`: the buffers of that moment, or, where places in memory are given in order, those that the
     highest address stands on, of which some may be gone already (`cost/heap.py`); largest first. `results`: the buffers of the
     outputs, `given`: of the arguments; `moment`: the place of it in the order of operators; `over`: what lives besides arguments
-    and outputs at every place of that order; `buffers`: all that is stored besides arguments, those of outputs too."""
+    and outputs at every place of that order, `sequence`; `buffers`: all that is stored besides arguments, outputs too."""
 
     arguments: float
     outputs: float
@@ -78,18 +78,22 @@ class Memory:
     moment: int
     over: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
     buffers: tuple[Buffer, ...] = field(default=(), repr=False, compare=False)
+    sequence: Sequence[int] = field(default=(), repr=False, compare=False)
 
     @property
     def peak(self) -> float:
         """All of it."""
         return self.arguments + self.outputs + self.temporaries
 
-    def over_all(self, places: int) -> np.ndarray:
-        """(places,) all that is taken at each place of the order, arguments and outputs included: what lives, stretched so that
-        the most is the peak (a heap may reach higher than what lives in it)."""
+    def over_all(self, sequence: Sequence[int]) -> np.ndarray:
+        """All that is taken while each operator of a sequence runs, and at two places after it, arguments and outputs included:
+        what lives, stretched so that the most is the peak (a heap may reach higher than what lives in it)."""
         most = float(self.over.max(initial=0.0))
-        found = np.full(places, self.arguments + self.outputs)
-        found[: len(self.over)] += self.over[:places] * (self.temporaries / most if most else 1.0)
+        found = np.full(len(sequence) + 2, self.arguments + self.outputs)
+        found[: len(self.over)] += self.over * (self.temporaries / most if most else 1.0)
+        if sequence != self.sequence:  # what is combined together differs from plan to plan, and with it the order
+            place = {operator: at for at, operator in enumerate(self.sequence)}
+            found[: len(sequence)] = found[[place[operator] for operator in sequence]]
         return found
 
 
@@ -168,7 +172,7 @@ def memory(
     arguments, total = sum(b.nbytes for b in given), sum(own.values())
     return Memory(
         float(arguments), float(total), most, tuple(live), tuple(results.values()), tuple(given), at, lives[:-1],
-        tuple(buffers if machine.materialises else heap),
+        tuple(buffers if machine.materialises else heap), facts.order.sequence,
     )  # fmt: skip
 
 
@@ -208,20 +212,21 @@ def running_order(modelled: Modelled, choices: np.ndarray) -> Sequence[int]:
     return facts_of(modelled, choices, gathered).order.sequence
 
 
-def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> Facts:
-    """What a plan leaves to layouts. `gathered`: the state that products may hide behind."""
+def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int], apart: bool = False) -> Facts:
+    """What a plan leaves to layouts. `gathered`: the state that products may hide behind; `apart`: the operators are compiled in
+    parts, over which no sums are combined together."""
     if modelled.numbers.machine.materialises:
-        graph, key = modelled.graph, (id(modelled), choices.tobytes())
-        return graph.remembered("kept", key, lambda: _materialised(modelled, choices))
+        graph, key = modelled.graph, (id(modelled), choices.tobytes(), apart)
+        return graph.remembered("kept", key, lambda: _materialised(modelled, choices, apart))
     scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
     groups = _groups(modelled, choices) if hidden else 1
     return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))
 
 
-def _materialised(modelled: Modelled, choices: np.ndarray) -> Facts:
+def _materialised(modelled: Modelled, choices: np.ndarray, apart: bool) -> Facts:
     graph, alternates = modelled.graph, modelled.stages is not None and bool(modelled.stages.asked.middle)
     facts = _facts(graph, True, sinks=not alternates)
-    together = combined(modelled, choices, facts)
+    together = () if apart else combined(modelled, choices, facts)
     if together:
         facts = _facts(graph, True, sinks=not alternates, together=together)
         last = {member: max([facts.place[m] for m in group]) for group in together for member in group}

@@ -100,6 +100,5 @@ def _facts(modelled: Modelled, choices: np.ndarray, facts: Facts, piece: Piece) 
                 readers.setdefault(tensor, []).append(place)
     inside = frozenset(sunk(modelled.graph, operators, readers) - leaving)
     at = {index: place for place, index in enumerate(sequence) if index >= 0}
-    alone = replace(facts, kept=NO_MORE, combined={})
-    found = replace(alone, order=order, operators=operators, made=made, readers=readers, fused=inside, place=at)
+    found = replace(facts, order=order, operators=operators, made=made, readers=readers, fused=inside, place=at, kept=NO_MORE)
     return kept_of(modelled, choices, found, leaving)

@@ -42,7 +42,7 @@ def within(
     levels = [meter.levels(meter.amounts(choices))[: lives.places] for choices, _ in like]
     waits, late = _waiting(modelled, lives, waiting, donated) if waiting is not None else ([], np.zeros(lives.places))
     for (choices, memory), taken in zip(like, levels, strict=True):
-        more = memory.over_all(lives.places)
+        more = memory.over_all(lives.sequence)
         more[: len(taken)] -= taken
         ends = [[choices[node][None] for node in usage.nodes] for usage in waits]
         if any(float(usage.amount(*rows)[0, 0]) for usage, rows in zip(waits, ends, strict=True)):

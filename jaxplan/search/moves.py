@@ -35,7 +35,8 @@ POLISHED = 2
 FEW_SWEEPS, FEW_FORESTS = 2, 2
 """What of these a large problem is given before single axes are swept."""
 FUSED_CAP = 1 << 17
-"""Entries of a table in fusing: with few options each, it is exact more often, which is faster than to begin again."""
+"""Entries of a table in fusing: few options each make it exact more often, and where it is not, what it misses is not searched
+again."""
 SEED = 0
 BETTER = 1e-9
 """What counts as an improvement, as a fraction."""

@@ -77,7 +77,8 @@ class _Held:
         self.micro, self.program, self.plan = micro, program, plan
         modelled = plan.modelled
         self.graph, self.materialises = modelled.graph, modelled.numbers.machine.materialises
-        self.facts = facts_of(modelled, plan.choices, {} if self.materialises else gathered_state(modelled, plan.choices))
+        gathered = {} if self.materialises else gathered_state(modelled, plan.choices)
+        self.facts = facts_of(modelled, plan.choices, gathered, apart=True)
         self.local = local_sizes(modelled, self.facts)
         self.at = {op.path: op for op in self.graph.operators}
         self.jaxpr, self.loop = plan.traced.jaxpr.jaxpr, loop_of(program)
