@@ -176,7 +176,8 @@ class _Breadth:
         for group in together:
             at = [self._at(member) for member in group]
             makers = dict.fromkeys([unit for chain, unit in at if chain[-1] == loop])
-            exchange, readers = ("exchange", group), dict.fromkeys([user for unit in makers for user in users.get(unit, ())])
+            readers = dict.fromkeys([user for unit in makers for user in users.get(unit, ()) if user[0] != "exchange"])
+            exchange = ("exchange", group)
             if makers:
                 members[exchange], missing[exchange], users[exchange] = [], len(makers), list(readers)
                 for unit in makers:
