@@ -572,7 +572,7 @@ def _certified(plan: Plan, request: Request, budget: float) -> Plan:
     plan = replace(plan, bound=proven.bound)
     if isinstance(request.search, str) and proven.seconds < plan.seconds:
         better = replace(plan, choices=modelled.complete(frugal(modelled, proven.choices, proven.seconds)))
-        if better.peak_bytes <= budget:
+        if better.fits(budget):
             return better
     return plan
 

@@ -241,8 +241,8 @@ class Choosing(Generic[SomePlan]):
     resized: bool = False
 
     def fits(self, plan: SomePlan) -> bool:
-        """Whether a plan stays within the budget. Its peak is not asked for where there is none."""
-        return self.budget == math.inf or plan.peak_bytes <= self.budget
+        """Whether a plan stays within the budget."""
+        return plan.fits(self.budget)
 
     def fitted(self, attempt: Attempt[SomePlan], plan: SomePlan) -> SomePlan:
         """The best plan that stays within the budget. `plan`: the best without one. Raises NothingFits."""

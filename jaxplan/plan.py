@@ -18,6 +18,7 @@ from jaxplan.cost import (
     Modelled,
     Reading,
     Step,
+    ceiling,
     cluster_exchanges,
     hidden_work,
     memory,
@@ -507,6 +508,13 @@ class Plan:
             return make()
         whole = (modelled.kin, modelled.setting.order, self.choices.tobytes(), *key)
         return modelled.graph.remembered(what, whole, make)
+
+    def fits(self, nbytes: float) -> bool:
+        """Whether `peak_bytes` is no more than that. Where even all that is ever stored would fit, it is not worked out."""
+        if "memory" in self.__dict__ or nbytes == math.inf:
+            return nbytes == math.inf or self.peak_bytes <= nbytes
+        places = self.layouts, self.input_layouts, self.output_layouts
+        return ceiling(self.modelled, self.choices, *places) <= nbytes or self.peak_bytes <= nbytes
 
     @property
     def peak_bytes(self) -> float:

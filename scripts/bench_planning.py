@@ -2,7 +2,7 @@
 
     python scripts/bench_planning.py [--repeat 3] [--depths 12,24,48,96]
 
-Planning is graph + model + search, without tracing; medians over `--repeat` interleaved repetitions, JAX's caches cleared before
+Planning is graph + model + search + whether that fits into a device's memory, without tracing; medians over `--repeat` interleaved repetitions, JAX's caches cleared before
 each. Machines are noisy: read the ratios, not the seconds.
 """
 
@@ -24,14 +24,14 @@ from jaxplan.examples.decoder import FULL, decoder
 MESHES = [[(8,), (64,), (4096,), (65536,)], [(4, 2), (16, 16), (64, 64), (256, 256)]]
 
 
-def measure(make: Callable[[], Any], mesh: tuple[int, ...], repeat: int) -> tuple[float, float]:
-    """(median seconds of tracing, median seconds of planning)."""
+def measure(make: Callable[[], Any], mesh: tuple[int, ...], repeat: int, budget: float | None = None) -> tuple[float, float]:
+    """(median seconds of tracing, median seconds of planning). `budget`: bytes per device; None: the machine's memory."""
     traced, planned = [], []
     for _ in range(repeat):
         jax.clear_caches()
         program = make()
         abstract = AbstractMesh(mesh, tuple("xyzw"[: len(mesh)]))
-        plan = jaxplan.make_plan(program.fn, *program.args, mesh=abstract, machine="v4", memory_budget=math.inf)
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=abstract, machine="v4", memory_budget=budget)
         traced.append(plan.stages["trace"])
         planned.append(sum(value for name, value in plan.stages.items() if name != "trace"))
     return statistics.median(traced), statistics.median(planned)
@@ -60,7 +60,8 @@ def main() -> None:
     for family in MESHES:
         start = 0.0
         for mesh in family:
-            _, plan = measure(lambda: decoder(replace(base, batch=65536), "scan"), mesh, options.repeat)
+            # a batch for 65,536 devices does not fit into the memory of 8
+            _, plan = measure(lambda: decoder(replace(base, batch=65536), "scan"), mesh, options.repeat, math.inf)
             start = start or plan
             print(f"{'x'.join(map(str, mesh)):15s} {plan:13.3f} {plan / start:10.2f}", flush=True)
 

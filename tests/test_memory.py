@@ -15,7 +15,7 @@ from conftest import mesh_of
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
-from jaxplan.cost import facts_of
+from jaxplan.cost import ceiling, facts_of
 from jaxplan.cost.buffers import OUTPUT, Buffer, outside_outputs
 from jaxplan.cost.heap import stack_by_size
 from jaxplan.cost.schedule import run_order
@@ -529,3 +529,15 @@ def test_sums_are_combined_together_unless_one_needs_the_other():
     lines = [line for line in plan.jit().lower(*args).compile().as_text().splitlines() if " all-reduce(" in line]
     compiled = [len(re.findall(r"f32\[", line.split(" all-reduce(")[0])) for line in lines]
     assert sorted(n for n in compiled if n > 1) == sorted(groups.values()) and len(groups) > 0
+
+
+@pytest.mark.parametrize("machine", ["v4", "v5e", "h100", "cpu"])
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2)])
+def test_no_peak_is_above_what_is_ever_stored(shape, machine):
+    mesh = AbstractMesh(shape, tuple("xyz"[: len(shape)]))
+    for program in programs().values():
+        plan = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine=machine, memory_budget=float("inf"), pipeline=None)
+        most = ceiling(plan.modelled, plan.choices, plan.layouts, plan.input_layouts, plan.output_layouts)
+        assert plan.peak_bytes <= most < float("inf"), program.name
+        for nbytes in (0.9 * plan.peak_bytes, plan.peak_bytes, 0.99 * most, most):
+            assert replace(plan).fits(nbytes) == (plan.peak_bytes <= nbytes)

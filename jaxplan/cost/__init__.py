@@ -1,9 +1,11 @@
 """Room `cost`: rule + choice + mesh -> BSP terms; the only home of each formula. Knows no primitive by name."""
 
 from jaxplan.cost.build import Modelled, Reading, model
+from jaxplan.cost.ceiling import ceiling
 from jaxplan.cost.exchange import Step, reshard_steps
+from jaxplan.cost.hidden import gathered_state, hidden_work
 from jaxplan.cost.lifetimes import waits
-from jaxplan.cost.memory import Buffer, Memory, facts_of, gathered_state, hidden_work, local_sizes, memory, running_order
+from jaxplan.cost.memory import Buffer, Memory, facts_of, local_sizes, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.pieces import Piece, compiled_piece_bytes, piece_bytes
 from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_layout, write_layout
@@ -24,6 +26,7 @@ __all__ = [
     "Stages",
     "Staging",
     "Step",
+    "ceiling",
     "certainly_within",
     "cluster_exchanges",
     "compiled_piece_bytes",

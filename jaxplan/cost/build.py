@@ -11,7 +11,7 @@ import numpy as np
 from jaxplan.cost.clusters import ClusterPrice, Clusters, Combines
 from jaxplan.cost.fusing import rounded
 from jaxplan.cost.numbers import Numbers
-from jaxplan.cost.price import AxisOptions, Option, Setting, terminal_layout, write_layout
+from jaxplan.cost.price import AxisOptions, Exchange, Option, Setting, cluster_exchanges, terminal_layout, write_layout
 from jaxplan.cost.prices import ReshardPrice, Reshards
 from jaxplan.cost.stages import Stages
 from jaxplan.graph import Cluster, Graph, Operator, Terminal
@@ -91,6 +91,19 @@ class Modelled:
         if self.stages is not None:
             return self._layouts_of(choices)
         return self.graph.remembered("layouts read", (self.kin, choices.tobytes()), lambda: self._layouts_of(choices))
+
+    def combining(self, choices: np.ndarray) -> list[tuple[int, Exchange]]:
+        """(cluster, exchange) wherever a cluster makes a partial result whole, under an assignment of clusters."""
+        key = self.kin, self.setting.order, choices.tobytes()
+        if self.stages is not None:
+            return self._combining(choices)
+        return self.graph.remembered("combining", key, lambda: self._combining(choices))
+
+    def _combining(self, choices: np.ndarray) -> list[tuple[int, Exchange]]:
+        return [
+            (index, exchange) for index, cluster in enumerate(self.graph.clusters) if cluster.combines
+            for exchange in cluster_exchanges(cluster, self.chosen(choices, index), self.setting)
+        ]  # fmt: skip
 
     def states(self, choices: np.ndarray) -> list[int]:
         """Per cluster a number for what it does: equal for clusters of equal options that choose alike."""

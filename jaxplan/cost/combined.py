@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxplan.cost.buffers import Facts
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.price import cluster_exchanges
 from jaxplan.cost.schedule import Together
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.rules import Kind
@@ -57,12 +56,11 @@ def combined(modelled: Modelled, choices: np.ndarray, facts: Facts) -> Together:
 def _kinds(modelled: Modelled, choices: np.ndarray, facts: Facts) -> dict[int, Hashable]:
     """{place of an operator whose partial result is combined: what another one has to agree in to be combined with it}."""
     graph, found = modelled.graph, dict[int, Hashable]()
-    for index, cluster in enumerate(graph.clusters):
-        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
-            step = next((step for step in exchange.steps if step.kind in SUMS), None)
-            if step is not None and exchange.operator in facts.place:
-                op = graph.operators[exchange.operator]
-                sums = not any(factor.kind is Kind.COMBINE for factor in op.rule.factors)
-                dtype = graph.tensors[exchange.tensor].dtype
-                found[facts.place[exchange.operator]] = (op.scope, frozenset(step.axes), dtype, "sum" if sums else op.name)
+    for _, exchange in modelled.combining(choices):
+        step = next((step for step in exchange.steps if step.kind in SUMS), None)
+        if step is not None and exchange.operator in facts.place:
+            op = graph.operators[exchange.operator]
+            sums = not any(factor.kind is Kind.COMBINE for factor in op.rule.factors)
+            dtype = graph.tensors[exchange.tensor].dtype
+            found[facts.place[exchange.operator]] = (op.scope, frozenset(step.axes), dtype, "sum" if sums else op.name)
     return found

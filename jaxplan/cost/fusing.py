@@ -58,7 +58,6 @@ NOTHING = Stored(frozenset(), {}, {}, frozenset(), {}, {}, {}, {}, (), ())
 
 def stored(
     graph: Graph,
-    operators: Sequence[Operator],
     scattered: frozenset[int] = frozenset(),
     hidden: Mapping[int, float] = NO_SHARES,
     loops: Sequence[tuple[int, int]] = (),
@@ -66,14 +65,14 @@ def stored(
     groups: int = 1,
     totals: frozenset[int] = frozenset(),
 ) -> Stored:
-    """Of operators in the order in which they run.
+    """Of a graph's operators, which run in its order.
 
     `scattered`: places of products whose partial sums are scattered: these are stored before anything else is computed from them.
     `hidden`: {place of what can run beside the gathers of state that end a call: what share of their time it takes}. `loops`:
     (first, last place) of each. `gathers`: how many there are, `groups`: in how many at once partial sums are combined; `totals`:
     places of additions of partial sums, stored to be combined.
     """
-    kernels = graph.remembered("kernels", tuple(map(id, operators)), lambda: _Kernels(graph, operators), 1)
+    operators, kernels = graph.operators, kernels_of(graph)
     found = _Fused(kernels, scattered, totals)
     found.put_off(hidden, loops, gathers, groups)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
@@ -89,15 +88,25 @@ def hands_on(operator: Operator) -> bool:
     return operator.name == VIEW or (operator.name == BOUNDARY and operator.path[-2] == "in")
 
 
-def in_a_loop(operator: Operator) -> bool:
-    """Whether a compiler computes an operator element by element, inside of its reader."""
-    rule = operator.rule
-    if hands_on(operator):
-        return True
-    if operator.equation is None or not rule.known or len(operator.results) != 1:
-        return False
+class _About(NamedTuple):
+    """What a rule alone says of its operators. `reduces`: a reduction that a compiler computes inside of the kernel that makes
+    its operand; `inside`: computed element by element, inside of its readers; `transposes`: hands on all elements with dimensions
+    in another order; `batch`: the factors of a product that all its operands have and its result keeps."""
+
+    reduces: bool
+    inside: bool
+    transposes: bool
+    batch: frozenset[int]
+
+
+def _about(rule: Rule) -> _About:
+    sums = rule.fusible and any(f.kind in (Kind.SUM, Kind.COMBINE) for f in rule.factors)
+    return _About(sums, rule.known and _inside(rule, sums), _transposes(rule), _batch(rule))
+
+
+def _inside(rule: Rule, sums: bool) -> bool:
     if rule.fusible or rule.flops == 0:
-        return not reduces(operator) and not (rule.touched and rule.touched[-1] < 1)
+        return not sums and not (rule.touched and rule.touched[-1] < 1)
     if len(rule.operands) == 3 and len(rule.touched) == 4:
         return _one_a_row(rule)
     return rule.product and math.prod([f.size for f in rule.factors if f.kind is Kind.SUM]) <= FEW
@@ -110,37 +119,55 @@ def _one_a_row(rule: Rule) -> bool:
 
 
 def _transposes(rule: Rule) -> bool:
-    """Whether it hands on all elements with dimensions in another order."""
     if rule.flops or len(rule.operands) != 1 or len(rule.results) != 1:
         return False
     before, after = (tuple(dim for dim in dims if dim) for dims in (rule.operands[0], rule.results[0]))
     return before != after and sorted(before) == sorted(after)
 
 
-def reduces(operator: Operator) -> bool:
-    """Whether it is a reduction that a compiler computes inside of the kernel that makes its operand."""
-    rule = operator.rule
-    return rule.fusible and any(f.kind in (Kind.SUM, Kind.COMBINE) for f in rule.factors)
+def _batch(rule: Rule) -> frozenset[int]:
+    if not rule.product or len(rule.operands) < 2:
+        return frozenset()
+    shared = [frozenset(f for factors in dims for f in factors) for dims in (*rule.operands, *rule.results)]
+    return frozenset.intersection(*shared)
 
 
-class _Kernels:
+def kernels_of(graph: Graph) -> Kernels:
+    """Of a graph, worked out once."""
+    return graph.remembered("kernels", (), lambda: Kernels(graph))
+
+
+class Kernels:
     """What depends on no layout. `near`: {tensor: places of its readers}, `others`: those of them that do not reduce it; `made`:
-    {tensor: place of its maker}; `inner`: places of what is computed inside of its readers; `sizes`: elements of each tensor."""
+    {tensor: place of its maker}; `hands`: per place, whether it hands on what it reads; `inner`: places of what is computed
+    inside of its readers; `carry`: those where a loop hands a value to its next round; `sizes`: elements of each tensor."""
 
-    def __init__(self, graph: Graph, operators: Sequence[Operator]) -> None:
-        self.operators = operators
-        self.near: dict[int, list[int]] = {}
+    def __init__(self, graph: Graph) -> None:
+        self.operators = operators = graph.operators
+        near: dict[int, list[int]] = {}
         self.made = {t: place for place, op in enumerate(operators) for t in op.results}
         self.leaving = {t for t in graph.outputs if t >= 0}
         self.sizes = [math.prod(tensor.shape) for tensor in graph.tensors]
+        self.hands = [hands_on(op) for op in operators]
+        self.carry = {place for place, op in enumerate(operators) if op.name == BOUNDARY and op.path[-2] == "carry"}
         for place, operator in enumerate(operators):
-            for tensor in dict.fromkeys(operator.operands):
+            read = operator.operands
+            for tensor in dict.fromkeys(read) if len(read) > 1 else read:
                 if tensor >= 0:
-                    self.near.setdefault(tensor, []).append(place)
+                    if tensor in near:
+                        near[tensor].append(place)
+                    else:
+                        near[tensor] = [place]
+        self.near = near
         self._seen_through_views()
-        sums = [reduces(operator) for operator in operators]
-        self.others = {t: [r for r in near if not sums[r]] for t, near in self.near.items()}
-        self.inner = [place for place, operator in enumerate(operators) if in_a_loop(operator)]
+        known: dict[int, _About] = {}
+        self.about = [known.get(id(op.rule)) or known.setdefault(id(op.rule), _about(op.rule)) for op in operators]
+        sums = {place for place, about in enumerate(self.about) if about.reduces}
+        self.others = {t: near if sums.isdisjoint(near) else [r for r in near if r not in sums] for t, near in self.near.items()}
+        self.inner = [
+            place for place, (op, about, hands) in enumerate(zip(operators, self.about, self.hands, strict=True))
+            if hands or (about.inside and op.equation is not None and len(op.results) == 1)
+        ]  # fmt: skip
         self.narrow, self.outer = _narrow(graph, self), _outer(graph, self)
 
     def _seen_through_views(self) -> None:
@@ -157,8 +184,8 @@ class _Fused:
     place, the place of the end of its chain)}; `at`: {place of such an end: where it is computed}.
     """
 
-    def __init__(self, kernels: _Kernels, scattered: frozenset[int], totals: frozenset[int]) -> None:
-        self._totals = totals
+    def __init__(self, kernels: Kernels, scattered: frozenset[int], totals: frozenset[int]) -> None:
+        self._totals, self._kernels = totals, kernels
         self.operators, self.scattered, self.sizes = kernels.operators, scattered, kernels.sizes
         self.near, self.others, self._made, self._leaving = kernels.near, kernels.others, kernels.made, kernels.leaving
         self.origins: dict[int, tuple[int, ...]] = {}
@@ -199,52 +226,61 @@ class _Fused:
     def _needed(self) -> dict[int, int]:
         """{value: the place of the first kernel that reads it, be it through what is computed again there}."""
         found: dict[int, int] = {}
-        for place in range(len(self.operators) - 1, -1, -1):
+        origins, end = self.origins, len(self.operators)
+        for place in range(end - 1, -1, -1):
             operator = self.operators[place]
-            again = [found.get(t, len(self.operators)) for t in operator.results if t in self.origins]
+            again = [found.get(t, end) for t in operator.results if t in origins]
             at = min(again) if again else self.at.get(place, place)
             for tensor in operator.operands:
-                found[tensor] = min(found.get(tensor, at), at)
+                if at < found.get(tensor, end):
+                    found[tensor] = at
         return found
 
     def readers(self) -> dict[int, list[int]]:
         """{stored tensor: places of the kernels that read it}."""
         found: dict[int, list[int]] = {}
+        again = self.origins.keys() | self.moved.keys()
         for place, operator in enumerate(self.operators):
-            if not any(t in self.origins or t in self.moved for t in operator.results):
+            if again.isdisjoint(operator.results):
                 for tensor in self.sources(operator):
                     found.setdefault(tensor, []).append(self.at.get(place, place))
         for tensor, (place, end) in self.moved.items():
             for source in self.sources(self.operators[place]):
                 found.setdefault(source, []).append(self.at[end])
             found.pop(tensor, None)
-        for operator in self.operators:  # what is handed on is read by the same kernels, should it be stored after all
-            if hands_on(operator):
+        for operator, hands in zip(self.operators, self._kernels.hands, strict=True):
+            if hands:  # what is handed on is read by the same kernels, should it be stored after all
                 near = self.near.get(operator.results[0], ())
                 places = [found.get(t, [self.at.get(r, r)]) for r in near for t in self.operators[r].results[:1] or (-1,)]
                 found[operator.results[0]] = [place for some in places for place in some]
         return found
 
-    def sources(self, operator: Operator) -> list[int]:
+    def sources(self, operator: Operator) -> Sequence[int]:
         """The stored tensors that an operator reads."""
-        return list(dict.fromkeys(s for t in operator.operands if t >= 0 for s in self.origins.get(t, (t,))))
+        origins, read = self.origins, operator.operands
+        if len(read) == 1:
+            return origins.get(read[0], read) if read[0] >= 0 else ()
+        return tuple(dict.fromkeys([s for t in read if t >= 0 for s in origins.get(t, (t,))]))
 
     def _visit(self, place: int, operator: Operator) -> None:
         (tensor,) = operator.results
-        seen = self.sources(operator)
-        size = self.sizes[tensor]
-        large = [s for s in seen if self.sizes[s] >= LARGE * size]
-        near = self.near.get(tensor, [])
-        carried = any(self.operators[r].name == BOUNDARY and self.operators[r].path[-2] == "carry" for r in near)
-        kept = tensor in self._leaving or carried or place in self._totals
-        shifts = operator.rule.flops == 0 and not hands_on(operator)
-        inner = [s for t in operator.operands for s in self.shifted.get(t, ())]
-        self.shifted[tensor] = frozenset(seen if shifts else inner)
-        turned = any(t in self._turns and self.sizes[t] == size for t in operator.operands)
-        if _transposes(operator.rule) != turned:
+        about, hands, sizes = self._kernels.about[place], self._kernels.hands[place], self.sizes
+        seen = tuple(self.sources(operator))
+        size = sizes[tensor]
+        near = self.near.get(tensor, ())
+        if self._kernels.carry:  # nobody else asks
+            inner = [s for t in operator.operands for s in self.shifted.get(t, ())]
+            self.shifted[tensor] = frozenset(seen if operator.rule.flops == 0 and not hands else inner)
+        turned = bool(self._turns) and any(t in self._turns and sizes[t] == size for t in operator.operands)
+        if about.transposes != turned:
             self._turns.add(tensor)
-        if hands_on(operator) or (not kept and (len(large) <= 1 or len(near) <= 1)):
-            self.origins[tensor] = tuple(seen)
+        if hands:
+            self.origins[tensor] = seen
+            return
+        kept = tensor in self._leaving or place in self._totals or not self._kernels.carry.isdisjoint(near)
+        large = [s for s in seen if sizes[s] >= LARGE * size] if kept or len(near) > 1 else ()
+        if not kept and (len(large) <= 1 or len(near) <= 1):
+            self.origins[tensor] = seen
             return
         product = self._product_ending_in(operator)
         old = [s for s in large if s != product]
@@ -254,7 +290,7 @@ class _Fused:
             self.turned.append((tensor, at))
         if product is None or self._made[product] in self.scattered:
             if not kept and all(self.operators[r].rule.product for r in near):
-                self.origins[tensor] = tuple(seen)
+                self.origins[tensor] = seen
             return
         start = self._made[product]
         others = [self.at.get(self._made.get(s, 0), self._made.get(s, 0)) for s in seen if s != product]
@@ -282,63 +318,56 @@ class _Fused:
 def _beside(operators: Sequence[Operator], loops: Sequence[tuple[int, int]]) -> dict[int, int]:
     """{product: place of the last product before the first one that needs it}, in one round of a loop. A compiler that hides
     exchanges behind work puts them off for as long."""
-    around = [(0, len(operators))] * len(operators)
+    end = len(operators)
+    around = [(0, end)] * end
     for first, last in sorted(loops, key=lambda loop: loop[0] - loop[1]):
         around[first : last + 1] = [(first, last)] * (last + 1 - first)
     needed: dict[int, int] = {}
     products: dict[tuple[int, int], list[int]] = {}
     found: dict[int, int] = {}
-    for place in range(len(operators) - 1, -1, -1):
+    for place in range(end - 1, -1, -1):
         operator = operators[place]
-        soonest = min([needed.get(t, len(operators)) for t in operator.results], default=len(operators))
+        soonest = end
+        for tensor in operator.results:
+            soonest = min(soonest, needed.get(tensor, end))
         if operator.rule.product:
             later = products.setdefault(around[place], [])  # the last first
             at = bisect_left(later, 1 - soonest, key=lambda p: -p)
             if at < len(later):
                 found[operator.results[0]] = later[at]
             later.append(soonest := place)
-        for tensor in operator.operands:
-            needed[tensor] = min(needed.get(tensor, len(operators)), soonest)
+        if soonest < end:
+            for tensor in operator.operands:
+                if soonest < needed.get(tensor, end):
+                    needed[tensor] = soonest
     return found
 
 
-def _batch(rule: Rule) -> frozenset[int]:
-    """The factors of a product that all its operands have and its result keeps."""
-    if not rule.product or len(rule.operands) < 2:
-        return frozenset()
-    shared = [frozenset(f for factors in dims for f in factors) for dims in (*rule.operands, *rule.results)]
-    return frozenset.intersection(*shared)
-
-
-def _outer(graph: Graph, kernels: _Kernels) -> dict[int, tuple[int, ...]]:
+def _outer(graph: Graph, kernels: Kernels) -> dict[int, tuple[int, ...]]:
     """Dimensions in space of what convolutions make, and of batches of what products make, and of what is computed from it place
     by place."""
     outer: dict[int, tuple[int, ...]] = {}
-    inner = set(kernels.inner)
-    for place, operator in enumerate(kernels.operators):
-        rule = operator.rule
-        for tensor, dims in zip(operator.results, rule.results, strict=True):
-            apart = rule.spatial or _batch(rule)
-            if apart:
+    inner, tensors = set(kernels.inner), graph.tensors
+    for place, (operator, about) in enumerate(zip(kernels.operators, kernels.about, strict=True)):
+        apart = operator.rule.spatial or about.batch
+        if apart:
+            for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
                 outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in apart for f in factors)])
-            elif place in inner:
-                size = len(dims)
-                alike = [t for t in operator.operands if t in outer and graph.tensors[t].shape == graph.tensors[tensor].shape]
-                if alike and size:
-                    outer[tensor] = outer[alike[0]]
+        elif place in inner and not outer.keys().isdisjoint(operator.operands):
+            (tensor,) = operator.results
+            shape = tensors[tensor].shape
+            alike = [t for t in operator.operands if t in outer and tensors[t].shape == shape]
+            if alike and shape:
+                outer[tensor] = outer[alike[0]]
     return outer
 
 
-def _narrow(graph: Graph, kernels: _Kernels) -> frozenset[int]:
-    """Sums of a value are taken where it is made, before it is rounded."""
-    known, bound = rounded(graph)[0], {*graph.inputs, *graph.outputs}
-    narrow, operators = set(), kernels.operators
-    for operator in operators:
-        for tensor in operator.results:
-            others = kernels.others.get(tensor, ())
-            if others and tensor not in bound and all(_reads_rounded(operators[r], known) for r in others):
-                narrow.add(tensor)
-    return frozenset(narrow)
+def _narrow(graph: Graph, kernels: Kernels) -> frozenset[int]:
+    """Sums of a value are taken where it is made, before it is rounded. `kernels`: in the order of the program."""
+    rounds, bound, others = rounded(graph)[1], {*graph.inputs, *graph.outputs}, kernels.others
+    exact = {place for place, so in enumerate(rounds) if not so}
+    read = {tensor for tensor, places in others.items() if places and exact.isdisjoint(places)}
+    return frozenset(read & kernels.made.keys() - bound)
 
 
 def rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:

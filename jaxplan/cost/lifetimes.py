@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxplan.cost.build import Modelled
+from jaxplan.cost.hidden import gathered_state
 from jaxplan.cost.memory import (
     OUTPUT,
     Facts,
     Local,
     facts_of,
-    gathered_state,
     held_buffers,
     local_sizes,
     rounds_of,

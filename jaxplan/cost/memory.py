@@ -9,7 +9,7 @@ they fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -29,13 +29,14 @@ from jaxplan.cost.buffers import (
     stored_besides,
 )
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.combined import SUMS, combined
+from jaxplan.cost.combined import combined
 from jaxplan.cost.exchange import reshard_steps
-from jaxplan.cost.fusing import hands_on, stored
+from jaxplan.cost.fusing import NOTHING, hands_on, stored
 from jaxplan.cost.heap import stack_by_size, stack_in_order
+from jaxplan.cost.hidden import gathered_state, groups, hidden, remembered, scattered, totals
 from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
-from jaxplan.cost.price import cluster_exchanges, sent_seconds, steps_terms, terminal_layout, write_layout
+from jaxplan.cost.price import terminal_layout, write_layout
 from jaxplan.cost.schedule import Together, run_order
 from jaxplan.cost.stage_memory import (
     as_one_loop,
@@ -54,11 +55,8 @@ from jaxplan.cost.stages import Path
 from jaxplan.cost.tiles import local_shape, padding, whole_tiles
 from jaxplan.cost.transients import to_outputs, transients
 from jaxplan.graph import Graph, Operator
-from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
-from jaxplan.layout import PARTIAL, Layout, shards
-
-COMBINED_BYTES = 128e6
-"""Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
+from jaxplan.graph.flatten import BOUNDARY, VIEW
+from jaxplan.layout import Layout, shards
 
 
 @dataclass(frozen=True)
@@ -191,16 +189,28 @@ def _buffer(tensor: int, kind: str, nbytes: float, layout: Layout | None) -> Buf
 
 def local_sizes(modelled: Modelled, facts: Facts) -> Local:
     """Bytes per device: rounded where all that is read is rounded, and padded to tiles, as the machine does."""
+    return local_bytes(modelled, facts.more.narrow, facts.more.outer)
+
+
+def local_bytes(
+    modelled: Modelled, narrow: frozenset[int] = NOTHING.narrow, outer: Mapping[int, tuple[int, ...]] = NOTHING.outer
+) -> Local:
+    """The same. `narrow`: tensors that are rounded; `outer`: dimensions of tensors that fill no tiles."""
     graph, sizes, machine = modelled.graph, modelled.numbers.sizes, modelled.numbers.machine
     own = modelled.stages.own if modelled.stages is not None else {}
+    known = dict[Hashable, float]()
 
     def local(tensor: int, layout: Layout | None) -> float:
         about = graph.tensors[tensor]
-        nbytes = about.nbytes * own.get(tensor, 1.0) / (shards(layout, sizes) if layout is not None else 1)
-        if tensor in facts.more.narrow:
-            nbytes *= machine.rounded_share(about.dtype)
-        if machine.tile is not None:
-            nbytes *= padding(local_shape(about.shape, layout, sizes), machine.tile, facts.more.outer.get(tensor, ()))
+        key = about.shape, about.dtype, layout, tensor in narrow, outer.get(tensor, ()), own.get(tensor, 1.0)
+        nbytes = known.get(key)
+        if nbytes is None:
+            nbytes = about.nbytes * own.get(tensor, 1.0) / (shards(layout, sizes) if layout is not None else 1)
+            if tensor in narrow:
+                nbytes *= machine.rounded_share(about.dtype)
+            if machine.tile is not None:
+                nbytes *= padding(local_shape(about.shape, layout, sizes), machine.tile, outer.get(tensor, ()))
+            known[key] = nbytes
         return nbytes
 
     return local
@@ -216,11 +226,11 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind; `apart`: the operators are compiled in
     parts, over which no sums are combined together."""
     if modelled.numbers.machine.materialises:
-        graph, key = modelled.graph, (id(modelled), choices.tobytes(), apart)
-        return graph.remembered("kept", key, lambda: _materialised(modelled, choices, apart))
-    scattered, hidden = _scattered(modelled, choices), _hidden(modelled, choices, gathered)
-    groups = _groups(modelled, choices) if hidden else 1
-    return _facts(modelled.graph, False, scattered, hidden, len(gathered), groups, totals=_totals(modelled, choices))
+        return remembered("kept", modelled, choices, lambda: _materialised(modelled, choices, apart), apart)
+    behind = hidden(modelled, choices) if gathered else frozenset[tuple[int, float]]()
+    together = groups(modelled, choices) if behind else 1
+    about = scattered(modelled, choices), behind, len(gathered), together
+    return _facts(modelled.graph, False, *about, totals=totals(modelled, choices))
 
 
 def _materialised(modelled: Modelled, choices: np.ndarray, apart: bool) -> Facts:
@@ -238,12 +248,11 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     """What a compiler that materialises stores under a plan. `leaving`: tensors that leave the operators of `facts`."""
     graph = modelled.graph
     layouts, inner, sent, partial = dict[int, Layout](), dict[int, Layout](), set[tuple[int, int]](), set[int]()
+    partial.update([exchange.operator for _, exchange in modelled.combining(choices)])
     for index, cluster in enumerate(graph.clusters):
         options = modelled.chosen(choices, index)
         layouts.update({write.tensor: write_layout(write.leads, options) for write in cluster.writes})
         inner.update({value.tensor: terminal_layout(value.leads, options) for value in cluster.inner})
-        if cluster.combines:
-            partial.update(exchange.operator for exchange in cluster_exchanges(cluster, options, modelled.setting))
     for reading, (source, wanted) in zip(modelled.readings, modelled.layouts_of(choices), strict=True):
         if source != wanted:
             steps = reshard_steps(source, wanted, len(reading.read.leads), modelled.setting.order)
@@ -259,77 +268,6 @@ def kept_of(modelled: Modelled, choices: np.ndarray, facts: Facts, leaving: Iter
     fused = facts.fused | found.computed | single_layers(modelled, facts)
     whole = {t: at for index, at in facts.combined.items() for t in graph.operators[index].results if t not in found.begins}
     return replace(facts, fused=fused, readers=readers, kept=found._replace(begins={**found.begins, **whole}), inner=inner)
-
-
-def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
-    """What of memory depends on the speeds of links: operators that can hide behind the gathers that end a call, and how far."""
-    if modelled.numbers.machine.materialises:
-        return frozenset()
-    return _hidden(modelled, choices, gathered_state(modelled, choices))
-
-
-def _scattered(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
-    """Operators whose partial results are scattered."""
-    found = set()
-    for index, cluster in enumerate(modelled.graph.clusters):
-        if cluster.combines:
-            for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting):
-                if any(step.kind == "reduce_scatter" for step in exchange.steps):
-                    found.add(exchange.operator)
-    return frozenset(found)
-
-
-def _totals(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
-    """Operators that add partial sums, of which the total is stored to be combined."""
-    adding = [(i, cluster) for i, cluster in enumerate(modelled.graph.clusters) if cluster.combines and cluster.adds]
-    return frozenset([
-        c.members[-1] for i, c in adding if any(o.factor == PARTIAL != o.scatter for o in modelled.chosen(choices, i))
-    ])  # fmt: skip
-
-
-def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
-    """{new value: old value} of state whose parts are gathered at the end of a call."""
-    graph, found = modelled.graph, dict[int, int]()
-    olds = {graph.outputs[output]: graph.inputs[position] for output, position in graph.ties}
-    for reading in modelled.readings:
-        if reading.tensor in olds and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
-            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.order)
-            if any(step.kind == "all_gather" for step in steps):
-                found[reading.tensor] = olds[reading.tensor]
-    return found
-
-
-def _hidden(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int]) -> frozenset[tuple[int, float]]:
-    """(operator, share) of those that take no longer than gathering the state at the end of a call, that can hide behind it; and
-    what share of that time they take."""
-    graph, numbers, seconds = modelled.graph, modelled.numbers, 0.0
-    for reading in modelled.readings if gathered else ():
-        if reading.tensor in gathered and graph.operators[graph.clusters[reading.reader].members[-1]].name == INPUT:
-            steps = reshard_steps(*modelled.edge_layouts(choices, reading), modelled.setting.order)
-            seconds += sent_seconds(*steps_terms(steps, numbers.nbytes(reading.tensor), numbers.sizes), numbers)
-    found = set()
-    for index, cluster in enumerate(graph.clusters if seconds else ()):
-        if len(cluster.work) == 1 and graph.operators[cluster.members[-1]].rule.product:
-            split = [o.factor for o in modelled.chosen(choices, index)]
-            parts = math.prod(size for size, f in zip(numbers.sizes, split, strict=True) if f in cluster.work[0].factors)
-            taken = numbers.flops(cluster.work[0]) * numbers.seconds_per_flop(cluster.work[0].dtype) / parts
-            found.add((cluster.members[-1], taken / seconds))
-    return frozenset(found)
-
-
-def _groups(modelled: Modelled, choices: np.ndarray) -> int:
-    """In how many groups the partial sums of what becomes state are combined: those over the same axes together, as far as they
-    go. Products that are split along other axes are summed step by step as they are computed, and wait for no others."""
-    graph = modelled.graph
-    shapes = {tuple(sorted(graph.tensors[graph.inputs[position]].shape)) for _, position in graph.ties}
-    totals: dict[frozenset[int], float] = {}
-    for index, cluster in enumerate(graph.clusters):
-        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
-            about = graph.tensors[exchange.tensor]
-            if tuple(sorted(about.shape)) in shapes and not any(exchange.steps[0].before):
-                over = frozenset(axis for step in exchange.steps if step.kind in SUMS for axis in step.axes)
-                totals[over] = totals.get(over, 0.0) + about.nbytes
-    return max([1, *[math.ceil(total / COMBINED_BYTES) for total in totals.values()]])
 
 
 @lru_cache(maxsize=16)
@@ -358,7 +296,7 @@ def _facts(
     if not materialises:
         loops = [(order.begins[loop], order.ends[loop]) for loop in order.begins if loop]
         at = frozenset(places[i] for i in scattered if i in places)
-        found = stored(graph, operators, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups,
+        found = stored(graph, at, {places[i]: share for i, share in hidden if i in places}, loops, gathers, groups,
                        frozenset([places[i] for i in totals if i in places]))  # fmt: skip
         made.update(found.made)
         return Facts(order, operators, made, found.readers, found.computed, places, True, found)

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
-from jaxplan.cost.price import cluster_exchanges
 from jaxplan.graph import Cluster, Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.graph.nouns import LEFT
@@ -26,14 +25,13 @@ def scattered_sums(modelled: Modelled, choices: np.ndarray, outputs: Sequence[tu
     output of the program, the layouts in which it is written and wanted."""
     found: dict[int, Step] = {}
     graph, uses = modelled.graph, None
-    for index, cluster in enumerate(graph.clusters):
-        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
-            step = exchange.steps[-1]
-            if len(exchange.steps) == 1 and step.kind == "all_reduce" and graph.tensors[exchange.tensor].shape:
-                uses = uses or _Uses(modelled, choices, outputs)
-                kept = uses.kept(exchange.tensor, frozenset(step.axes))
-                if kept is not None and len(kept) == 1:
-                    found[exchange.operator] = replace(step, kind="reduce_scatter")
+    for _, exchange in modelled.combining(choices):
+        step = exchange.steps[-1]
+        if len(exchange.steps) == 1 and step.kind == "all_reduce" and graph.tensors[exchange.tensor].shape:
+            uses = uses or _Uses(modelled, choices, outputs)
+            kept = uses.kept(exchange.tensor, frozenset(step.axes))
+            if kept is not None and len(kept) == 1:
+                found[exchange.operator] = replace(step, kind="reduce_scatter")
     return found
 
 

@@ -12,7 +12,7 @@ from jaxplan.cost.buffers import TRANSIENT, Buffer, Facts, Local, axes_of
 from jaxplan.cost.build import Modelled
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.library import wider
-from jaxplan.cost.price import cluster_exchanges, write_layout
+from jaxplan.cost.price import write_layout
 from jaxplan.cost.stage_memory import before_loop, staged
 from jaxplan.graph import Graph, Operator
 from jaxplan.graph.flatten import BOUNDARY, INPUT, VIEW
@@ -62,24 +62,24 @@ def transients(modelled: Modelled, choices: np.ndarray, facts: Facts, local: Loc
     if not facts.fuses:
         found += _on_the_way(modelled, choices, facts, local, asked) + _masked(modelled, choices, facts, local)
         found += _in_rounds(modelled, choices, facts, local) + _made_whole(modelled, facts)
-    for index, cluster in enumerate(graph.clusters):
-        for exchange in cluster_exchanges(cluster, modelled.chosen(choices, index), modelled.setting) if cluster.combines else ():
-            if exchange.operator in place:
-                split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
-                size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
-                size *= sent_wider(graph, facts, exchange.tensor)
-                at = place[exchange.operator]
-                together = facts.combined.get(exchange.operator, at)
-                last = max(facts.more.waits.get(exchange.tensor, at), together)
-                if any(step.kind == "reduce_scatter" for step in exchange.steps):
-                    last = max(last, facts.more.beside.get(exchange.tensor, at))
-                found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
-                parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
-                if parts > 1 and not facts.fuses and not cluster.adds:  # all is reduced (a sum's terms make room), then sliced
-                    until = max(together, until_sliced(facts, exchange.tensor, at))
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size, together, until, split))
-                if parts > 1 and facts.fuses:  # what goes round lies beside the whole
-                    found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
+    for index, exchange in modelled.combining(choices):
+        if exchange.operator in place:
+            split = tuple([axis for axes in exchange.steps[0].before for axis in axes])
+            size = graph.tensors[exchange.tensor].nbytes / math.prod([sizes[axis] for axis in split])
+            size *= sent_wider(graph, facts, exchange.tensor)
+            at = place[exchange.operator]
+            together = facts.combined.get(exchange.operator, at)
+            last = max(facts.more.waits.get(exchange.tensor, at), together)
+            if any(step.kind == "reduce_scatter" for step in exchange.steps):
+                last = max(last, facts.more.beside.get(exchange.tensor, at))
+            found.append(Buffer(exchange.tensor, TRANSIENT, size, at, max(at, last), split))
+            parts = math.prod([sizes[axis] for step in exchange.steps if step.kind == "reduce_scatter" for axis in step.axes])
+            adds = graph.clusters[index].adds
+            if parts > 1 and not facts.fuses and not adds:  # all is reduced (a sum's terms make room), then sliced
+                until = max(together, until_sliced(facts, exchange.tensor, at))
+                found.append(Buffer(exchange.tensor, TRANSIENT, size, together, until, split))
+            if parts > 1 and facts.fuses:  # what goes round lies beside the whole
+                found.append(Buffer(exchange.tensor, TRANSIENT, size / parts, max(at, last), max(at, last), split))
     return found
 
 

@@ -16,7 +16,6 @@ from jaxplan import _jax
 from jaxplan.cost import (
     Buffer,
     Piece,
-    cluster_exchanges,
     compiled_piece_bytes,
     facts_of,
     gathered_state,
@@ -212,17 +211,15 @@ class _Held:
         """Partial sums for the stores that are exchanged as one, so that all wait for the last of them."""
         own, stored, modelled = set(places), self._stored, self.plan.modelled
         groups: dict[tuple[frozenset[int], str], list[tuple[int, float, int, int]]] = {}
-        for index, cluster in enumerate(self.graph.clusters):
-            chosen = modelled.chosen(self.plan.choices, index)
-            for exchange in cluster_exchanges(cluster, chosen, modelled.setting) if cluster.combines else ():
-                made = self.facts.made.get(exchange.tensor, -1)
-                readers = self.facts.readers.get(exchange.tensor, ())
-                if made in own and readers and all(stored & {*self.facts.operators[place].results} for place in readers):
-                    about, sizes = self.graph.tensors[exchange.tensor], modelled.numbers.sizes
-                    before = [axis for axes in exchange.steps[0].before for axis in axes]
-                    over = frozenset([axis for step in exchange.steps for axis in step.axes])
-                    nbytes = _widened(about.dtype) * about.nbytes / math.prod([sizes[axis] for axis in before])
-                    groups.setdefault((over, about.dtype), []).append((exchange.tensor, nbytes, made, min(readers)))
+        for _, exchange in modelled.combining(self.plan.choices):
+            made = self.facts.made.get(exchange.tensor, -1)
+            readers = self.facts.readers.get(exchange.tensor, ())
+            if made in own and readers and all(stored & {*self.facts.operators[place].results} for place in readers):
+                about, sizes = self.graph.tensors[exchange.tensor], modelled.numbers.sizes
+                before = [axis for axes in exchange.steps[0].before for axis in axes]
+                over = frozenset([axis for step in exchange.steps for axis in step.axes])
+                nbytes = _widened(about.dtype) * about.nbytes / math.prod([sizes[axis] for axis in before])
+                groups.setdefault((over, about.dtype), []).append((exchange.tensor, nbytes, made, min(readers)))
         found = []
         for group in groups.values():
             last = max([read for _, _, _, read in group])
