@@ -2,8 +2,8 @@
 
     python scripts/bench_planning.py [--repeat 3] [--depths 12,24,48,96]
 
-Planning is graph + model + search + whether that fits into a device's memory, without tracing; medians over `--repeat` interleaved repetitions, JAX's caches cleared before
-each. Machines are noisy: read the ratios, not the seconds.
+Planning is graph + model + search + whether that fits into a device's memory, without tracing; medians over `--repeat`
+repetitions, JAX's caches cleared before each. Machines are noisy: read the ratios, not the seconds.
 """
 
 from __future__ import annotations

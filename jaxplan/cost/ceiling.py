@@ -6,14 +6,15 @@ That takes a fraction of the time of `memory.py`, and a budget is mostly far fro
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from jaxplan.cost.buffers import Local
 from jaxplan.cost.build import Modelled
-from jaxplan.cost.fusing import kernels_of
-from jaxplan.cost.hidden import gathered_state
+from jaxplan.cost.fusing import kernels_of, rounded
 from jaxplan.cost.library import wider
 from jaxplan.cost.memory import local_bytes
 from jaxplan.cost.price import terminal_layout
@@ -26,7 +27,7 @@ def ceiling(
 ) -> float:
     """Bytes per device that the modelled peak of a plan does not exceed; infinite for pipelines, of which it is not told.
     `layouts`: per tensor that a cluster leaves; `inputs`, `outputs`: per flat input and output of the program."""
-    machine = modelled.numbers.machine
+    graph, machine = modelled.graph, modelled.numbers.machine
     if modelled.stages is not None or (machine.materialises and machine.tile is not None):
         return math.inf
     if machine.materialises:
@@ -34,9 +35,8 @@ def ceiling(
         held = _materialised(modelled, choices, layouts, local)
     else:
         kernels = kernels_of(modelled.graph)
-        local = local_bytes(modelled, kernels.narrow, kernels.outer)
+        local = local_bytes(modelled, rounded(modelled.graph)[0] - {*graph.inputs}, kernels.outer)
         held = _fused(modelled, choices, layouts, local)
-    graph = modelled.graph
     ends = [*zip(graph.inputs, inputs, strict=True), *2 * [*zip(graph.outputs, outputs, strict=True)]]  # on the way there, too
     return held + sum([local(tensor, layout) for tensor, layout in ends if tensor >= 0])
 
@@ -45,23 +45,23 @@ def _fused(modelled: Modelled, choices: np.ndarray, layouts: Mapping[int, Layout
     """Where compilers fuse: all but what its only reader computes, and what exchanges make and need; of state, what is kept while
     its new value is made, and copies with dimensions in another order."""
     graph, kernels, total = modelled.graph, kernels_of(modelled.graph), 0.0
-    inside = {op.results[0] for op in (graph.operators[place] for place in kernels.inner)}
+    viewed = {op.operands[0] for op in graph.operators if op.name == VIEW}
+    read = Counter(chain.from_iterable([op.operands for op in graph.operators]))
     for tensor, layout in layouts.items():
         place = kernels.made.get(tensor, -1)
         if place < 0:
             continue  # an input
         op = graph.operators[place]
-        if kernels.hands[place]:
-            source = op.operands[0]
-            if op.name == BOUNDARY:  # all rounds' parts, and these rounded
-                nbytes = graph.tensors[tensor].nbytes
-                total += 2 * local(tensor, layout) * (graph.tensors[source].nbytes / nbytes if nbytes and source >= 0 else 1.0)
-            elif layouts.get(source) != layout:
-                total += local(tensor, layout)
-        elif tensor not in inside or tensor in kernels.leaving or len(kernels.near.get(tensor, ())) > 1 or kernels.carry:
+        if op.name == BOUNDARY and op.path[-2] == "in":  # all rounds' parts, and these rounded
+            whole, part = graph.tensors[op.operands[0]].nbytes if op.operands[0] >= 0 else 0, graph.tensors[tensor].nbytes
+            total += 2 * local(tensor, layout) * (max(1.0, whole / part) if part else 1.0)
+        elif op.name == VIEW:
+            total += local(tensor, layout) if layouts.get(op.operands[0]) != layout else 0.0
+        elif read[tensor] > 1 or tensor in viewed or tensor in kernels.leaving or kernels.carry or not kernels.inside(op):
             total += local(tensor, layout)
-    for tensor, old in gathered_state(modelled, choices).items():
-        total += max(local(old, layouts.get(old)), local(old, layouts.get(tensor)))
+    for output, position in graph.ties:
+        new, old = graph.outputs[output], graph.inputs[position]
+        total += max(local(old, layouts.get(old)), local(old, layouts.get(new)))
     for tensor in graph.outputs:
         if tensor >= 0:
             total += 3 * local(tensor, layouts.get(tensor))
@@ -109,5 +109,7 @@ def _exchanged(modelled: Modelled, choices: np.ndarray, local: Local, more: floa
             total += 3 * masked * local(reading.tensor, wanted)
     for _, exchange in modelled.combining(choices):
         parts = math.prod([sizes[axis] for axes in exchange.steps[0].before for axis in axes])
-        total += 2 * widest * graph.tensors[exchange.tensor].nbytes / parts
+        scattered = any(step.kind == "reduce_scatter" for step in exchange.steps)
+        beside = (1.0 if modelled.numbers.machine.materialises else 0.5) if scattered else 0.0
+        total += widest * (1.0 + beside) * graph.tensors[exchange.tensor].nbytes / parts
     return total

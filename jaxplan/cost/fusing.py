@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -138,19 +139,46 @@ def kernels_of(graph: Graph) -> Kernels:
 
 
 class Kernels:
-    """What depends on no layout. `near`: {tensor: places of its readers}, `others`: those of them that do not reduce it; `made`:
-    {tensor: place of its maker}; `hands`: per place, whether it hands on what it reads; `inner`: places of what is computed
-    inside of its readers; `carry`: those where a loop hands a value to its next round; `sizes`: elements of each tensor."""
+    """What depends on no layout, each thing worked out when it is asked for. Places are those of operators in their graph."""
 
     def __init__(self, graph: Graph) -> None:
-        self.operators = operators = graph.operators
-        near: dict[int, list[int]] = {}
-        self.made = {t: place for place, op in enumerate(operators) for t in op.results}
+        self._graph, self.operators = graph, graph.operators
+        self._known: dict[int, _About] = {}
         self.leaving = {t for t in graph.outputs if t >= 0}
-        self.sizes = [math.prod(tensor.shape) for tensor in graph.tensors]
-        self.hands = [hands_on(op) for op in operators]
-        self.carry = {place for place, op in enumerate(operators) if op.name == BOUNDARY and op.path[-2] == "carry"}
-        for place, operator in enumerate(operators):
+
+    def about(self, rule: Rule) -> _About:
+        """What a rule of the graph says."""
+        found = self._known.get(id(rule))
+        if found is None:
+            found = self._known[id(rule)] = _about(rule)
+        return found
+
+    def inside(self, operator: Operator) -> bool:
+        """Whether a compiler may compute it inside of its readers."""
+        if hands_on(operator):
+            return True
+        return operator.equation is not None and len(operator.results) == 1 and self.about(operator.rule).inside
+
+    @cached_property
+    def made(self) -> dict[int, int]:
+        """{tensor: place of its maker}."""
+        return {t: place for place, op in enumerate(self.operators) for t in op.results}
+
+    @cached_property
+    def inner(self) -> list[int]:
+        """Places of what is computed inside of its readers."""
+        return [place for place, op in enumerate(self.operators) if self.inside(op)]
+
+    @cached_property
+    def carry(self) -> set[int]:
+        """Places where a loop hands a value to its next round."""
+        return {place for place, op in enumerate(self.operators) if op.name == BOUNDARY and op.path[-2] == "carry"}
+
+    @cached_property
+    def near(self) -> dict[int, list[int]]:
+        """{tensor: places of its readers}; who reads a view reads what it is of."""
+        near: dict[int, list[int]] = {}
+        for place, operator in enumerate(self.operators):
             read = operator.operands
             for tensor in dict.fromkeys(read) if len(read) > 1 else read:
                 if tensor >= 0:
@@ -158,25 +186,60 @@ class Kernels:
                         near[tensor].append(place)
                     else:
                         near[tensor] = [place]
-        self.near = near
-        self._seen_through_views()
-        known: dict[int, _About] = {}
-        self.about = [known.get(id(op.rule)) or known.setdefault(id(op.rule), _about(op.rule)) for op in operators]
-        sums = {place for place, about in enumerate(self.about) if about.reduces}
-        self.others = {t: near if sums.isdisjoint(near) else [r for r in near if r not in sums] for t, near in self.near.items()}
-        self.inner = [
-            place for place, (op, about, hands) in enumerate(zip(operators, self.about, self.hands, strict=True))
-            if hands or (about.inside and op.equation is not None and len(op.results) == 1)
-        ]  # fmt: skip
-        self.narrow, self.outer = _narrow(graph, self), _outer(graph, self)
-
-    def _seen_through_views(self) -> None:
-        """Who reads a view reads what it is of."""
         for operator in reversed(self.operators):
             if operator.name == VIEW:
                 (tensor,), (view,) = operator.operands, operator.results
-                own = [p for p in self.near[tensor] if self.operators[p] is not operator]
-                self.near[tensor] = sorted({*own, *self.near.get(view, ())})
+                own = [p for p in near[tensor] if self.operators[p] is not operator]
+                near[tensor] = sorted({*own, *near.get(view, ())})
+        return near
+
+    @cached_property
+    def others(self) -> dict[int, list[int]]:
+        """{tensor: places of its readers that do not reduce it}."""
+        sums = {place for place, op in enumerate(self.operators) if self.about(op.rule).reduces}
+        return {t: near if sums.isdisjoint(near) else [r for r in near if r not in sums] for t, near in self.near.items()}
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor."""
+        return [math.prod(tensor.shape) for tensor in self._graph.tensors]
+
+    @cached_property
+    def narrow(self) -> frozenset[int]:
+        """Tensors that are rounded before they are stored. Sums of a value are taken where it is made, before that."""
+        graph, read, exact = self._graph, set[int](), set[int]()
+        for operator, rounds in zip(reversed(graph.operators), reversed(rounded(graph)[1]), strict=True):
+            if operator.name == VIEW:  # who reads it reads what it is of
+                (tensor,), (view,) = operator.operands, operator.results
+                if view in read:
+                    read.add(tensor)
+                if view in exact:
+                    exact.add(tensor)
+            elif not self.about(operator.rule).reduces:
+                read.update(operator.operands)
+                if not rounds:
+                    exact.update(operator.operands)
+        return frozenset((read - exact) & self.made.keys() - {*graph.inputs, *graph.outputs})
+
+    @cached_property
+    def outer(self) -> dict[int, tuple[int, ...]]:
+        """{tensor: dimensions that are never innermost}: those in space of what convolutions make, of batches of what products
+        make, and of what is computed from it place by place."""
+        outer: dict[int, tuple[int, ...]] = {}
+        tensors = self._graph.tensors
+        for operator in self.operators:
+            rule = operator.rule
+            apart = rule.spatial or (self.about(rule).batch if rule.product else ())
+            if apart:
+                for tensor, dims in zip(operator.results, rule.results, strict=True):
+                    outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in apart for f in factors)])
+            elif outer and not outer.keys().isdisjoint(operator.operands) and self.inside(operator):
+                (tensor,) = operator.results
+                shape = tensors[tensor].shape
+                alike = [t for t in operator.operands if t in outer and tensors[t].shape == shape]
+                if alike and shape:
+                    outer[tensor] = outer[alike[0]]
+        return outer
 
 
 class _Fused:
@@ -248,8 +311,8 @@ class _Fused:
             for source in self.sources(self.operators[place]):
                 found.setdefault(source, []).append(self.at[end])
             found.pop(tensor, None)
-        for operator, hands in zip(self.operators, self._kernels.hands, strict=True):
-            if hands:  # what is handed on is read by the same kernels, should it be stored after all
+        for operator in self.operators:
+            if hands_on(operator):  # what is handed on is read by the same kernels, should it be stored after all
                 near = self.near.get(operator.results[0], ())
                 places = [found.get(t, [self.at.get(r, r)]) for r in near for t in self.operators[r].results[:1] or (-1,)]
                 found[operator.results[0]] = [place for some in places for place in some]
@@ -264,7 +327,7 @@ class _Fused:
 
     def _visit(self, place: int, operator: Operator) -> None:
         (tensor,) = operator.results
-        about, hands, sizes = self._kernels.about[place], self._kernels.hands[place], self.sizes
+        about, hands, sizes = self._kernels.about(operator.rule), hands_on(operator), self.sizes
         seen = tuple(self.sources(operator))
         size = sizes[tensor]
         near = self.near.get(tensor, ())
@@ -341,33 +404,6 @@ def _beside(operators: Sequence[Operator], loops: Sequence[tuple[int, int]]) -> 
                 if soonest < needed.get(tensor, end):
                     needed[tensor] = soonest
     return found
-
-
-def _outer(graph: Graph, kernels: Kernels) -> dict[int, tuple[int, ...]]:
-    """Dimensions in space of what convolutions make, and of batches of what products make, and of what is computed from it place
-    by place."""
-    outer: dict[int, tuple[int, ...]] = {}
-    inner, tensors = set(kernels.inner), graph.tensors
-    for place, (operator, about) in enumerate(zip(kernels.operators, kernels.about, strict=True)):
-        apart = operator.rule.spatial or about.batch
-        if apart:
-            for tensor, dims in zip(operator.results, operator.rule.results, strict=True):
-                outer[tensor] = tuple([d for d, factors in enumerate(dims) if any(f in apart for f in factors)])
-        elif place in inner and not outer.keys().isdisjoint(operator.operands):
-            (tensor,) = operator.results
-            shape = tensors[tensor].shape
-            alike = [t for t in operator.operands if t in outer and tensors[t].shape == shape]
-            if alike and shape:
-                outer[tensor] = outer[alike[0]]
-    return outer
-
-
-def _narrow(graph: Graph, kernels: Kernels) -> frozenset[int]:
-    """Sums of a value are taken where it is made, before it is rounded. `kernels`: in the order of the program."""
-    rounds, bound, others = rounded(graph)[1], {*graph.inputs, *graph.outputs}, kernels.others
-    exact = {place for place, so in enumerate(rounds) if not so}
-    read = {tensor for tensor, places in others.items() if places and exact.isdisjoint(places)}
-    return frozenset(read & kernels.made.keys() - bound)
 
 
 def rounded(graph: Graph) -> tuple[frozenset[int], tuple[bool, ...]]:

@@ -115,6 +115,8 @@ def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float
     return buckets.bound, options, exact
 
 
+LARGE = 4096
+"""From so many entries on it pays to sort the dimensions of a table."""
 _INSERTED = [(*[slice(None)] * place, None) for place in range(64)]
 """What makes a dimension of size 1 at a place; NumPy has 64."""
 
@@ -204,10 +206,12 @@ class _Buckets:
         where, dims = scope.index(v), len(scope)
         if len(tables) > 2:  # small tables first: fewer large sums
             tables = sorted(tables, key=_entries)
+        entries = math.prod([self.sizes[w] for w in scope])
+        if entries >= LARGE:
+            return self._join_large(v, scope, tables, entries)
         total = self.costs[v]
         if dims > 1:
             total = total.reshape([-1 if w == v else 1 for w in scope])
-        entries = math.prod([self.sizes[w] for w in scope])
         for table in tables:
             table.used = True
             mine, part = table.scope, table.array
@@ -225,6 +229,30 @@ class _Buckets:
         else:
             self.bound += float(total.min())
         return _Table(tuple(scope), total)
+
+    def _join_large(self, v: int, scope: list[int], tables: list[_Table], entries: int) -> _Table:
+        """The same. Variables that the same tables mention stand next to one another, so that sums run over few long dimensions
+        instead of many short ones; the variable itself comes first."""
+        mentioned = dict.fromkeys(scope, 0)
+        for bit, table in enumerate(tables):
+            for w in table.scope:
+                mentioned[w] |= 1 << bit
+        order = [v, *sorted([w for w in scope if w != v], key=mentioned.__getitem__)]
+        rank = {w: place for place, w in enumerate(order)}
+        total = self.costs[v].reshape([-1, *[1] * (len(order) - 1)])
+        for table in tables:
+            table.used = True
+            turn = sorted(range(len(table.scope)), key=lambda d, mine=table.scope: rank[mine[d]])
+            part = np.ascontiguousarray(table.array.transpose(turn))
+            part = part.reshape([self.sizes[w] if w in table.scope else 1 for w in order])
+            if total.size == entries:
+                total += part
+            else:
+                total = total + part
+        least = np.minimum.reduce(total, 0)
+        rest = scope[: scope.index(v)] + scope[scope.index(v) + 1 :]
+        self._add(tuple(rest), least.transpose([rank[w] - 1 for w in rest]))
+        return _Table(tuple(order), total)
 
     def _split(self, v: int, tables: list[_Table]) -> list[_Table]:
         """Mini-buckets: groups of tables whose sums fit, each minimised by itself (a lower bound)."""
