@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from jaxplan.cost import Modelled, waits, within
+from jaxplan.cost import Modelled, puts_off, waits, within, without_gathers
 from jaxplan.ledger import ACTIVATIONS, TRANSIENTS, ledger
 from jaxplan.machine import Machine
 from jaxplan.plan import Plan
@@ -30,8 +30,8 @@ LOWER, LOWEST, SMALLER = 0.8, 0.95, 0.003
 where that gains less than the third."""
 NEAR = 0.003
 """A plan that fits, and takes no less than this fraction below the budget, is not corrected."""
-NEARLY_FREE = 1e-5
-"""Nor is one that fits and is slower by no more than this fraction than without a budget."""
+NEARLY_FREE = 2e-3
+"""Nor is one that fits and is slower by no more than this fraction than without a budget: that is all there is to gain."""
 REFINEMENTS = 2
 """Searches from what fits, at most."""
 AIMS, FARTHEST, CLOSE = 2, 1.5, 0.01
@@ -76,14 +76,17 @@ def budget_bytes(budget: int | float | str | None, machine: Machine) -> float:
 class Limit(Generic[SomePlan]):
     """Bytes per device that a plan may take. `like`: plans whose true peaks are known, from which those of others are estimated,
     rather too high; the first says what is stored. `waiting`: a plan in which products wait for state that is gathered, where
-    others are looked for in which none do."""
+    others are looked for in which none do. `still`: no state is gathered at all."""
 
     nbytes: float
     like: tuple[SomePlan, ...]
     waiting: SomePlan | None = None
+    still: bool = False
 
     def problem(self, modelled: Modelled, donated: Sequence[bool], starts: Sequence[np.ndarray]) -> Problem:
         """What a search has to solve. `modelled`: with nothing following; `starts`: choices per cluster that are known."""
+        if self.still:
+            return without_gathers(modelled)
         like = [(plan.choices, plan.memory) for plan in self.like]
         waiting = None if self.waiting is None else self.waiting.choices
         return within(modelled, self.nbytes, like, donated, starts, waiting)
@@ -94,13 +97,21 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
 
     A few searches within the limit, each with the true peak of what the one before found, and within limits aimed at the budget;
     of the best that fits, parts are replaced by those of the others that still fit; then the search goes on from there. Where
-    nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Raises
-    NothingFits.
+    nothing is found to fit, ever lower limits lead to the smallest peak, on a way that does not depend on the budget. Where
+    products run after all others for the state that is gathered, and what they read lives as long, all of it starts from the best
+    plan that gathers none, if that costs hardly anything. Raises NothingFits.
     """
-    tried: list[SomePlan] = []
+    free, tried = plan, list[SomePlan]()
+    if puts_off(plan.modelled, plan.choices):
+        still = attempt(Limit(math.inf, (), still=True))
+        if _nearly_free(still, free):
+            if still.fits(budget):
+                return still
+            plan = min(plan, still, key=lambda one: one.peak_bytes)
+        tried += [still]
     for waiting in _ways(plan):
         found = _corrected(attempt, plan, budget, waiting)
-        if not any(one.peak_bytes <= budget and _nearly_free(one, plan) for one in found):
+        if not any(one.peak_bytes <= budget and _nearly_free(one, free) for one in found):
             found += _aimed(attempt, plan, found[0], budget, waiting) if found else []
         tried += found
     if not any(one.peak_bytes <= budget for one in tried):
@@ -109,8 +120,9 @@ def fit(attempt: Attempt[SomePlan], plan: SomePlan, budget: float, wider: Wider[
     if not fitting:
         smallest = min(tried, key=lambda one: (one.peak_bytes, one.seconds))
         raise NothingFits(_nothing_fits(smallest, budget, wider(smallest, budget)), smallest.peak_bytes)
-    best = _mixed(min(fitting, key=lambda one: (one.seconds, one.peak_bytes)), [plan, *tried], budget)
-    return _refined(attempt, plan, best, budget)
+    others = [plan, *tried] if plan is free else [free, *tried]
+    best = _mixed(min(fitting, key=lambda one: (one.seconds, one.peak_bytes)), others, budget)
+    return _refined(attempt, free, best, budget)
 
 
 def _corrected(

@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 import jaxplan
 from jaxplan.budget import Limit
-from jaxplan.cost import model
+from jaxplan.cost import gathered_state, model
 from jaxplan.examples import programs
+from jaxplan.examples.decoder import FULL, decoder
 from jaxplan.graph.flatten import BOUNDARY
 from jaxplan.machine import PRESETS
 from jaxplan.search import alpa, nearest
@@ -273,3 +274,15 @@ def test_what_lies_off_every_mixture_is_found(machine):
     modelled = model(free.modelled.whole, free.modelled.numbers, {}, follow=False)
     problem = Limit(0.95 * free.peak_bytes, (free,)).problem(modelled, free.traced.donated, ())
     assert nearest(problem).seconds <= alpa(problem, rounds=None).seconds * (1 + 1e-6)
+
+
+def test_state_is_left_where_it_is_if_gathering_it_keeps_too_much_alive_and_saves_little():
+    """Where layers are written out, products wait behind gathers of state, with all that they read."""
+    program = decoder(replace(FULL, batch=64), "unrolled")
+    mesh = AbstractMesh((4, 4), ("x", "y"))
+    free = jaxplan.make_plan(program.fn, *program.args, mesh=mesh, machine="v4", memory_budget=math.inf)
+    assert gathered_state(free.modelled, free.choices)
+    fitted = free.replan(memory_budget=free.peak_bytes / 2)
+    assert not gathered_state(fitted.modelled, fitted.choices)
+    assert fitted.peak_bytes <= free.peak_bytes / 2
+    assert fitted.seconds <= 1.002 * free.seconds

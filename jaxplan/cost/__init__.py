@@ -4,7 +4,7 @@ from jaxplan.cost.build import Modelled, Reading, model
 from jaxplan.cost.ceiling import ceiling
 from jaxplan.cost.exchange import Step, reshard_steps
 from jaxplan.cost.hidden import gathered_state, hidden_work
-from jaxplan.cost.lifetimes import waits
+from jaxplan.cost.lifetimes import puts_off, waits
 from jaxplan.cost.memory import Buffer, Memory, facts_of, local_sizes, memory, running_order
 from jaxplan.cost.numbers import Numbers
 from jaxplan.cost.pieces import Piece, compiled_piece_bytes, piece_bytes
@@ -12,7 +12,7 @@ from jaxplan.cost.price import Exchange, Option, cluster_exchanges, terminal_lay
 from jaxplan.cost.stages import Stages, Staging, stage_graph
 from jaxplan.cost.symbols import symbolic_cost, symbolic_peak
 from jaxplan.cost.ties import frugal
-from jaxplan.cost.usages import certainly_within, within
+from jaxplan.cost.usages import certainly_within, within, without_gathers
 
 __all__ = [
     "Buffer",
@@ -38,6 +38,7 @@ __all__ = [
     "memory",
     "model",
     "piece_bytes",
+    "puts_off",
     "reshard_steps",
     "running_order",
     "stage_graph",
@@ -46,5 +47,6 @@ __all__ = [
     "terminal_layout",
     "waits",
     "within",
+    "without_gathers",
     "write_layout",
 ]

@@ -68,9 +68,19 @@ class Lifetimes:
 
 
 def waits(modelled: Modelled, choices: np.ndarray) -> bool:
-    """Whether products run later, and what they read lives longer, because a plan gathers state behind which they can hide."""
+    """Whether products run behind a later loop, and what they read lives longer, because a plan gathers state behind which they
+    can hide."""
+    return any(op.name == BOUNDARY for op in modelled.graph.operators) and _delayed(modelled, choices)
+
+
+def puts_off(modelled: Modelled, choices: np.ndarray) -> bool:
+    """The same of programs without loops, where they run behind all other products."""
+    return not any(op.name == BOUNDARY for op in modelled.graph.operators) and _delayed(modelled, choices)
+
+
+def _delayed(modelled: Modelled, choices: np.ndarray) -> bool:
     gathered = {} if modelled.numbers.machine.materialises else gathered_state(modelled, choices)
-    if not gathered or not any(op.name == BOUNDARY for op in modelled.graph.operators):  # they run behind a later loop
+    if not gathered:
         return False
     late, prompt = facts_of(modelled, choices, gathered).more, facts_of(modelled, choices, {}).more
     return late.made != prompt.made or late.readers != prompt.readers

@@ -52,6 +52,21 @@ def within(
     return modelled.problem.within(limit, (*problem.usages, *waits), tuple(reserved.tolist()), starts)
 
 
+def without_gathers(modelled: Modelled) -> Problem:
+    """The problem where no state may be gathered at the end of a call: its new values are left as the old ones came, or are cut
+    or exchanged to lie so."""
+    graph, never = modelled.graph, dict[int, Never]()
+    state = {(graph.outputs[output], graph.inputs[position]) for output, position in graph.ties}
+    edges, family = list(modelled.problem.edges), dict[int, Nevers]()
+    for number, (reading, edge) in enumerate(zip(modelled.readings, edges, strict=True)):
+        price, writes = edge.price, graph.clusters[reading.reader].writes
+        if isinstance(price, ReshardPrice) and any((reading.tensor, write.tensor) in state for write in writes):
+            nevers = family.setdefault(id(price.family), Nevers(price.family))
+            own = never.setdefault(id(price), Never(nevers, price))
+            edges[number] = edge._replace(price=own, kind=("no gather", edge.kind))
+    return replace(modelled.problem, edges=tuple(edges))
+
+
 def certainly_within(modelled: Modelled, limit: float, donated: Sequence[bool]) -> Problem:
     """The problem with those bytes per device as usages that every plan takes at least: whatever fits is within its limit, so a
     bound of it holds for all plans that fit. Tensors are taken without padding, and rounded where they can be."""
@@ -194,6 +209,29 @@ class Copy(NamedTuple):
     of: ReshardPrice
     nbytes: float
     makes: int
+
+    def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        return self.family.prices([(self, tails, heads)])[0]
+
+
+class Nevers:
+    """Seconds of exchanges of which none may gather."""
+
+    def __init__(self, reshards: Reshards) -> None:
+        self._reshards = reshards
+
+    def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
+        """A matrix of seconds for each (`Never`, options of the writer, options of the reader)."""
+        questions = [(price.of, tails, heads) for price, tails, heads in asked]
+        gathers = self._reshards.shares(questions, [GATHERED] * len(asked))
+        return [np.where(share > 0, np.inf, own) for share, own in zip(gathers, self._reshards.prices(questions), strict=True)]
+
+
+class Never(NamedTuple):
+    """Seconds of an exchange; infinite where it gathers."""
+
+    family: Nevers
+    of: ReshardPrice
 
     def __call__(self, tails: np.ndarray, heads: np.ndarray) -> np.ndarray:
         return self.family.prices([(self, tails, heads)])[0]

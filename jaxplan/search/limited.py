@@ -39,6 +39,9 @@ MERGES = 3
 """How often what was met is merged at the multipliers that this leads to."""
 ROWS = 22
 """Bits of the number of a node's choice."""
+CLOSE = 2e-3
+"""What fits and costs no more above the cheapest known assignment of all, as a fraction, is good enough where that is not told
+exactly."""
 PASSES = 2
 """How often parts of all other assignments are tried in the best."""
 
@@ -100,7 +103,11 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
                 break
             dear = height * unit
     mixed = list(met)
-    for _ in range(MERGES if len(met) > 1 else 0):
+
+    def close(found: Sequence[_Met]) -> bool:
+        return any(one.peak <= allowed and one.seconds <= (1 + CLOSE) * free.seconds for one in found)
+
+    for _ in range(MERGES if len(met) > 1 and not close(met) else 0):
         fresh = [parts.meet(choices) for choices in merged(problem, [one.choices for one in mixed], multipliers)]
         fresh = [one for one in fresh if not any((one.choices == other.choices).all() for other in mixed)]
         if not fresh:
@@ -109,10 +116,10 @@ def limited(problem: Problem, inner: Inner, name: str) -> Assignment:
         multipliers, _, _ = _master(mixed, problem.limit, dear)
     best = _put_together(parts, mixed, multipliers, allowed)
     mended = exactly(problem, best.seconds if best.peak <= allowed else math.inf, allowed)
-    if mended is None or (not mended and best.peak > allowed):
+    if (mended is None and not close([best])) or (mended == [] and best.peak > allowed):
         near = sorted(mixed, key=lambda one: (one.seconds, one.peak))
         mended = within_neighbourhoods(problem, [best.choices, *[one.choices for one in near]], multipliers, allowed)
-    best = min([best, *map(parts.meet, mended)], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
+    best = min([best, *map(parts.meet, mended or ())], key=lambda one: (max(one.peak, allowed), one.seconds, one.peak))
     notes: dict[str, object] = {"met": tuple([one.choices for one in met]), "multipliers": multipliers, "rounds": len(met)}
     answer = Assignment(best.choices, best.seconds, None, notes)
     if best.peak > allowed:
