@@ -39,7 +39,8 @@ class Stored(NamedTuple):
     are not read at the very place that is written}. `outer`: {tensor: dimensions that are never innermost}. `waits`: {product:
     the place up to which its partial sums wait to be combined}, `beside`: {product: that of the last product that they may run
     beside, if they are scattered}. `copies`: (tensor, first, last place) of transposed copies,
-    `turned`: (tensor, place) of results that are transposed back when they are done.
+    `turned`: (tensor, place) of results that are transposed back when they are done. `delayed`: whether products run later to
+    hide behind gathers of state.
     """
 
     computed: frozenset[int]
@@ -52,6 +53,7 @@ class Stored(NamedTuple):
     beside: Mapping[int, int]
     copies: Sequence[tuple[int, int, int]]
     turned: Sequence[tuple[int, int]]
+    delayed: bool = False
 
 
 NOTHING = Stored(frozenset(), {}, {}, frozenset(), {}, {}, {}, {}, (), ())
@@ -75,12 +77,12 @@ def stored(
     """
     operators, kernels = graph.operators, kernels_of(graph)
     found = _Fused(kernels, scattered, totals)
-    found.put_off(hidden, loops, gathers, groups)
+    delayed = found.put_off(hidden, loops, gathers, groups)
     waits = {t: min(found.near[t]) for op in operators if op.rule.product for t in op.results if found.near.get(t)}
     return Stored(
         frozenset(found.origins) | frozenset(found.moved), found.readers(),
         {t: at for place, at in found.at.items() for t in operators[place].results}, kernels.narrow,
-        found.shifted, kernels.outer, waits, _beside(operators, loops), found.copies, found.turned,
+        found.shifted, kernels.outer, waits, _beside(operators, loops), found.copies, found.turned, delayed,
     )  # fmt: skip
 
 
@@ -261,17 +263,17 @@ class _Fused:
         for place in kernels.inner:
             self._visit(place, self.operators[place])
 
-    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> None:
+    def put_off(self, hidden: Mapping[int, float], loops: Sequence[tuple[int, int]], gathers: int, groups: int) -> bool:
         """Products that nothing needs before a later loop is through run behind it, if there they hide behind an exchange; in a
         program without loops, those that nothing needs before all products are done: the first of them, as far as they hide;
         the very first also if only half of it does.
 
         Partial sums are combined in `groups`, of which each is gathered, when it has been updated, beside products whose sums
-        belong to later ones: one for each of `gathers`, if it takes no longer.
+        belong to later ones: one for each of `gathers`, if it takes no longer. Whether any does.
         """
         done = max([p for p, operator in enumerate(self.operators) if operator.rule.product], default=0)
         left, beside = 1.0, 0 if loops else gathers * (groups - 1) // groups
-        needed = self._needed() if beside and hidden else {}
+        needed, delayed = self._needed() if beside and hidden else {}, False
         for place, share in sorted(hidden.items()):
             operator = self.operators[place]
             tensor = operator.results[0] if operator.rule.product else -1
@@ -284,7 +286,8 @@ class _Fused:
             elif beside and share * gathers <= 1.0 and done < needed.get(tensor, 0):
                 behind, beside = [done], beside - 1
             if behind:
-                self.at[place] = max(behind) + 1
+                self.at[place], delayed = max(behind) + 1, True
+        return delayed
 
     def _needed(self) -> dict[int, int]:
         """{value: the place of the first kernel that reads it, be it through what is computed again there}."""

@@ -80,10 +80,7 @@ def puts_off(modelled: Modelled, choices: np.ndarray) -> bool:
 
 def _delayed(modelled: Modelled, choices: np.ndarray) -> bool:
     gathered = {} if modelled.numbers.machine.materialises else gathered_state(modelled, choices)
-    if not gathered:
-        return False
-    late, prompt = facts_of(modelled, choices, gathered).more, facts_of(modelled, choices, {}).more
-    return late.made != prompt.made or late.readers != prompt.readers
+    return bool(gathered) and facts_of(modelled, choices, gathered).more.delayed
 
 
 def lifetimes(modelled: Modelled, choices: np.ndarray, donated: Sequence[bool], prompt: bool = False) -> Lifetimes:
