@@ -1,13 +1,15 @@
 """`jaxplan solve` on every problem file of a folder: cost, proven gap, ratio to known best costs, seconds.
 
     python scripts/bench_iopddl.py DIRECTORY [--seeds 5] [--share 0.1] [--results contest_results.json] [--time-limit 60]
-        [--workers N] [--processor] [--jobs 1] [--without-numba]
+        [--workers N] [--processor] [--jobs 1] [--without-numba] [--each]
 
 `--results`: JSON {last letters of the file's name: {"timeout_s": seconds, "contest_costs_best_six": [costs]}}. The time limit of
 an instance is `--share` of its timeout there, or `--time-limit` without. The solver sees neither. `--workers`: threads that
-search, by default one per core. `--processor`: limits and seconds are the processor time of each worker from the start of the
-process, with imports, reading and reducing, instead of the wall's: for machines that do other things too. What workers wait for
-one another is not in it. Every answer is evaluated again here, from the file's JSON alone.
+search, by default one per core. `--processor`: limits and seconds are each worker's own, without what it waited for a core: for
+machines that do other things too. That is its processor time from the start of the process, with imports, reading and reducing,
+and what it waited for other workers and for the interpreter's lock; so W workers have up to W times the limit of processor time.
+Where the system does not tell what a thread waited for (Linux does), it is processor time alone. Every answer is evaluated
+again here, from the file's JSON alone.
 """
 
 from __future__ import annotations
@@ -58,25 +60,33 @@ if sys.argv[4] == "plain":
     sys.modules["numba"] = None
 from jaxplan.iopddl import read_problem
 from jaxplan.solve import Incumbent, solve
-path, limit, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+path, limit, seed, started = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), float(sys.argv[6])
 first, began = threading.get_ident(), threading.local()
 read = [0.0]
+latest = {}
+def used():
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            return time.monotonic() - started - 1e-9 * int(file.read().split()[1])
+    except OSError:
+        return time.thread_time()
 def clock():
-    now = time.thread_time()
+    now = used()
     if threading.get_ident() == first:
         read[0] = now
-        return now
-    if not hasattr(began, "at"):
+    elif not hasattr(began, "at"):
         began.at = read[0] - now
-    return began.at + now
+    latest[threading.get_ident()] = getattr(began, "at", 0.0) + now
+    return latest[threading.get_ident()]
 problem = read_problem(path)
 found = solve(problem, limit, seed, Incumbent(problem, began=0.0, clock=clock), int(sys.argv[5]) or None)
 gap = (found.cost - found.bound) / abs(found.cost)
-print(json.dumps({"bound": found.bound, "gap": gap, "seconds": clock()}))
+print(json.dumps({"bound": found.bound, "gap": gap, "seconds": max(latest.values())}))
 print(json.dumps(found.strategies.tolist()))
 """
 """What a process does whose limit is processor time. The first thread's clock is 0 when the process starts; another one's begins
-where the first one's stands then."""
+where the first one's stands then. The schedule's second number is
+how long the thread was ready to run and had no core, in ns. What is reported is the latest reading of any thread's."""
 
 
 def solve(
@@ -89,6 +99,7 @@ def solve(
     if processor:
         kernels = "plain" if plain else "fast"
         command = [sys.executable, "-c", BY_PROCESSOR_TIME, str(file), str(limit - RESERVE), str(seed), kernels, str(workers)]
+        command.append(str(time.monotonic()))
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -108,9 +119,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="known best costs and timeouts")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds where no timeout is known (default 60)")
     parser.add_argument("--workers", type=int, default=0, help="threads of one search (default: one per core)")
-    parser.add_argument("--processor", action="store_true", help="limits and seconds in processor time")
+    parser.add_argument("--processor", action="store_true", help="limits and seconds without what threads wait for a core")
     parser.add_argument("--jobs", type=int, default=1, help="seeds run at once, with --processor")
     parser.add_argument("--without-numba", action="store_true", help="as where it is not installed, with --processor")
+    parser.add_argument("--each", action="store_true", help="each seed's ratio and gap, to stderr")
     parser.add_argument("--only", help="letters of the instances to run")
     arguments = parser.parse_args()
     if arguments.jobs > 1 and not arguments.processor:
@@ -149,6 +161,9 @@ def main() -> None:
             middle = f"{statistics.median(costs):.9g}", f"{statistics.median(bounds):.6g}"
             row = [name, f"{limit:g}", f"{max(seconds):.1f}", *middle]
             print("| " + " | ".join([*row, f"{100 * max(gaps):.2f}%", *ratios]) + " |", flush=True)
+            if best and arguments.each:
+                seen = [f"{cost / best:.5f} ({100 * gap:.2f}%)" for cost, gap in zip(costs, gaps)]
+                print(f"{name}, ratio (gap) by seed: " + ", ".join(seen), file=sys.stderr, flush=True)
         for trouble in troubles:
             print(trouble, file=sys.stderr, flush=True)
         failures += len(troubles)

@@ -21,6 +21,7 @@ from jaxplan.solve.nouns import IntervalProblem, NoSolutionError, Solution, cost
 from jaxplan.solve.primal import Walk
 from jaxplan.solve.reductions import Reducer, expand
 from jaxplan.solve.repeats import Repeats
+from jaxplan.solve.shares import Shares
 from jaxplan.solve.team import Team, available
 
 FIRST_STEP, LAST_STEP = 0.05, 5e-6
@@ -38,8 +39,10 @@ HUB_NOISE = 0.0003, 0.03
 """What strategies of hubs cost more at random while diving, in costs per node and chain, between these."""
 DIVES, LIKELY = 3, 0.7
 """Dives until one has a bound below the best known cost, at most; and how likely one keeps most of the best one's hubs."""
-PLAIN = 4
-"""Of so many walks, one begins without a dive."""
+PLAIN, DIVING, SPLITTING = range(3)
+"""Ways to search while hubs matter: a walk that begins without a dive, one with, and splitting open problems."""
+WALKED = 60.0
+"""Work of a new walk with its merges, about, in sweeps of the dual."""
 APART = 0.01
 """Gap above which hubs are dived for and branched on."""
 RELAXED, RELAXED_HEATS = 8, (0.17, 1.5)
@@ -277,7 +280,7 @@ class Search:
     def work(self) -> None:
         """Walks are merged in families that take turns, and problems split, until `check` ends it."""
         family, number, tree = Family(self.core, self.rng, self.repeats), 0, None
-        hubs = len(family.hubs) > 0
+        hubs, shares = len(family.hubs) > 0, Shares(3)
         while number < self.rounds:
             number += 1
             if self.place:
@@ -285,20 +288,40 @@ class Search:
                 self.dual = self.team.dual
             if tree is None and self.team.tree is not None:
                 tree = self.team.tree if self.place == 0 else self.team.tree.twin(self.look)
-            diver = tree if hubs and number % PLAIN and self.apart else None
-            family.add(family.level(self.relaxed(diver, family.best), self.dual.best_multipliers))
-            self.breed(family)
-            if number % TURN == 0 and (family.best is None or family.stale):
-                walk = self.returned(family)
-                family.add(walk)
-                self.keep(family)
-            if family.stale >= PATIENCE:
-                family = self.succeed(family)
-            if tree is not None and (self.apart or self.size <= BRANCHED):
+            sharing = tree is not None and hubs and self.apart
+            way = shares.next() if sharing else PLAIN
+            cost, bound, swept = self.incumbent.cost, self.incumbent.bound, tree.dual.swept if tree is not None else 0
+            if way == SPLITTING:
+                assert tree is not None
+                self.branch(tree)
+            else:
+                family = self.turn(family, tree if way == DIVING else None, number)
+            if sharing:
+                assert tree is not None
+                work = tree.dual.swept - swept + (0.0 if way == SPLITTING else WALKED)
+                shares.note(way, work, self.gained(cost, bound))
+            elif tree is not None and self.size <= BRANCHED:
                 self.branch(tree)
             elif self.place == 0 and number % REFINED == 0:
                 self.refine()
                 self.team.show(self.dual)
+
+    def turn(self, family: Family, tree: Tree | None, number: int) -> Family:
+        """A new walk, from a dive where there is a tree, and what it brings: the family whose turn is next."""
+        family.add(family.level(self.relaxed(tree, family.best), self.dual.best_multipliers))
+        self.breed(family)
+        if number % TURN == 0 and (family.best is None or family.stale):
+            walk = self.returned(family)
+            family.add(walk)
+            self.keep(family)
+        return self.succeed(family) if family.stale >= PATIENCE else family
+
+    def gained(self, cost: float, bound: float) -> float:
+        """What this worker's best and the bound have gained since then, as a share of the gap between them."""
+        if not math.isfinite(cost):
+            return float(self.best is not None)
+        own = cost if self.best is None else self.best.cost + self.dual.offset
+        return (max(0.0, cost - own) + self.incumbent.bound - bound) / max(cost - bound, PROVEN * abs(cost))
 
     @property
     def apart(self) -> bool:

@@ -123,6 +123,7 @@ class Dual:
     multipliers: np.ndarray = field(init=False)
     best: float = -np.inf
     best_multipliers: np.ndarray = field(init=False)
+    swept: int = 0  # sweeps so far
 
     def __post_init__(self) -> None:
         core = self.core
@@ -156,6 +157,7 @@ class Dual:
         messages = (self.inbox, self.message)
         chosen = np.zeros(len(core.start) - 1, dtype=np.int64)
         bound = -np.inf
+        self.swept += 2 * count
         for number in range(2 * count):
             bound = sweep(core, self.costs, *messages, number % 2 == 0, self.scratch, chosen)
         change = np.zeros(len(core.capacity) + 1)
