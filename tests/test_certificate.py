@@ -23,6 +23,7 @@ from jaxplan.problem import Assignment, evaluate, from_tables, peak, within_limi
 from jaxplan.reduce import Pricer, fold
 from jaxplan.search import alpa, brute, certify, hsm2dl, search
 from jaxplan.search.dual import Floor, Relaxation
+from jaxplan.search.moves import Grove
 from jaxplan.trace import trace
 
 MESH = AbstractMesh((4, 4), ("x", "y"))
@@ -41,6 +42,12 @@ def below_zero(seed):
     rng = np.random.default_rng(seed)
     costs = [rng.integers(-20, 20, 3).astype(float) for _ in range(6)]
     return from_tables(costs, [(i, j, rng.integers(-20, 20, (3, 3)).astype(float)) for i in range(6) for j in range(i)])
+
+
+def written_out(monkeypatch, **sizes):
+    """Other sizes of what the certificate writes out."""
+    for name, size in sizes.items():
+        monkeypatch.setattr(f"jaxplan.search.certificate.{name}", size)
 
 
 def at_random(problem, seed=0):
@@ -140,7 +147,7 @@ def test_something_is_struck_out():
 
 
 def test_the_relaxation_alone_does_not_close_odd_cycles(monkeypatch):
-    monkeypatch.setattr("jaxplan.search.certificate.DENSE", 0)
+    written_out(monkeypatch, DENSE=0, WIDE_DENSE=0)
     for seed in range(5):
         best = brute(frustrated(seed))
         proven = certify(frustrated(seed), best)
@@ -148,7 +155,7 @@ def test_the_relaxation_alone_does_not_close_odd_cycles(monkeypatch):
 
 
 def test_the_integer_program_tightens_what_elimination_cannot(monkeypatch):
-    monkeypatch.setattr("jaxplan.search.certificate.CAP", 8)
+    written_out(monkeypatch, CAP=8, WIDE_CAPS=())
     loose, tight, best = [], [], []
     for seed in range(5):
         problem = frustrated(seed, nodes=9)
@@ -158,6 +165,41 @@ def test_the_integer_program_tightens_what_elimination_cannot(monkeypatch):
     assert all(a < b * 0.99 for a, b in zip(loose, best, strict=True))
     assert all(b * (1 - 1e-6) <= found.bound <= b for found, b in zip(tight, best, strict=True))
     assert [found.seconds for found in tight] == pytest.approx(best)
+
+
+def test_larger_tables_are_built_only_where_the_gap_is_wide(monkeypatch):
+    for seed in range(5):
+        problem = frustrated(seed, nodes=9)
+        best = brute(problem)
+        written_out(monkeypatch, CAP=8, WIDE_CAPS=(16, 1 << 20), WIDE=0.01)
+        assert certify(problem, at_random(problem)).bound == pytest.approx(best.seconds)
+        written_out(monkeypatch, WIDE=1.0)
+        assert certify(problem, best).bound < best.seconds * 0.99
+
+
+def test_what_messages_say_is_read_re_opened_and_joined(monkeypatch):
+    """From blind assignments, and with nothing written out, the readings alone end near the optimum; twice at the same."""
+    written_out(monkeypatch, DENSE=0, WIDE_DENSE=0)
+    problem = modelled("moe", (4, 2))
+    best = certify(problem, hsm2dl(problem))
+    found = [certify(problem, at_random(problem)) for _ in range(2)]
+    assert best.bound <= found[0].seconds <= best.seconds * 1.005
+    assert (found[0].choices == found[1].choices).all() and found[0].bound == found[1].bound
+
+
+def test_tables_among_some_options_are_those_of_all():
+    problem = random_tables(3)
+    best = brute(problem)
+    relaxation = Relaxation(problem, best.seconds)
+    for turn in range(10):
+        relaxation.sweep(turn % 2 == 0, 0.2 * best.seconds)
+    assert relaxation.dropped
+    some = [tuple(range(len(held)))[::-2] for held in relaxation.held]
+    every, few = relaxation.tables(), relaxation.tables(some)
+    picked = np.array([numbers[-1] for numbers in some])
+    assert few.price(np.array([len(numbers) - 1 for numbers in some])) == pytest.approx(every.price(picked), rel=1e-12)
+    numbers = Grove(relaxation).numbered(best.choices)
+    assert (relaxation.choices(numbers) == best.choices).all(), "the cheapest is still open"
 
 
 def test_a_bound_of_the_folded_problem_is_none_of_the_problem():
@@ -299,7 +341,7 @@ def test_a_bound_above_the_searchs_own_assignment_is_caught():
 def test_a_solver_without_a_bound_proves_nothing(monkeypatch):
     """A negative optimum: 0 would be no bound."""
     problem = below_zero(0)
-    monkeypatch.setattr("jaxplan.search.certificate.CAP", 2)
+    written_out(monkeypatch, CAP=2, WIDE_CAPS=())
     monkeypatch.setattr("jaxplan.search.certificate.integer_program", lambda *_: (None, -math.inf, "out of time"))
     best = brute(problem)
     assert best.seconds < 0 and certify(problem, at_random(problem), program_seconds=1.0).bound <= best.seconds

@@ -207,16 +207,19 @@ class Relaxation:
         pairs = {tuple(sorted(link.ends)) for link in self.links}
         return sum(counts) + sum([counts[i] * counts[j] for i, j in pairs])
 
-    def tables(self) -> Tables:
-        """The re-written prices of the open options: every assignment costs the same as before (if nothing was cut)."""
+    def tables(self, among: Sequence[Sequence[int]] | None = None) -> Tables:
+        """The re-written prices of the open options: every assignment costs the same as before (if nothing was cut). `among`: of
+        some of them per node, by number."""
         pairs: dict[tuple[int, int], np.ndarray] = {}
+        some = None if among is None else [np.array(numbers, dtype=np.int64) for numbers in among]
         for link in self.links:
-            tail, head = link.seen
-            matrix = link.rest[np.ix_(tail.of, head.of)]
+            tail, head = [classes.of for classes in link.seen]
             i, j = link.ends
+            matrix = link.rest[np.ix_(tail, head) if some is None else np.ix_(tail[some[i]], head[some[j]])]
             where, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
             pairs[where] = pairs[where] + matrix if where in pairs else matrix
-        return Tables(tuple(self.held), pairs)
+        held = self.held if some is None else [mine[numbers] for mine, numbers in zip(self.held, some, strict=True)]
+        return Tables(tuple(held), pairs)
 
 
 class Floor:

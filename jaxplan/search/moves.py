@@ -147,9 +147,9 @@ class Grove:
             self._near[head].append((tail, link, 1))
 
     def numbered(self, choices: np.ndarray) -> list[int]:
-        """Per node, the number of its choice among those open to it."""
-        rows = self._relaxation.rows
-        return [int((mine == choice).all(1).argmax()) for mine, choice in zip(rows, choices, strict=True)]
+        """Per node, the number of its choice among those open to it (of one that is not, the first)."""
+        opened = zip(self._relaxation.rows, self._relaxation.options, choices, strict=True)
+        return [int((rows[options] == choice).all(1).argmax()) for rows, options, choice in opened]
 
     def exchanged(self, options: list[int], one: int, other: int) -> list[int]:
         """Options with what two axes do exchanged, but for nodes to which that is not open."""
