@@ -16,6 +16,8 @@ from jaxplan.reduce import Tables
 
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
+KEPT = 1 << 12
+"""Entries of a table up to which it is kept until variables take their options; of larger ones a line is summed again then."""
 
 
 def option_weights(counts: Iterable[int]) -> list[int]:
@@ -127,6 +129,26 @@ class _Table:
     def __init__(self, scope: tuple[int, ...], array: np.ndarray) -> None:
         self.scope, self.array, self.used = scope, array, False
 
+    def line(self, v: int, options: list[int]) -> np.ndarray:
+        """Per option of one variable of the scope, with the options of the others."""
+        return self.array[tuple([slice(None) if w == v else options[w] for w in self.scope])]
+
+
+class _Sum:
+    """A table that is not kept: those that it is the sum of, in that order."""
+
+    __slots__ = ("tables",)
+
+    def __init__(self, tables: list[_Table]) -> None:
+        self.tables = tables
+
+    def line(self, v: int, options: list[int]) -> np.ndarray:
+        """As of a table."""
+        total = self.tables[0].line(v, options)
+        for table in self.tables[1:]:
+            total = total + table.line(v, options)
+        return total
+
 
 def _entries(table: _Table) -> int:
     return table.array.size
@@ -166,7 +188,7 @@ class _Buckets:
     def run(self, order: list[int], incumbent: np.ndarray | None, tally: list[int]) -> tuple[np.ndarray, bool]:
         """(options, whether they are optimal)."""
         sizes, exact = self.sizes, True
-        trail: list[tuple[int, list[_Table]]] = []
+        trail: list[tuple[int, list[_Table | _Sum]]] = []
         options = [0] * len(sizes)
         fixed = {v for v, size in enumerate(sizes) if size == 1}
         self.bound += sum([float(self.costs[v][0]) for v in fixed])
@@ -193,14 +215,14 @@ class _Buckets:
                 trail.append((v, self._split(v, tables)))
             else:
                 trail.append((v, [self._join(v, sorted(scope), tables)]))
-        everything = slice(None)
         for v, groups in reversed(trail):
-            parts = [table.array[tuple([everything if w == v else options[w] for w in table.scope])] for table in groups]
+            parts = [table.line(v, options) for table in groups]
             options[v] = int((parts[0] if len(parts) == 1 else np.sum(parts, axis=0)).argmin())
         return np.array(options, dtype=np.int64), exact
 
-    def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:
-        """Sum tables that mention a variable, take the minimum over it, and put the result back."""
+    def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table | _Sum:
+        """Sum tables that mention a variable, take the minimum over it, and put the result back. A large sum is returned as what
+        it is the sum of, so that it takes no memory until the end."""
         where, dims = scope.index(v), len(scope)
         if len(tables) > 2:  # small tables first: fewer large sums
             tables = sorted(tables, key=_entries)
@@ -224,9 +246,9 @@ class _Buckets:
             self._add((*scope[:where], *scope[where + 1 :]), np.minimum.reduce(total, where))
         else:
             self.bound += float(total.min())
-        return _Table(tuple(scope), total)
+        return _Table(tuple(scope), total) if entries <= KEPT else _Sum([_Table((v,), self.costs[v]), *tables])
 
-    def _split(self, v: int, tables: list[_Table]) -> list[_Table]:
+    def _split(self, v: int, tables: list[_Table]) -> list[_Table | _Sum]:
         """Mini-buckets: groups of tables whose sums fit, each minimised by itself (a lower bound)."""
         groups: list[tuple[set[int], list[_Table]]] = []
         for table in sorted(tables, key=lambda table: -table.array.size):
@@ -237,7 +259,7 @@ class _Buckets:
                     break
             else:
                 groups.append((set(table.scope), [table]))
-        joined = []
+        joined: list[_Table | _Sum] = []
         for union, members in groups:
             joined.append(self._join(v, sorted(union), members))
             self.costs[v] = np.zeros(self.sizes[v])  # paid once, in the first group
