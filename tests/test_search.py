@@ -98,6 +98,18 @@ def test_bucket_elimination_is_exact_where_it_fits_and_never_worse_than_its_incu
     assert tables.price(bounded) >= best - 1e-9
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_sums_that_are_not_kept_lead_to_the_same_options(seed, monkeypatch):
+    tables, _ = Pricer(random_tables(seed)).whole()
+    order = min_fill_order([1] * len(tables.costs), tables.pairs)
+    found = []
+    for kept in (0, 1 << 12):
+        monkeypatch.setattr("jaxplan.search.elimination.KEPT", kept)
+        found.append([lower_bound(tables, order, cap) for cap in (4, 1 << 14)])
+    for (bound, options, exact), (same_bound, same_options, same_exact) in zip(*found, strict=True):
+        assert (bound, exact) == (same_bound, same_exact) and (options == same_options).all()
+
+
 @pytest.mark.parametrize("cap", [1, 2, 4, 9, 30, 1000])
 @pytest.mark.parametrize("seed", range(10))
 def test_mini_buckets_bound_from_below_whatever_the_cap(seed, cap):

@@ -16,6 +16,9 @@ from jaxplan.reduce import Tables
 
 CAP = 1 << 14
 """Entries of the largest table that elimination may build."""
+KEPT = 1 << 12
+"""Entries of a table up to which it is kept until variables take their options; of larger ones a line is summed again then. It
+pays, too, to sort the dimensions of larger ones before they are summed."""
 
 
 def option_weights(counts: Iterable[int]) -> list[int]:
@@ -115,8 +118,6 @@ def lower_bound(tables: Tables, order: list[int], cap: int = CAP) -> tuple[float
     return buckets.bound, options, exact
 
 
-LARGE = 4096
-"""From so many entries on it pays to sort the dimensions of a table."""
 _INSERTED = [(*[slice(None)] * place, None) for place in range(64)]
 """What makes a dimension of size 1 at a place; NumPy has 64."""
 
@@ -128,6 +129,26 @@ class _Table:
 
     def __init__(self, scope: tuple[int, ...], array: np.ndarray) -> None:
         self.scope, self.array, self.used = scope, array, False
+
+    def line(self, v: int, options: list[int]) -> np.ndarray:
+        """Per option of one variable of the scope, with the options of the others."""
+        return self.array[tuple([slice(None) if w == v else options[w] for w in self.scope])]
+
+
+class _Sum:
+    """A table that is not kept: those that it is the sum of, in that order."""
+
+    __slots__ = ("tables",)
+
+    def __init__(self, tables: list[_Table]) -> None:
+        self.tables = tables
+
+    def line(self, v: int, options: list[int]) -> np.ndarray:
+        """As of a table."""
+        total = self.tables[0].line(v, options)
+        for table in self.tables[1:]:
+            total = total + table.line(v, options)
+        return total
 
 
 def _entries(table: _Table) -> int:
@@ -168,7 +189,7 @@ class _Buckets:
     def run(self, order: list[int], incumbent: np.ndarray | None, tally: list[int]) -> tuple[np.ndarray, bool]:
         """(options, whether they are optimal)."""
         sizes, exact = self.sizes, True
-        trail: list[tuple[int, list[_Table]]] = []
+        trail: list[tuple[int, list[_Table | _Sum]]] = []
         options = [0] * len(sizes)
         fixed = {v for v, size in enumerate(sizes) if size == 1}
         self.bound += sum([float(self.costs[v][0]) for v in fixed])
@@ -195,19 +216,18 @@ class _Buckets:
                 trail.append((v, self._split(v, tables)))
             else:
                 trail.append((v, [self._join(v, sorted(scope), tables)]))
-        everything = slice(None)
         for v, groups in reversed(trail):
-            parts = [table.array[tuple([everything if w == v else options[w] for w in table.scope])] for table in groups]
+            parts = [table.line(v, options) for table in groups]
             options[v] = int((parts[0] if len(parts) == 1 else np.sum(parts, axis=0)).argmin())
         return np.array(options, dtype=np.int64), exact
 
-    def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table:
+    def _join(self, v: int, scope: list[int], tables: list[_Table]) -> _Table | _Sum:
         """Sum tables that mention a variable, take the minimum over it, and put the result back."""
         where, dims = scope.index(v), len(scope)
         if len(tables) > 2:  # small tables first: fewer large sums
             tables = sorted(tables, key=_entries)
         entries = math.prod([self.sizes[w] for w in scope])
-        if entries >= LARGE:
+        if dims > 1 and entries > KEPT:
             return self._join_large(v, scope, tables, entries)
         total = self.costs[v]
         if dims > 1:
@@ -230,9 +250,10 @@ class _Buckets:
             self.bound += float(total.min())
         return _Table(tuple(scope), total)
 
-    def _join_large(self, v: int, scope: list[int], tables: list[_Table], entries: int) -> _Table:
+    def _join_large(self, v: int, scope: list[int], tables: list[_Table], entries: int) -> _Sum:
         """The same. Variables that the same tables mention stand next to one another, so that sums run over few long dimensions
-        instead of many short ones; the variable itself comes first."""
+        instead of many short ones; the variable itself comes first. What is returned is what the sum is of, so that it takes no
+        memory until the end."""
         mentioned = dict.fromkeys(scope, 0)
         for bit, table in enumerate(tables):
             for w in table.scope:
@@ -252,9 +273,9 @@ class _Buckets:
         least = np.minimum.reduce(total, 0)
         rest = scope[: scope.index(v)] + scope[scope.index(v) + 1 :]
         self._add(tuple(rest), least.transpose([rank[w] - 1 for w in rest]))
-        return _Table(tuple(order), total)
+        return _Sum([_Table((v,), self.costs[v]), *tables])
 
-    def _split(self, v: int, tables: list[_Table]) -> list[_Table]:
+    def _split(self, v: int, tables: list[_Table]) -> list[_Table | _Sum]:
         """Mini-buckets: groups of tables whose sums fit, each minimised by itself (a lower bound)."""
         groups: list[tuple[set[int], list[_Table]]] = []
         for table in sorted(tables, key=lambda table: -table.array.size):
@@ -265,7 +286,7 @@ class _Buckets:
                     break
             else:
                 groups.append((set(table.scope), [table]))
-        joined = []
+        joined: list[_Table | _Sum] = []
         for union, members in groups:
             joined.append(self._join(v, sorted(union), members))
             self.costs[v] = np.zeros(self.sizes[v])  # paid once, in the first group
