@@ -30,11 +30,11 @@ ROUNDS = 4
 """Proposals by messages, each fused with what is known."""
 SWEEPS = 4
 """Sweeps of messages between two proposals."""
-POLISHED = 1
-"""Forests re-opened in a proposal before it is fused: one, by which most of what can be gained so is."""
+POLISHED = 2
+"""Forests re-opened in a proposal before it is fused."""
 FEW_SWEEPS, FEW_FORESTS = 2, 2
 """What of these a large problem is given before single axes are swept."""
-FUSED_CAP = 1 << 15
+FUSED_CAP = 1 << 17
 """Entries of a table in fusing: few options each make it exact more often, and where it is not, what it misses is not searched
 again."""
 SEED = 0
