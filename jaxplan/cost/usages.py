@@ -22,6 +22,9 @@ from jaxplan.graph import Combine
 from jaxplan.layout import Layout, shards
 from jaxplan.problem import Asked, Meter, Problem, Usage
 
+DEAR = 1e3
+"""How many times its price a gather of state costs where it is not wanted. A program may insist on one, so it stays possible."""
+
 
 def within(
     modelled: Modelled, limit: float, like: Sequence[tuple[np.ndarray, Memory]], donated: Sequence[bool],
@@ -53,8 +56,8 @@ def within(
 
 
 def without_gathers(modelled: Modelled) -> Problem:
-    """The problem where no state may be gathered at the end of a call: its new values are left as the old ones came, or are cut
-    or exchanged to lie so."""
+    """The problem where gathering state at the end of a call is so dear that it is done only if it must be: new values are left
+    as the old ones came, or are cut or exchanged to lie so."""
     graph, never = modelled.graph, dict[int, Never]()
     state = {(graph.outputs[output], graph.inputs[position]) for output, position in graph.ties}
     edges, family = list(modelled.problem.edges), dict[int, Nevers]()
@@ -215,7 +218,7 @@ class Copy(NamedTuple):
 
 
 class Nevers:
-    """Seconds of exchanges of which none may gather."""
+    """Seconds of exchanges, gathers dear."""
 
     def __init__(self, reshards: Reshards) -> None:
         self._reshards = reshards
@@ -223,12 +226,12 @@ class Nevers:
     def prices(self, asked: Sequence[Asked]) -> list[np.ndarray]:
         """A matrix of seconds for each (`Never`, options of the writer, options of the reader)."""
         questions = [(price.of, tails, heads) for price, tails, heads in asked]
-        gathers = self._reshards.shares(questions, [GATHERED] * len(asked))
-        return [np.where(share > 0, np.inf, own) for share, own in zip(gathers, self._reshards.prices(questions), strict=True)]
+        gathers, own = self._reshards.shares(questions, [GATHERED] * len(asked)), self._reshards.prices(questions)
+        return [np.where(share > 0, DEAR * price, price) for share, price in zip(gathers, own, strict=True)]
 
 
 class Never(NamedTuple):
-    """Seconds of an exchange; infinite where it gathers."""
+    """Seconds of an exchange; dear where it gathers."""
 
     family: Nevers
     of: ReshardPrice

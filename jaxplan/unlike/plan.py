@@ -171,6 +171,10 @@ class OnStages(Plan):
         """Every collective of one call, of all stages; what stages hand each other is no collective."""
         return tuple([exchange for plan in self.staged.plans for exchange in plan.exchanges])
 
+    def fits(self, nbytes: float) -> bool:
+        """Whether `peak_bytes`, of the stage that takes most, is no more than that."""
+        return self.peak_bytes <= nbytes
+
     @property
     def peak_bytes(self) -> float:
         """Modelled peak of live bytes per device, of the stage that takes most."""
