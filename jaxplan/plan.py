@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
@@ -108,7 +108,7 @@ class Plan:
     @cached_property
     def layouts(self) -> dict[int, Layout]:
         """The layout in which each tensor that leaves a cluster is left by it."""
-        return self._remembered("layouts", self._layouts)
+        return self.modelled.remembered("layouts", self.choices, self._layouts)
 
     def _layouts(self) -> dict[int, Layout]:
         known: dict[Hashable, Layout] = {}
@@ -258,7 +258,7 @@ class Plan:
     def exchanges(self) -> tuple[PlannedExchange, ...]:
         """Every collective of one call, costliest first."""
         whole = self.modelled.numbers.machine.sends_rounded is False
-        return self._remembered("exchanges", lambda: self.exchanges_of(not whole))
+        return self.modelled.remembered("exchanges", self.choices, lambda: self.exchanges_of(not whole))
 
     def exchanges_of(self, rounded: bool) -> tuple[PlannedExchange, ...]:
         """Every collective of one call, costliest first. `rounded`: as the plan's machine reads what only products read,
@@ -499,15 +499,8 @@ class Plan:
         that the function was traced to donate are updated in place."""
         places = self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
         hidden = hidden_work(self.modelled, self.choices)
-        return self._remembered("memory", lambda: memory(self.modelled, self.choices, *places), self.traced.donated, hidden)
-
-    def _remembered(self, what: str, make: Callable[[], Value], *key: Hashable) -> Value:
-        """What depends on no speed of a link, worked out once for all plans of the graph that choose alike."""
-        modelled = self.modelled
-        if modelled.stages is not None:
-            return make()
-        whole = (modelled.kin, modelled.setting.order, self.choices.tobytes(), *key)
-        return modelled.graph.remembered(what, whole, make)
+        make = lambda: memory(self.modelled, self.choices, *places)  # noqa: E731
+        return self.modelled.remembered("memory", self.choices, make, self.traced.donated, hidden)
 
     def fits(self, nbytes: float) -> bool:
         """Whether `peak_bytes` is no more than that. Where even all that is ever stored would fit, it is not worked out."""

@@ -93,7 +93,7 @@ def solve(
     file: Path, limit: float, seed: int, processor: bool, plain: bool, workers: int
 ) -> tuple[dict[str, Any], list[int], float]:
     """Run the command: what it reports, its strategies, its seconds."""
-    command = [sys.executable, "-m", "jaxplan.cli", "solve", str(file), "--time-limit", str(limit), "--seed", str(seed), "--json"]
+    command = [sys.executable, "-m", "jaxplan", "solve", str(file), "--time-limit", str(limit), "--seed", str(seed), "--json"]
     if workers:
         command += ["--workers", str(workers)]
     if processor:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import assert_close, mesh_of
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
 
 import jaxplan
 from jaxplan.budget import Limit
-from jaxplan.cost import gathered_state, model
+from jaxplan.cost import gathered_state, model, without_gathers
 from jaxplan.examples import programs
 from jaxplan.examples.decoder import FULL, decoder
 from jaxplan.graph.flatten import BOUNDARY
@@ -286,3 +286,25 @@ def test_state_is_left_where_it_is_if_gathering_it_keeps_too_much_alive_and_save
     assert not gathered_state(fitted.modelled, fitted.choices)
     assert fitted.peak_bytes <= free.peak_bytes / 2
     assert fitted.seconds <= 1.002 * free.seconds
+
+
+def test_a_gather_of_state_that_the_program_insists_on_stays_possible():
+    mesh = mesh_of((4, 2))
+
+    def step(weights, x):
+        def loss(weights):
+            hidden = x
+            for w in weights:
+                hidden = jnp.tanh(hidden @ w)
+            return jnp.mean(hidden**2)
+
+        gradients = jax.grad(loss)(weights)
+        split = NamedSharding(mesh, P("x", None))
+        return [jax.lax.with_sharding_constraint(w - 0.1 * g, split) for w, g in zip(weights, gradients)]
+
+    pins = {f"weights/{layer}": P() for layer in range(LAYERS)}
+    args = [shape(WIDTH, WIDTH)] * LAYERS, shape(1024, WIDTH)
+    modelled = jaxplan.make_plan(step, *args, mesh=mesh, machine="v4", pins=pins).modelled
+    laid = dict.fromkeys(range(LAYERS), (-1, -1))
+    found = nearest(without_gathers(model(modelled.graph, modelled.numbers, laid, follow=False)))
+    assert math.isfinite(found.seconds)

@@ -406,7 +406,7 @@ def run(folder, *line, **options):
     """The command line in a process of its own, as a user runs it."""
     environment = os.environ | {"PYTHONPATH": str(Path(jaxplan.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
     environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "jaxplan.cli", *line]
+    command = [sys.executable, "-m", "jaxplan", *line]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, **options)
 
 
@@ -442,7 +442,7 @@ def test_stdout_closed_early_in_a_real_pipe(saved):
     environment = os.environ | {"PYTHONPATH": str(Path(jaxplan.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "jaxplan.cli", "show", "plan.json"]
+    command = [sys.executable, "-m", "jaxplan", "show", "plan.json"]
     try:
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     finally:
@@ -453,7 +453,7 @@ def test_stdout_closed_early_in_a_real_pipe(saved):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_output_that_cannot_be_written_is_told(saved):
     environment = os.environ | {"PYTHONPATH": str(Path(jaxplan.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "jaxplan.cli", "show", "plan.json"]
+    command = [sys.executable, "-m", "jaxplan", "show", "plan.json"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     assert done.returncode == 2 and "the output cannot be written" in done.stderr and "Traceback" not in done.stderr

@@ -248,7 +248,7 @@ def test_calibrate_as_json_to_a_file(quick, capsys):
 @pytest.mark.slow
 def test_calibrate_as_a_command_of_its_own_at_full_size(tmp_path):
     """On the simulated mesh, as CI runs it: what it says is printed, and the machine that it writes plans."""
-    line = [sys.executable, "-m", "jaxplan.cli", "calibrate", "--simulated", "8", "--mesh", "data=4,model=2", "--name", "lab"]
+    line = [sys.executable, "-m", "jaxplan", "calibrate", "--simulated", "8", "--mesh", "data=4,model=2", "--name", "lab"]
     home = {**os.environ, "JAXPLAN_HOME": str(tmp_path), "XLA_FLAGS": ""}
     shown = subprocess.run(line, env=home, capture_output=True, text=True, check=True).stdout
     print(shown)

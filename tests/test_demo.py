@@ -118,7 +118,7 @@ def test_its_results_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 @pytest.mark.slow
 def test_the_demonstration_as_a_user_runs_it() -> None:
-    command = [sys.executable, "-m", "jaxplan.cli", "demo", "--mesh", "data=4,model=2", "--steps", "2"]
+    command = [sys.executable, "-m", "jaxplan", "demo", "--mesh", "data=4,model=2", "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Plan for train_step on mesh (data=4 x model=2), machine v5e" in done.stdout

@@ -38,7 +38,7 @@ def zipped(path, content):
 def run(*words):
     """The command in a process of its own, as it is used."""
     environment = os.environ | {"PYTHONPATH": str(Path(jaxplan.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-m", "jaxplan.cli", "solve", *words], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-m", "jaxplan", "solve", *words], capture_output=True, text=True, env=environment)
 
 
 # --- the format ---------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def hard(tmp_path_factory):
 def test_a_signal_ends_it_with_the_best_known(hard, number):
     problem, path = hard
     environment = os.environ | {"PYTHONPATH": str(Path(jaxplan.__file__).parents[1])}
-    command = [sys.executable, "-m", "jaxplan.cli", "solve", path, "--time-limit", "500", "--json"]
+    command = [sys.executable, "-m", "jaxplan", "solve", path, "--time-limit", "500", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         assert "cost" in process.stderr.readline()

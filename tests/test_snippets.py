@@ -69,7 +69,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 def shell(text, console):
     lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")] if console else [text]
     for line in lines:
-        here = {"jaxplan": "-m jaxplan.cli", "python": ""}
+        here = {"jaxplan": "-m jaxplan", "python": ""}
         words = "".join(f"{name}() {{ '{sys.executable}' {what} \\"$@\\"; }}\\n" for name, what in here.items()) + line
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", words], capture_output=True, text=True)
         if done.returncode:

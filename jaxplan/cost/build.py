@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxplan.machine import Machine, apart_from_links
 from jaxplan.problem import Edge, Node, Problem, evaluate
 
 Leads = tuple[int, ...]
+Value = TypeVar("Value")
 MOST_MODELS = 16
 """Meshes of one graph that are remembered, for when only the speeds of links change."""
 
@@ -88,16 +89,21 @@ class Modelled:
 
     def layouts_of(self, choices: np.ndarray) -> list[tuple[Layout, Layout]]:
         """(layout written, layout read) of every one of `readings`, under an assignment of clusters."""
-        if self.stages is not None:
-            return self._layouts_of(choices)
-        return self.graph.remembered("layouts read", (self.kin, choices.tobytes()), lambda: self._layouts_of(choices))
+        return self.remembered("layouts read", choices, lambda: self._layouts_of(choices))
 
     def combining(self, choices: np.ndarray) -> list[tuple[int, Exchange]]:
         """(cluster, exchange) wherever a cluster makes a partial result whole, under an assignment of clusters."""
-        key = self.kin, self.setting.order, choices.tobytes()
-        if self.stages is not None:
-            return self._combining(choices)
-        return self.graph.remembered("combining", key, lambda: self._combining(choices))
+        return self.remembered("combining", choices, lambda: self._combining(choices))
+
+    def remembered(
+        self, what: str, choices: np.ndarray, make: Callable[[], Value], *key: Hashable, speeds: bool = False
+    ) -> Value:
+        """What `make` says of an assignment of clusters, worked out once for all models that differ in speeds of links only; once
+        for this one where it depends on these (`speeds`), or on a pipeline. `key`: what else it depends on."""
+        alone = speeds or self.stages is not None
+        about = id(self) if alone else (self.kin, self.setting.order)  # kept with it, so that no other model takes its place
+        found = self.graph.remembered(what, (about, choices.tobytes(), *key), lambda: (self if alone else None, make()))
+        return found[1]
 
     def _combining(self, choices: np.ndarray) -> list[tuple[int, Exchange]]:
         return [

@@ -4,8 +4,6 @@ which partial sums are scattered, or combined together."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
-from typing import TypeVar
 
 import numpy as np
 
@@ -16,16 +14,8 @@ from jaxplan.cost.price import sent_seconds, steps_terms
 from jaxplan.graph.flatten import INPUT
 from jaxplan.layout import PARTIAL
 
-Value = TypeVar("Value")
-
 COMBINED_BYTES = 128e6
 """Partial sums that are combined at once, at most: 120 MiB each in programs compiled for v5e, where the next did not fit."""
-
-
-def remembered(what: str, modelled: Modelled, choices: np.ndarray, make: Callable[[], Value], *key: Hashable) -> Value:
-    """What a model says of choices, worked out once; the model is remembered with it, so that no other one takes its place."""
-    whole = (id(modelled), choices.tobytes(), *key)
-    return modelled.graph.remembered(what, whole, lambda: (modelled, make()))[1]
 
 
 def hidden_work(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
@@ -51,7 +41,7 @@ def totals(modelled: Modelled, choices: np.ndarray) -> frozenset[int]:
 
 def gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
     """{new value: old value} of state whose parts are gathered at the end of a call."""
-    return remembered("gathered", modelled, choices, lambda: _gathered_state(modelled, choices))
+    return modelled.remembered("gathered", choices, lambda: _gathered_state(modelled, choices), speeds=True)
 
 
 def _gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
@@ -68,7 +58,7 @@ def _gathered_state(modelled: Modelled, choices: np.ndarray) -> dict[int, int]:
 def hidden(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:
     """(operator, share) of those that take no longer than gathering the state at the end of a call, that can hide behind it; and
     what share of that time they take."""
-    return remembered("hidden", modelled, choices, lambda: _hiding(modelled, choices))
+    return modelled.remembered("hidden", choices, lambda: _hiding(modelled, choices), speeds=True)
 
 
 def _hiding(modelled: Modelled, choices: np.ndarray) -> frozenset[tuple[int, float]]:

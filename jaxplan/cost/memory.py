@@ -33,7 +33,7 @@ from jaxplan.cost.combined import combined
 from jaxplan.cost.exchange import reshard_steps
 from jaxplan.cost.fusing import NOTHING, hands_on, stored
 from jaxplan.cost.heap import stack_by_size, stack_in_order
-from jaxplan.cost.hidden import gathered_state, groups, hidden, remembered, scattered, totals
+from jaxplan.cost.hidden import gathered_state, groups, hidden, scattered, totals
 from jaxplan.cost.library import kept
 from jaxplan.cost.loops import in_a_loop
 from jaxplan.cost.price import terminal_layout, write_layout
@@ -226,7 +226,7 @@ def facts_of(modelled: Modelled, choices: np.ndarray, gathered: Mapping[int, int
     """What a plan leaves to layouts. `gathered`: the state that products may hide behind; `apart`: the operators are compiled in
     parts, over which no sums are combined together."""
     if modelled.numbers.machine.materialises:
-        return remembered("kept", modelled, choices, lambda: _materialised(modelled, choices, apart), apart)
+        return modelled.remembered("kept", choices, lambda: _materialised(modelled, choices, apart), apart, speeds=True)
     behind = hidden(modelled, choices) if gathered else frozenset[tuple[int, float]]()
     together = groups(modelled, choices) if behind else 1
     about = scattered(modelled, choices), behind, len(gathered), together

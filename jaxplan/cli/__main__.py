@@ -1,8 +1,0 @@
-"""`python -m jaxplan.cli`."""
-
-import sys
-
-from jaxplan.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
