@@ -74,7 +74,8 @@ class Calibration:
         for axis, link in machine.axis_links.items():
             told = f"{1 / link.seconds_per_byte / 1e9:10.2f} GB/s, {1e6 * link.latency_seconds:.1f} us a superstep"
             lines.append(self._line(f"link {axis}", told))
-        lines.append(f"{'memory':14s} {machine.memory_bytes / 2**30:10.2f} GiB per device")
+        memory = "no limit" if machine.memory_bytes == math.inf else f"{machine.memory_bytes / 2**30:10.2f} GiB per device"
+        lines.append(f"{'memory':14s} {memory}")
         return "\n".join(lines)
 
     def _line(self, quantity: str, told: str) -> str:

@@ -45,7 +45,8 @@ SAME = 1e-3  # largest difference of values, relative to the largest value, that
 class Outcome:
     """What one tool made of one program on one mesh. `failed`: at which stage, "" for none; bytes and FLOPs are per device.
 
-    `plan_seconds` is time of the processor, which other work on the machine disturbs less than the time that passes.
+    `plan_seconds` is time of the processor, which other work on the machine disturbs less than the time that passes. `gap`: how
+    far the plan may be, as modelled, from the best there is; only jaxplan can tell.
     """
 
     program: str
@@ -60,6 +61,7 @@ class Outcome:
     flops: float | None = None
     peak: float | None = None
     difference: float | None = None
+    gap: float | None = None
 
     @property
     def right(self) -> bool:
@@ -152,6 +154,14 @@ def planned_by_jaxplan(program: Any, size: str, mesh: Any) -> tuple[float, Any]:
     start = time.process_time()
     plan = make_plan(program.fn, *program.args, mesh=mesh)
     return time.process_time() - start, plan.jit(())
+
+
+def proven_gap(program: Any, mesh: Any) -> float:
+    """How far, as a fraction of a proven lower bound, jaxplan's plan of a program may be from the best there is."""
+    from jaxplan import make_plan
+
+    plan, certified = (make_plan(program.fn, *program.args, mesh=mesh, certify=certify) for certify in (False, True))
+    return max(0.0, plan.seconds / certified.bound - 1) if certified.bound else 0.0
 
 
 def planned_by_jit(program: Any, size: str, mesh: Any) -> tuple[float, Any]:
@@ -265,6 +275,9 @@ def attempt(name: str, tool: str, text: str, size: str) -> Outcome:
             stage = "running"
             if size == "small":
                 known["difference"] = difference(jax.device_get(run(*args)), want)
+            if tool == "jaxplan":
+                stage = "certifying"
+                known["gap"] = proven_gap(program, mesh)
         return Outcome(name, size, text, tool, **known)
     except Exception as error:
         return Outcome(name, size, text, tool, stage, first_line(error), **known)
@@ -344,11 +357,12 @@ def figures(rows: Sequence[Outcome]) -> list[str]:
         [
             row.program, row.mesh, row.tool, f"{row.plan_seconds:.3f}", f"{row.sent:,.0f}", f"{row.sent_as_compiled:,.0f}",
             f"{row.flops / 1e6:,.2f}", f"{row.peak / 1e6:,.2f}", "not run" if row.difference is None else f"{row.difference:.1g}",
+            "" if row.gap is None else f"{row.gap:.3%}",
         ]
         for row in rows
         if None not in (row.plan_seconds, row.sent, row.sent_as_compiled, row.flops, row.peak)
     ]  # fmt: skip
-    header = ("program", "mesh", "tool", "s to plan", "bytes sent", "as compiled", "MFLOP", "peak MB", "difference")
+    header = ("program", "mesh", "tool", "s to plan", "bytes sent", "as compiled", "MFLOP", "peak MB", "difference", "proven gap")
     return list(markdown(header, shown, 3))
 
 
@@ -387,7 +401,8 @@ is no forward pass of a model to be planned apart.
 Per device and call. *Bytes sent* are read from the compiled program by `jaxplan.audit`, which takes the CPU compiler's all-reduce
 and slice for the reduce-scatter that they are elsewhere; *as compiled* does not. Bytes alone say little: a program that every
 device computes whole sends nothing, so FLOPs stand beside them. *Difference* is the largest, relative to the largest value.
-*Seconds to plan* are the processor's and include tracing; with nothing cached, measured once.
+*Seconds to plan* are the processor's and include tracing; with nothing cached, measured once. *Proven gap* is how far above the
+best there is the plan may be in modelled seconds (`certify=True`); the other tool has no bound.
 
 At the small size jaxplan's model of CPU devices often finds it best that every device computes everything:
 

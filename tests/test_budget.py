@@ -152,6 +152,14 @@ def test_more_devices_are_said_to_be_enough_where_they_are():
     assert "a smaller batch" not in str(caught.value), "arguments and results take it all"
 
 
+def test_simulated_devices_share_their_hosts_memory_and_have_no_limit_of_their_own():
+    args = [shape(1 << 15, 1 << 15)] * 8, shape(1024, 1 << 15)
+    plan = jaxplan.make_plan(lambda weights, x: [x @ w for w in weights], *args, mesh=MESH, machine="cpu", pins={"weights/0": P()})
+    assert plan.peak_bytes > 4 * 2**30
+    with pytest.raises(jaxplan.NothingFits):
+        plan.replan(memory_budget="3 GiB")
+
+
 def test_pins_that_do_not_fit_are_not_argued_with():
     with pytest.raises(jaxplan.NothingFits, match=r"big.*1024,1024.*What would help: a larger budget"):
         jaxplan.make_plan(lambda big: jnp.sum(big), shape(1024, 1024), mesh=MESH, pins={"big": P()}, memory_budget="1MiB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def test_every_quantity_is_measured_and_its_fit_reported(calibration):
         off = calibration.residuals(quantity)
         assert len(off) == count and all(1 <= factor < math.inf for factor in off)
         assert quantity in str(calibration)
-    assert "in the median" in str(calibration) and "GiB per device" in str(calibration)
+    assert "in the median" in str(calibration) and re.search(r"memory +no limit", str(calibration))
     assert all(sample.seconds > 0 for sample in calibration.samples)
 
 
@@ -92,6 +93,7 @@ def test_machines_survive_a_file(name, tmp_path):
     path = jaxplan.save_machine(PRESETS[name], tmp_path / "new folder" / "m.json")
     assert jaxplan.load_machine(path) == PRESETS[name]
     assert machine(str(path)) == PRESETS[name]
+    assert "Infinity" not in path.read_text(), "other readers of JSON know no such number"
     assert [p.name for p in path.parent.iterdir()] == ["m.json"], "nothing is left behind"
 
 

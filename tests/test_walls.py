@@ -62,7 +62,7 @@ LEAVES: Mapping[str, tuple[str, ...]] = {
 }
 """What a plan is used for: each may import the whole flow, and of the other leaves only those named."""
 
-FRONT = ("api", "loading", "auto", "whatif", "examples", "demo", "cli")
+FRONT = ("api", "loading", "auto", "whatif", "examples", "demo", "cli", "__main__")
 """What a user calls: each may import the flow, the leaves, and what stands before it here."""
 
 NO_JAX: Mapping[str, tuple[str, ...]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),
         "seconds_per_byte": machine.seconds_per_byte,
-        "memory_bytes": _number(machine.memory_bytes),
+        "memory_bytes": None if machine.memory_bytes == math.inf else _number(machine.memory_bytes),
         "inner": _link_json(machine.inner),
         "outer": _link_json(machine.outer),
         "node": machine.node,
@@ -179,6 +180,7 @@ def _machine(value: Mapping[str, Any]) -> Machine:
     links = {axis: Link(**link) for axis, link in value["axis_links"].items()}
     tile = tuple(value["tile"]) if value.get("tile") else None
     made = {"inner": Link(**value["inner"]), "outer": Link(**value["outer"]), "axis_links": links, "tile": tile}
+    made["memory_bytes"] = math.inf if value["memory_bytes"] is None else value["memory_bytes"]
     try:
         return Machine(**{**value, **made})
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -69,7 +70,7 @@ def load_machine(path: str | Path) -> Machine:
             reader.of(found, "name", str),
             {k: reader.number(v, f"seconds_per_flop.{k}") for k, v in reader.of(found, "seconds_per_flop", dict).items()},
             reader.number(found.get("seconds_per_byte"), "seconds_per_byte"),
-            reader.number(found.get("memory_bytes"), "memory_bytes"),
+            math.inf if found.get("memory_bytes", 0) is None else reader.number(found.get("memory_bytes"), "memory_bytes"),
             reader.link(found.get("inner"), "inner"),
             reader.link(found.get("outer"), "outer"),
             reader.of(found, "node", int),
@@ -98,7 +99,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "name": machine.name,
         "seconds_per_flop": dict(machine.seconds_per_flop),
         "seconds_per_byte": machine.seconds_per_byte,
-        "memory_bytes": machine.memory_bytes,
+        "memory_bytes": None if machine.memory_bytes == math.inf else machine.memory_bytes,
         "inner": link(machine.inner),
         "outer": link(machine.outer),
         "node": machine.node,

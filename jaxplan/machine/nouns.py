@@ -39,7 +39,8 @@ class Machine:
     """A kind of device and its links. `name`: as plans print it.
 
     `seconds_per_flop`: by dtype name ("bfloat16", "float32", ...); a dtype without an entry runs at float32's rate.
-    `seconds_per_byte`: of local memory. `memory_bytes`: per device. `inner`: the link among the first `node` devices (a
+    `seconds_per_byte`: of local memory. `memory_bytes`: per device; infinite where it has no limit of its own
+    (simulated devices share their host's). `inner`: the link among the first `node` devices (a
     slice of a pod, a node of GPUs), `outer`: the link beyond. `axis_links`: mesh axes whose link the user states.
     `materialises`: its compiler keeps intermediate values in memory and reorders work freely (XLA on CPU), rather than fusing
     and recomputing them (TPU, GPU); what lives when depends on it. `matmul_reads`: the dtypes that products of default
@@ -77,7 +78,8 @@ class Machine:
         for dtype, value in self.seconds_per_flop.items():
             _positive(f"machine {self.name!r}: seconds_per_flop[{dtype!r}]", value)
         _positive(f"machine {self.name!r}: seconds_per_byte", self.seconds_per_byte)
-        _positive(f"machine {self.name!r}: memory_bytes", self.memory_bytes)
+        if not self.memory_bytes > 0:
+            raise ValueError(f"machine {self.name!r}: memory_bytes must be positive, got {self.memory_bytes}")
         for dtype, read in self.matmul_reads.items():
             if not 0 < element_bytes(read) <= element_bytes(dtype):
                 raise ValueError(f"machine {self.name!r}: matmul_reads[{dtype!r}] must be a dtype that is no wider, got {read!r}")

@@ -9,6 +9,8 @@ datasheet and DGX A100 user guide. [h100] NVIDIA H100 datasheet and DGX H100 use
 
 from __future__ import annotations
 
+import math
+
 from jaxplan.machine.nouns import Link, Machine
 
 GIB = 2.0**30
@@ -52,9 +54,10 @@ PRESETS: dict[str, Machine] = {
     # name, bf16, tf32, int8/fp8 dense, HBM B/s, GB, NVLink B/s one way, InfiniBand B/s per GPU [a100] [h100]
     "a100": _gpu("a100", 3.12e14, 1.56e14, 6.24e14, 2.039e12, 80, 3e11, 2.5e10),
     "h100": _gpu("h100", 9.89e14, 4.94e14, 1.979e15, 3.35e12, 80, 4.5e11, 5e10),
-    # simulated devices share one host: orders of magnitude only, there is no hardware to quote
+    # simulated devices share one host: orders of magnitude only, there is no hardware to quote; and the host's memory, so that no
+    # device has a limit of its own
     "cpu": Machine(
-        "cpu", {"float32": 1 / 2e10}, 1 / 5e9, 4 * GIB, inner=Link(1 / 2e9, 2e-5, "memory copies of one host"),
+        "cpu", {"float32": 1 / 2e10}, 1 / 5e9, math.inf, inner=Link(1 / 2e9, 2e-5, "memory copies of one host"),
         outer=Link(1 / 2e9, 2e-5, "memory copies of one host"), node=1 << 20, materialises=True,
     ),
 }  # fmt: skip
