@@ -87,12 +87,12 @@ def min_fill_order(weights: Sequence[int], pairs: Iterable[tuple[int, int]]) -> 
 
 def solve(
     tables: Tables, order: list[int], incumbent: np.ndarray | None = None, tally: list[int] | None = None, cap: int = CAP,
-    piece: int | None = None, known: np.ndarray | None = None,
+    piece: int | None = None, known: np.ndarray | None = None, rounds: int = 2,
 ) -> tuple[np.ndarray, bool]:
     """(an option per variable, whether it is proven optimal). `order`: the variables as they are to be eliminated.
 
     Where a table would grow beyond `cap` entries, without an incumbent: mini-buckets of at most `piece` entries (None: `cap`),
-    then two rounds that start from what they found and build no larger tables; or, with `known` (an option per variable), the
+    then `rounds` that start from what they found and build no larger tables; or, with `known` (an option per variable), the
     cheaper of that and what they found. With an `incumbent`: variables that would grow a table too far keep its option this
     time, so the result is never worse; it is the incumbent itself where nothing is better. `tally` counts how often each was
     kept, so that the next call keeps others.
@@ -102,7 +102,7 @@ def solve(
         found, exact = _Buckets(tables, cap, piece).run(order, None, tally)
         if not exact and known is not None:
             return (known if tables.price(known) < tables.price(found) else found), False
-        for _ in range(0 if exact else 2):
+        for _ in range(0 if exact else rounds):
             found, _ = solve(tables, order, found, tally, piece or cap)
         return found, exact
     found, exact = _Buckets(tables, cap).run(order, incumbent, tally)

@@ -145,7 +145,8 @@ def _recursion(pricer: Pricer, elimination: list[int], choices: np.ndarray, axes
     is found when axes are re-opened, once all of them are known."""
     choices = choices.copy()
     for axis in axes:
-        choices[:, axis], _ = solve(pricer.along((axis,), choices, alone=True)[0], elimination, cap=FIRST_CAP, piece=PIECE)
+        tables, _ = pricer.along((axis,), choices, alone=True)
+        choices[:, axis], _ = solve(tables, elimination, cap=FIRST_CAP, piece=PIECE, rounds=0)  # sweeps go on from there anyway
     return choices
 
 
