@@ -154,7 +154,8 @@ def test_more_devices_are_said_to_be_enough_where_they_are():
 
 def test_simulated_devices_share_their_hosts_memory_and_have_no_limit_of_their_own():
     args = [shape(1 << 15, 1 << 15)] * 8, shape(1024, 1 << 15)
-    plan = jaxplan.make_plan(lambda weights, x: [x @ w for w in weights], *args, mesh=MESH, machine="cpu", pins={"weights/0": P()})
+    pins = {"weights/0": P()}
+    plan = jaxplan.make_plan(lambda weights, x: [x @ w for w in weights], *args, mesh=MESH, machine="cpu", pins=pins)
     assert plan.peak_bytes > 4 * 2**30
     with pytest.raises(jaxplan.NothingFits):
         plan.replan(memory_budget="3 GiB")
