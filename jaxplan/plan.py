@@ -499,8 +499,8 @@ class Plan:
         that the function was traced to donate are updated in place."""
         places = self.layouts, self.input_layouts, self.output_layouts, self.traced.donated
         hidden = hidden_work(self.modelled, self.choices)
-        make = lambda: memory(self.modelled, self.choices, *places)  # noqa: E731
-        return self.modelled.remembered("memory", self.choices, make, self.traced.donated, hidden)
+        modelled, choices, donated = self.modelled, self.choices, self.traced.donated
+        return modelled.remembered("memory", choices, lambda: memory(modelled, choices, *places), donated, hidden)
 
     def fits(self, nbytes: float) -> bool:
         """Whether `peak_bytes` is no more than that. Where even all that is ever stored would fit, it is not worked out."""
